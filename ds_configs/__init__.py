@@ -1,0 +1,1 @@
+"""DeepSpeed configurations shipped with the package, found by their bare file name."""
