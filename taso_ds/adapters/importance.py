@@ -1,0 +1,83 @@
+"""Importance of pretrained weights, ``I = |W ⊙ ∂L/∂W|`` (method section 1), and how the gradient is obtained.
+
+``W`` is ``(out_features, in_features)``. The gradient of one weight matrix is ``gᵀx`` over all tokens, ``x`` the
+input ``(tokens, in_features)`` and ``g`` the gradient of the output ``(tokens, out_features)``. Taking it from these
+two instead of from ``weight.grad`` leaves the base frozen: it serves partitioned and quantized weights alike, and each
+gradient can be consumed before the next one exists.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+SCORES = ("importance", "magnitude", "gradient", "random")
+REDUCTIONS = ("signed_mean", "per_batch_abs")
+
+Deliver = Callable[[Tensor, Tensor], None]
+
+
+class _OutputTap(torch.autograd.Function):
+    """Identity on a linear's output that hands ``(input, output gradient)`` to a callback in backward.
+
+    The input is kept through ``save_for_backward``, so that activation checkpointing drops and recomputes it like any
+    other saved tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, deliver: Deliver) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.deliver = deliver
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (inputs,) = ctx.saved_tensors
+        ctx.deliver(inputs.flatten(0, -2), grad_output.flatten(0, -2))
+        return grad_output, None, None
+
+
+def tap_gradient(linear: nn.Module, deliver: Deliver) -> RemovableHandle:
+    """Call ``deliver(x (tokens, in), g (tokens, out))`` each time backward passes the output of ``linear``."""
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return _OutputTap.apply(output, args[0].detach(), deliver)
+
+    return linear.register_forward_hook(hook)
+
+
+def weight_gradient(inputs: Tensor, grad_output: Tensor) -> Tensor:
+    """Return ``∂L/∂W`` of shape ``(out_features, in_features)`` in the dtype of the two operands."""
+    return grad_output.t() @ inputs.to(grad_output.dtype)
+
+
+def importance(weight: Tensor, grad: Tensor) -> Tensor:
+    """Return ``|W ⊙ ∂L/∂W|`` in fp32, same shape as ``weight`` (method section 1)."""
+    return (weight.float() * grad.float()).abs_()
+
+
+def needs_gradient(score: str) -> bool:
+    """Say whether a score is made from gradients at all (``magnitude`` and ``random`` are not)."""
+    return score in ("importance", "gradient")
+
+
+def score_matrix(
+    score: str, *, weight: Tensor | None, grad: Tensor | None, shape: tuple[int, int], seed: int
+) -> Tensor:
+    """Return the non-negative fp32 score of every element, ``(out_features, in_features)``.
+
+    ``magnitude``, ``gradient`` and ``random`` are ablations of the paper's ``importance``. ``grad`` is overwritten,
+    because it is the accumulator of one matrix and the largest tensor around.
+    """
+    if score == "random":
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    if score == "magnitude":
+        assert weight is not None
+        return weight.float().abs()
+    assert grad is not None
+    if score == "gradient":
+        return grad.abs_()
+    assert weight is not None
+    return grad.mul_(weight).abs_()
