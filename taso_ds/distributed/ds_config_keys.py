@@ -1,0 +1,216 @@
+"""What a DeepSpeed JSON may contain, and what becomes of each key.
+
+DeepSpeed ignores a top-level key it does not know: a misspelt ``gradient_clipping`` trains unclipped and says nothing.
+These tables let us refuse it, without importing DeepSpeed, so that a dry run needs none.
+``tests/distributed/test_ds_config.py`` compares them with the installed DeepSpeed.
+"""
+
+from dataclasses import dataclass
+
+# Top-level keys that DeepSpeed acts on by itself and that leave the numbers of a run alone.
+PASSED_ON = frozenset(
+    {
+        "aio",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "csv_monitor",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "log_level",
+        "memory_breakdown",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "vocabulary_size",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+    }
+)
+
+# Top-level keys that resolve_ds_config computes or checks against the run.
+RESOLVED = frozenset(
+    {
+        "bf16",
+        "bfloat16",
+        "communication_data_type",
+        "data_types",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "optimizer",
+        "scheduler",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A top-level key that may be present only when it changes nothing.
+
+    Attributes:
+        switch: the entry that turns the section on; None for a scalar, or for a section that is on by being there.
+        off: the values of the switch, or of the scalar, that change nothing.
+        remedy: what to do instead, as the end of a sentence.
+    """
+
+    switch: str | None = None
+    off: tuple[object, ...] = (False,)
+    remedy: str = "remove it"
+
+
+_SECTION = Unsupported(switch="enabled")
+_FLAG = Unsupported()
+
+# Keys that would change what is computed, or that would be accepted and do nothing here.
+UNSUPPORTED: dict[str, Unsupported] = {
+    "activation_checkpointing": Unsupported(remedy="use --gradient_checkpointing"),
+    "amp": Unsupported("enabled", remedy="use --bf16"),
+    "autotuning": _SECTION,
+    "compile": Unsupported("deepcompile"),
+    "compression_training": _FLAG,
+    "curriculum_learning": _SECTION,
+    "data_efficiency": _SECTION,
+    "data_parallel_size": Unsupported(off=(1,), remedy="every rank is data-parallel"),
+    "dataloader_drop_last": Unsupported(remedy="the batches are not DeepSpeed's"),
+    "datastates_ckpt": _FLAG,
+    "disable_allgather": _FLAG,
+    "eigenvalue": _SECTION,
+    "elasticity": Unsupported("enabled", remedy="use --global_batch_size"),
+    "expert_parallel": _SECTION,
+    "gradient_allreduce_op": Unsupported(off=("mean",), remedy="gradients are averaged over the ranks"),
+    "gradient_predivide_factor": Unsupported(off=(1,), remedy="gradients are averaged over the ranks"),
+    "graph_harvesting": _FLAG,
+    "hybrid_engine": _SECTION,
+    "managed_gradient_accumulation": Unsupported(off=(True,)),
+    "nebula": _SECTION,
+    "pipeline": _FLAG,
+    "prescale_gradients": Unsupported(remedy="gradients are averaged over the ranks"),
+    "progressive_layer_drop": _SECTION,
+    "quantize_training": _SECTION,
+    "seq_parallel_communication_data_type": Unsupported(off=("fp32",), remedy="there is no sequence parallelism"),
+    "sequence_parallel_size": Unsupported(off=(1,), remedy="every rank is data-parallel"),
+    "sparse_attention": _FLAG,
+    "sparse_gradients": _FLAG,
+    "tensor_parallel": Unsupported("autotp_size", off=(0, 1), remedy="use a higher ZeRO stage"),
+    "torch_autocast": Unsupported("enabled", remedy="use --bf16"),
+    "use_data_before_expert_parallelism": _FLAG,
+    "weight_quantization": Unsupported(remedy="a frozen base is quantized by its own loader"),
+}
+
+TOP_LEVEL = tuple(sorted(PASSED_ON | RESOLVED | set(UNSUPPORTED)))
+
+BF16 = (
+    "enabled",
+    "immediate_grad_update",
+    "check_grad_overflow",
+    "bf16_master_weights_and_grads",
+    "bf16_optimizer_states",
+)
+DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
+
+OFFLOAD_OPTIMIZER = (
+    "device",
+    "nvme_path",
+    "buffer_count",
+    "pin_memory",
+    "pipeline_read",
+    "pipeline_write",
+    "fast_init",
+    "ratio",
+    "super_offload",
+    "cpuadam_cores_perc",
+)
+OFFLOAD_PARAM = ("device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory")
+
+BOOL, INT, SECTION = "true or false", "a whole number of 0 or more", "an object in braces"
+
+# DeepSpeed spells these with the prefix in a JSON and without it in Python, and accepts both.
+_STAGE3_ALIASED = {
+    "prefetch_bucket_size": INT,
+    "param_persistence_threshold": INT,
+    "model_persistence_threshold": INT,
+    "max_live_parameters": INT,
+    "max_reuse_distance": INT,
+    "gather_16bit_weights_on_model_save": BOOL,
+    "module_granularity_threshold": INT,
+    "use_all_reduce_for_fetch_params": BOOL,
+    "allgather_sequential": BOOL,
+}
+# Every key of "zero_optimization" and what its value must be.
+ZERO: dict[str, str] = {
+    "stage": INT,
+    "contiguous_gradients": BOOL,
+    "reduce_scatter": BOOL,
+    "reduce_bucket_size": INT,
+    "use_multi_rank_bucket_allreduce": BOOL,
+    "allgather_partitions": BOOL,
+    "allgather_bucket_size": INT,
+    "overlap_comm": BOOL,
+    "compute_grad_norm": BOOL,
+    "load_from_fp32_weights": BOOL,
+    "elastic_checkpoint": BOOL,
+    "offload_param": SECTION,
+    "offload_optimizer": SECTION,
+    "zenflow": SECTION,
+    "sub_group_size": INT,
+    "cpu_offload_param": BOOL,
+    "cpu_offload_use_pin_memory": BOOL,
+    "cpu_offload": BOOL,
+    "stage3_gather_fp16_weights_on_model_save": BOOL,
+    "ignore_unused_parameters": BOOL,
+    "legacy_stage1": BOOL,
+    "round_robin_gradients": BOOL,
+    "parameter_alignment": BOOL,
+    "zero_hpz_partition_size": INT,
+    "zero_quantized_weights": BOOL,
+    "zero_quantized_nontrainable_weights": BOOL,
+    "zero_quantized_gradients": BOOL,
+    "memory_efficient_linear": BOOL,
+    "pipeline_loading_checkpoint": BOOL,
+    "override_module_apply": BOOL,
+    "log_trace_cache_warnings": BOOL,
+    "enable_sanity_checks": BOOL,
+    "save_muon_momentum_buffer_in_memory": BOOL,
+    "leaf_module": SECTION,
+    **_STAGE3_ALIASED,
+    **{f"stage3_{name}": kind for name, kind in _STAGE3_ALIASED.items()},
+}
+
+# Keys of "zero_optimization" that stop something the run relies on: the value they must keep, and why.
+ZERO_FIXED: dict[str, tuple[object, str]] = {
+    "compute_grad_norm": (True, "clipping and the log need the gradient norm"),
+    "zenflow": (None, "it replaces the optimizer step"),
+    "cpu_offload": (False, 'write "offload_optimizer": {"device": "cpu"}'),
+    "cpu_offload_param": (False, 'write "offload_param": {"device": "cpu"}'),
+    "cpu_offload_use_pin_memory": (False, 'write "pin_memory" inside "offload_optimizer"'),
+}
+
+# What "auto" means inside "zero_optimization". DeepSpeed itself would drop the word and use its own default; these are
+# that default except where a run with one small adapter and a frozen base wants another.
+ZERO_AUTO: dict[str, bool | int] = {
+    # Reserved on the device in full, in fp32, before the first step: DeepSpeed's 5e8 would be 2 GB for gradients of a
+    # few million numbers. 2e7 holds a rank-1 adapter of a 70B model; a larger parameter is reduced by itself.
+    "reduce_bucket_size": 20_000_000,
+    "allgather_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    # Persistent parameters are gathered again after every optimizer step, one collective per tensor, the frozen norms
+    # too. At 0 they travel inside the prefetch buckets of the matrices next to them.
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "sub_group_size": 1_000_000_000,
+    # What is saved is the adapter, which is gathered by itself.
+    "stage3_gather_16bit_weights_on_model_save": False,
+    "contiguous_gradients": True,
+    "reduce_scatter": True,
+    "allgather_partitions": True,
+    "round_robin_gradients": False,
+}
+# "overlap_comm" is the one automatic value that depends on the stage: only stage 3 has base weights to fetch ahead.

@@ -1,0 +1,134 @@
+"""Every shipped DeepSpeed JSON resolves and trains two real steps, and the stages compute the same.
+
+One process for all of them: most of the time is DeepSpeed's start.
+"""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config, shipped_ds_configs
+
+FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
+FILES = sorted(FOLDER.rglob("*.json"))
+CASES = [
+    (str(file.relative_to(FOLDER)), bf16, accumulation)
+    for file, bf16, accumulation in itertools.product(FILES, (True, False), (1, 4))
+]
+MICRO, MAX_GRAD_NORM = 2, 0.5
+
+
+def test_the_folder_is_what_is_shipped() -> None:
+    assert [file.name for file in shipped_ds_configs()] == ["zero0.json", "zero1.json", "zero2.json", "zero3.json"]
+    assert shipped_ds_configs() == FILES
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_file_is_short_and_says_its_stage(file: Path) -> None:
+    text = file.read_text()
+    assert len(text.splitlines()) <= 35
+    assert f"zero{json.loads(text)['zero_optimization']['stage']}" in file.stem
+    assert f"`{file.name}`" in (FOLDER / "README.md").read_text()
+
+
+def resolved(name: str, bf16: bool, accumulation: int) -> dict[str, Any]:
+    return resolve_ds_config(
+        read_ds_config(str(FOLDER / name)),
+        micro_batch_size=MICRO,
+        grad_accum_steps=accumulation,
+        world_size=1,
+        bf16=bf16,
+        max_grad_norm=MAX_GRAD_NORM,
+        source=name,
+    )
+
+
+def train_all(report: Path) -> None:
+    """Give every case to ``deepspeed.initialize`` and write what its engine says and learned; runs in a subprocess."""
+    from taso_ds.distributed import comm
+
+    comm.init()
+    report.write_text(json.dumps([train(*case) for case in CASES]))
+    comm.close()
+
+
+def train(name: str, bf16: bool, accumulation: int) -> dict[str, Any]:
+    import deepspeed
+    import torch
+    from deepspeed.utils import safe_get_full_fp32_param
+    from torch import nn
+
+    torch.manual_seed(0)
+    base, head = nn.Linear(8, 8), nn.Linear(8, 1, bias=False)
+    base.requires_grad_(False)
+    model, weight = nn.Sequential(base, head), head.weight
+    # A large epsilon makes Adam's step follow the size of the gradient, so that lost bits show in the weight.
+    optimizer = torch.optim.AdamW([weight], lr=0.1, eps=1.0)
+    engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=resolved(name, bf16, accumulation))[0]
+    batches = torch.randn(2 * accumulation, MICRO, 8, generator=torch.Generator().manual_seed(1))
+    for batch in batches:
+        engine.backward(engine(batch.bfloat16() if bf16 else batch).float().mean())
+        engine.step()
+    stage = int(engine.zero_optimization_stage())
+    trained = weight if stage == 0 else safe_get_full_fp32_param(weight)
+    result = {
+        "stage": stage,
+        "bf16": bool(engine.bfloat16_enabled()),
+        "micro": engine.train_micro_batch_size_per_gpu(),
+        "accumulation": engine.gradient_accumulation_steps(),
+        "global": engine.train_batch_size(),
+        "clipping": engine.gradient_clipping(),
+        "steps": engine.global_steps,
+        "weight": trained.detach().float().flatten().tolist(),
+    }
+    engine.destroy()
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool, int], dict[str, Any]]:
+    report = tmp_path_factory.mktemp("ds_configs") / "report.json"
+    done = subprocess.run([sys.executable, __file__, str(report)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(CASES, json.loads(report.read_text()), strict=True))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'bf16' if case[1] else 'fp32'}-{case[2]}")
+def test_deepspeed_trains_with_what_the_run_said(case: tuple[str, bool, int], trained: dict[Any, Any]) -> None:
+    name, bf16, accumulation = case
+    result = trained[case]
+    assert f"zero{result['stage']}" in name
+    assert result["bf16"] is bf16
+    assert (result["micro"], result["accumulation"]) == (MICRO, accumulation)
+    assert result["global"] == MICRO * accumulation
+    assert result["clipping"] == MAX_GRAD_NORM
+    assert result["steps"] == 2
+    assert all(math.isfinite(value) for value in result["weight"])
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("bf16", "accumulation"), list(itertools.product((True, False), (1, 4))))
+def test_stages_agree(bf16: bool, accumulation: int, trained: dict[Any, Any]) -> None:
+    """Gradients add up in fp32 at every stage that can, so the stages learn one and the same weight.
+
+    DeepSpeed's stage 0 has no fp32 sum under bf16, so there it is left out.
+    """
+    weights = [
+        result["weight"]
+        for (_, used_bf16, used), result in trained.items()
+        if (used_bf16, used) == (bf16, accumulation) and not (bf16 and result["stage"] == 0)
+    ]
+    assert len(weights) == (3 if bf16 else 4)
+    for weight in weights[1:]:
+        assert weight == pytest.approx(weights[0], rel=1e-6)
+
+
+if __name__ == "__main__":
+    train_all(Path(sys.argv[1]))
