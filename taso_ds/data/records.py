@@ -1,0 +1,165 @@
+"""Where records come from: a file, a local folder, a folder saved by `datasets`, or the Hugging Face Hub.
+
+Every set of records carries its source in words, because a score says nothing without the rows it was taken on.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from taso_ds.data.tasks import Example, Task
+from taso_ds.errors import UserError
+
+# Names a split goes by: many local copies call the validation split dev, and some publish only a test split.
+_SPLIT_NAMES = {"validation": ("validation", "dev", "test")}
+_SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Records:
+    """Rows and, in words, where they come from: a path or Hub name, the split, and the part of it that was taken."""
+
+    rows: list[dict[str, Any]]
+    source: str
+
+    def first(self, count: int) -> "Records":
+        """Return the first `count` rows, saying so in the source; all of them when there are no more."""
+        if count >= len(self.rows):
+            return self
+        return Records(self.rows[:count], f"{self.source} (rows 0-{count - 1} of {len(self.rows)})")
+
+
+def build_examples(task: Task, records: Records) -> list[Example]:
+    """Build every record's example; a UserError names the source and the row (counted from 1, as lines are)."""
+    examples = []
+    for number, row in enumerate(records.rows, start=1):
+        try:
+            examples.append(task.build(row))
+        except UserError as error:
+            raise UserError(f"{records.source}, row {number}: task {task.name}: {error}") from error
+    return examples
+
+
+def load_records(
+    task: Task, split: str, *, data_dir: str | None, file: str | None, cache_dir: str | None = None
+) -> Records:
+    """Load one split of a task: from `file` if given, else from `data_dir` if given, else from the Hub.
+
+    Args:
+        task: Whose folders and Hub name are looked up.
+        split: "train", "validation" or "test"; a missing validation split falls back to dev, then test.
+        data_dir: A folder with `<task>/<split>.jsonl[.gz]`, `<split>.jsonl[.gz]`, or one saved by `save_to_disk`.
+        file: One .jsonl or .jsonl.gz file.
+        cache_dir: Where `datasets` keeps what it downloads.
+
+    Raises:
+        UserError: Nothing was found, or what was found cannot be read.
+    """
+    if file is not None:
+        return Records(read_jsonl(Path(file)), file)
+    names = _SPLIT_NAMES.get(split, (split,))
+    if data_dir is not None:
+        return _from_folder(task, names, Path(data_dir))
+    return _from_hub(task, names, cache_dir)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a .jsonl or .jsonl.gz file: one JSON object a line.
+
+    Raises:
+        UserError: The file is absent, empty, not UTF-8 or damaged, or a line (named) is not a JSON object.
+    """
+    if not path.name.endswith(_SUFFIXES):
+        raise UserError(f"{path}: only {' and '.join(_SUFFIXES)} files can be read (one JSON object a line)")
+    try:
+        lines = _read_text(path).split("\n")  # splitlines() would also cut at U+2028, which JSON allows in a text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+    except (OSError, EOFError) as error:  # EOFError: a gzip file that ends too early
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise UserError(f"{path}: the file is empty; it must hold one JSON object a line")
+    return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _read_text(path: Path) -> str:
+    # utf-8-sig: editors on Windows put a byte order mark at the start of a UTF-8 file.
+    if path.name.endswith(".gz"):
+        with gzip.open(path, "rt", encoding="utf-8-sig") as stream:
+            return stream.read()
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{path}:{number}: expected a JSON object with named fields, found {line.strip()[:60]}")
+    return row
+
+
+def _from_folder(task: Task, names: tuple[str, ...], folder: Path) -> Records:
+    if not folder.is_dir():
+        raise UserError(f"--data_dir {folder}: no such folder")
+    for place in _places(task, folder):
+        for name in names:
+            for suffix in _SUFFIXES:
+                path = place / f"{name}{suffix}"
+                if path.exists():
+                    return Records(read_jsonl(path), str(path))
+            saved = _saved_split(place, name)
+            if saved is not None:
+                return saved
+    place = next(_places(task, folder))
+    found = ", ".join(sorted(path.name for path in place.iterdir())[:12]) or "nothing"
+    raise UserError(
+        f"--data_dir {folder}: no {' or '.join(f'{name}.jsonl' for name in names)} (or .gz) for task {task.name}, "
+        f"neither there nor in {' or '.join(f'{name}/' for name in task.folders)}; {place} holds {found}"
+    )
+
+
+def _places(task: Task, folder: Path) -> Iterator[Path]:
+    """Yield the existing folders to look into, the task's own before the one that may hold any task."""
+    for name in task.folders:
+        if (folder / name).is_dir():
+            yield folder / name
+    yield folder
+
+
+def _saved_split(place: Path, name: str) -> Records | None:
+    """Return a split saved by `datasets`: a DatasetDict's, or a single Dataset's that says it is this split."""
+    if (place / name / "state.json").exists():  # written by save_to_disk for every Dataset, also within a dict
+        return Records(datasets.load_from_disk(str(place / name)).to_list(), str(place / name))
+    if (place / "state.json").exists():
+        saved = datasets.load_from_disk(str(place))
+        if str(saved.split) == name:
+            return Records(saved.to_list(), f"{place} (saved {name} split)")
+    return None
+
+
+def _from_hub(task: Task, names: tuple[str, ...], cache_dir: str | None) -> Records:
+    path, config = task.hub
+    remedy = "give a local copy with --data_dir, or files with --train_file / --eval_file"
+    if not path:
+        raise UserError(f"task {task.name} is not on the Hugging Face Hub: {remedy}")
+    title = f"{path}/{config}" if config else path
+    try:
+        splits = datasets.load_dataset(path, config, cache_dir=cache_dir)
+    except Exception as error:
+        # The library raises a dozen unrelated types (HTTP, cache, offline mode, moved data set): whichever it is,
+        # the user's way out is the same.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load {title} from the Hugging Face Hub ({reason}): {remedy}") from error
+    for name in names:
+        if name in splits:
+            return Records(splits[name].to_list(), f"Hugging Face Hub {title}, {name} split")
+    raise UserError(f"{title} has no split {' or '.join(names)}; it has {', '.join(splits)}: {remedy}")

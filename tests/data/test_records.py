@@ -1,0 +1,149 @@
+"""Files, folders, saved data sets and the Hub: what is read, in which order, and what a reader is told."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from taso_ds.data.records import Records, load_records, read_jsonl
+from taso_ds.data.tasks import get_task
+from taso_ds.errors import UserError
+
+SST2 = get_task("sst2")
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_file_is_read_row_by_row(tmp_path: Path, name: str) -> None:
+    rows = [{"text": "Kälte\u2028und Eis"}, {"text": "b", "label": 1}]
+    assert read_jsonl(write(tmp_path / name, *rows)) == rows
+
+
+def test_byte_order_mark_windows_line_ends_and_blank_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n\r\n')
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: not valid JSON"),
+        (b'{"a": 1}\n\n{"a": 2}\n', r"rows\.jsonl:2: not valid JSON"),
+        (b'{"a": 1}\n[1, 2]\n', r"rows\.jsonl:2: expected a JSON object with named fields, found \[1, 2\]"),
+        (b"", "the file is empty"),
+        (b" \n\n", "the file is empty"),
+        (b'{"a": "\xe4"}\n', r"not UTF-8 text \(byte 7\)"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_jsonl(path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        read_jsonl(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match=r"only \.jsonl and \.jsonl\.gz"):
+        read_jsonl(tmp_path / "rows.csv")
+    for name, content in {"plain": b'{"a": 1}\n', "short": gzip.compress(b'{"a": 1}\n' * 99)[:-12]}.items():
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_jsonl(path)
+
+
+def test_the_file_goes_before_the_folder(tmp_path: Path) -> None:
+    write(tmp_path / "sst2" / "train.jsonl", {"from": "folder"})
+    file = write(tmp_path / "mine.jsonl", {"from": "file"})
+    assert load_records(SST2, "train", data_dir=str(tmp_path), file=str(file)) == Records([{"from": "file"}], str(file))
+
+
+def test_the_folder_of_the_task_goes_before_the_folder_itself(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", {"from": "top"})
+    top = load_records(SST2, "train", data_dir=str(tmp_path), file=None)
+    assert top == Records([{"from": "top"}], str(tmp_path / "train.jsonl"))
+    path = write(tmp_path / "sst2" / "train.jsonl.gz", {"from": "task"})
+    assert load_records(SST2, "train", data_dir=str(tmp_path), file=None).source == str(path)
+
+
+def test_validation_falls_back_to_dev_then_test_and_says_so(tmp_path: Path) -> None:
+    for name in ("test", "dev", "validation"):  # from the last choice to the first
+        path = write(tmp_path / "arc_c" / f"{name}.jsonl", {"from": name})
+        records = load_records(get_task("arc_challenge"), "validation", data_dir=str(tmp_path), file=None)
+        assert records == Records([{"from": name}], str(path))
+
+
+def test_train_never_falls_back(tmp_path: Path) -> None:
+    write(tmp_path / "sst2" / "test.jsonl", {"a": 1})
+    with pytest.raises(UserError, match=r"no train\.jsonl \(or \.gz\) for task sst2, .* holds test\.jsonl"):
+        load_records(SST2, "train", data_dir=str(tmp_path), file=None)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        load_records(SST2, "train", data_dir=str(tmp_path / "absent"), file=None)
+
+
+def test_saved_data_sets(tmp_path: Path) -> None:
+    rows = {"train": [{"sentence": "a", "label": 1}], "validation": [{"sentence": "b", "label": 0}]}
+    splits = {name: datasets.Dataset.from_list(part, split=name) for name, part in rows.items()}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "dict" / "sst2"))
+    splits["train"].save_to_disk(str(tmp_path / "single"))
+    for name, part in rows.items():
+        assert load_records(SST2, name, data_dir=str(tmp_path / "dict"), file=None).rows == part
+    single = load_records(SST2, "train", data_dir=str(tmp_path / "single"), file=None)
+    assert (single.rows, single.source) == (rows["train"], f"{tmp_path / 'single'} (saved train split)")
+    with pytest.raises(UserError, match=r"no validation\.jsonl"):  # not the training rows under another name
+        load_records(SST2, "validation", data_dir=str(tmp_path / "single"), file=None)
+
+
+def test_the_hub_is_asked_by_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(path: str, config: str | None, **options: Any) -> datasets.DatasetDict:
+        asked.append((path, config, options))
+        return datasets.DatasetDict({"test": datasets.Dataset.from_list([{"a": 1}])})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    records = load_records(get_task("gsm8k"), "validation", data_dir=None, file=None, cache_dir="here")
+    assert asked == [("openai/gsm8k", "main", {"cache_dir": "here"})]
+    assert records == Records([{"a": 1}], "Hugging Face Hub openai/gsm8k/main, test split")
+    with pytest.raises(UserError, match="has no split train; it has test"):
+        load_records(get_task("gsm8k"), "train", data_dir=None, file=None)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route\nmore"), RuntimeError("no route"), ValueError("no route")])
+def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"^cannot load nyu-mll/glue/sst2 .*no route.*--data_dir.*--train_file") as info:
+        load_records(SST2, "train", data_dir=None, file=None)
+    assert "\n" not in str(info.value)
+
+
+def test_a_users_own_records_are_not_on_the_hub() -> None:
+    with pytest.raises(UserError, match=r"task completion is not on the Hugging Face Hub: .*--train_file"):
+        load_records(get_task("completion"), "train", data_dir=None, file=None)
+
+
+def test_the_first_rows_say_so() -> None:
+    records = Records([{"a": 1}, {"a": 2}, {"a": 3}], "x.jsonl")
+    assert records.first(2) == Records([{"a": 1}, {"a": 2}], "x.jsonl (rows 0-1 of 3)")
+    assert records.first(3) is records
