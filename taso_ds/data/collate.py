@@ -1,0 +1,68 @@
+"""Encoded rows to rectangular tensors. Padding never changes a result: it is masked and its labels are -100."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from taso_ds.data.encode import IGNORED, EncodedRow
+
+
+def collate(rows: Sequence[EncodedRow], *, pad_id: int, pad_to_multiple_of: int = 1) -> dict[str, Tensor]:
+    """Pad rows on the right to the longest (rounded up); input_ids, attention_mask, labels, all (batch, seq) int64.
+
+    Token type ids are added when the rows have them.
+    """
+    width = -(-max(len(row.input_ids) for row in rows) // pad_to_multiple_of) * pad_to_multiple_of
+    return _inputs(rows, pad_id, width) | {"labels": _right([row.labels for row in rows], IGNORED, width)}
+
+
+def collate_left(rows: Sequence[EncodedRow], *, pad_id: int) -> dict[str, Tensor]:
+    """Pad the rows' prompts on the left, so that generation continues every row at the same last position.
+
+    What is supervised is the answer and is left out. Returns input_ids and attention_mask, (batch, seq) int64.
+    """
+    prompts = [_prompt(row) for row in rows]
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def collate_head(rows: Sequence[EncodedRow], *, pad_id: int, is_regression: bool) -> dict[str, Tensor]:
+    """Pad rows on the right for a classification head; labels are (batch,): int64 classes or float32 scores.
+
+    A row without a target (`empty_row`) is labelled -100 as a class and nan as a score: the loss leaves both out.
+    """
+    nothing = float("nan") if is_regression else IGNORED
+    targets = [nothing if row.target is None else row.target for row in rows]
+    labels = torch.tensor(targets, dtype=torch.float32 if is_regression else torch.int64)
+    return _inputs(rows, pad_id, max(len(row.input_ids) for row in rows)) | {"labels": labels}
+
+
+def empty_row(pad_id: int) -> EncodedRow:
+    """Return a row that takes part in every collective and counts nothing.
+
+    A rank without rows at the end of an epoch runs it. It is attended to like any text: a row whose whole
+    attention mask is 0 turns softmax into nan, and nan times a weight of 0 is still nan.
+    """
+    return EncodedRow([pad_id, pad_id], [IGNORED, IGNORED])
+
+
+def _inputs(rows: Sequence[EncodedRow], pad_id: int, width: int) -> dict[str, Tensor]:
+    batch = {
+        "input_ids": _right([row.input_ids for row in rows], pad_id, width),
+        "attention_mask": _right([[1] * len(row.input_ids) for row in rows], 0, width),
+    }
+    if any(row.token_type_ids is not None for row in rows):  # an empty row among BERT's has none: all zero
+        batch["token_type_ids"] = _right([row.token_type_ids or [] for row in rows], 0, width)
+    return batch
+
+
+def _right(sequences: Sequence[Sequence[int]], fill: int, width: int) -> Tensor:
+    return torch.tensor([[*sequence, *[fill] * (width - len(sequence))] for sequence in sequences])
+
+
+def _prompt(row: EncodedRow) -> list[int]:
+    answer = next((i for i, label in enumerate(row.labels) if label != IGNORED), len(row.input_ids))
+    return row.input_ids[:answer]

@@ -1,0 +1,64 @@
+"""Padding by hand: where it goes, what it holds and that it counts nothing."""
+
+import math
+
+import torch
+
+from taso_ds.data.collate import collate, collate_head, collate_left, empty_row
+from taso_ds.data.encode import EncodedRow
+
+LONG = EncodedRow([5, 6, 7], [-100, 6, 7])
+SHORT = EncodedRow([8, 9], [-100, 9])
+
+
+def test_right_padding() -> None:
+    batch = collate([LONG, SHORT], pad_id=3)
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[5, 6, 7], [8, 9, 3]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "labels": [[-100, 6, 7], [-100, 9, -100]],
+    }
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+
+
+def test_width_is_rounded_up() -> None:
+    for multiple, width in {1: 3, 2: 4, 3: 3, 8: 8}.items():
+        batch = collate([LONG, SHORT], pad_id=0, pad_to_multiple_of=multiple)
+        assert {value.shape for value in batch.values()} == {(2, width)}
+        assert batch["attention_mask"].sum() == 5
+        assert (batch["labels"] != -100).sum() == 3
+
+
+def test_left_padding_holds_prompts_only() -> None:
+    prompt_only = EncodedRow([1, 2, 4], [-100, -100, -100])
+    answered = EncodedRow([8, 9, 5, 6], [-100, -100, 5, 6])
+    batch = collate_left([prompt_only, answered], pad_id=0)
+    assert batch["input_ids"].tolist() == [[1, 2, 4], [0, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+
+
+def test_head_labels() -> None:
+    rows = [EncodedRow([5, 6, 7], [], 1), EncodedRow([8], [], 0)]
+    batch = collate_head(rows, pad_id=3, is_regression=False)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 3, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert torch.equal(batch["labels"], torch.tensor([1, 0]))
+    assert "token_type_ids" not in batch
+    scores = collate_head([EncodedRow([5], [], 2.5)], pad_id=3, is_regression=True)["labels"]
+    assert torch.equal(scores, torch.tensor([2.5], dtype=torch.float32))
+
+
+def test_token_types_are_padded_too() -> None:
+    rows = [EncodedRow([5, 6, 7], [], 1, token_type_ids=[0, 1, 1]), EncodedRow([8], [], 0, token_type_ids=[1])]
+    batch = collate_head([*rows, empty_row(3)], pad_id=3, is_regression=False)
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1], [1, 0, 0], [0, 0, 0]]
+
+
+def test_an_empty_row_counts_nothing() -> None:
+    row = empty_row(7)
+    assert row.num_supervised == 0
+    batch = collate([row], pad_id=7)
+    assert (batch["labels"] == -100).all()
+    assert batch["attention_mask"].all()  # nothing attended to would make softmax nan
+    assert collate_head([row], pad_id=7, is_regression=False)["labels"].tolist() == [-100]
+    assert math.isnan(collate_head([row], pad_id=7, is_regression=True)["labels"].item())
