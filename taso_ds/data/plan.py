@@ -1,0 +1,56 @@
+"""Which rows every optimizer step sees, as a pure function of the step.
+
+The global batch is fixed first and only then cut into micro-batches and ranks, so a run sees the same rows in
+the same steps on 1 or 64 devices, and resuming at a step needs nothing but its number.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The order of rows: every epoch a permutation of its own (if shuffled), cut into global batches."""
+
+    num_rows: int
+    global_batch_size: int
+    seed: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_rows", "global_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in one pass over the rows; the last may be short."""
+        return -(-self.num_rows // self.global_batch_size)
+
+    def rows(self, step: int) -> list[int]:
+        """Return the row ids of global batch `step`, counted from 0 over all epochs."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        start = batch * self.global_batch_size
+        stop = min(start + self.global_batch_size, self.num_rows)
+        if not self.shuffle:
+            return list(range(start, stop))
+        return self._permutation(epoch)[start:stop].tolist()
+
+    def micro_batch(
+        self, step: int, micro_step: int, *, rank: int, world_size: int, micro_batch_size: int
+    ) -> list[int]:
+        """Return the rows one rank takes in one micro-step; fewer or none at the end of an epoch.
+
+        Over all micro-steps and ranks every row of `rows(step)` is taken exactly once.
+        """
+        start = (micro_step * world_size + rank) * micro_batch_size
+        return self.rows(step)[start : start + micro_batch_size]
+
+    def _permutation(self, epoch: int) -> torch.Tensor:
+        # torch seeds with the low 32 bits, so seed and epoch are hashed into them: adding the two would give seed 1
+        # in epoch 0 the order of seed 0 in epoch 1.
+        digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+        return torch.randperm(self.num_rows, generator=generator)  # (num_rows,)
