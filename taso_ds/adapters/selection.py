@@ -140,3 +140,14 @@ def select_core_region(importance: Tensor, *, element_fraction: float, core_frac
     """Select the core region of one matrix from its element importance (method section 2, steps 1-3)."""
     scores = score_rows_and_cols(importance, [element_fraction])
     return cut_region(scores, element_fraction=element_fraction, core_fraction=core_fraction)
+
+
+def concentration(scores: RegionScores, region: CoreRegion, element_fraction: float) -> tuple[float, float]:
+    """Return the shares of the core elements that lie in the core rows and in the core columns.
+
+    Importance that does not concentrate leaves both near ``core_fraction``, a failure sign of the method (section 2).
+    """
+    step = scores.ladder.index(element_fraction)
+    rows, cols = scores.row_counts[step], scores.col_counts[step]
+    total = float(rows.sum())
+    return float(rows[region.rows].sum()) / total, float(cols[region.cols].sum()) / total

@@ -7,6 +7,7 @@ By default every linear of the transformer blocks: ``nn.Linear`` and its subclas
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +27,7 @@ class MatrixShape:
         return self.out_features * self.in_features
 
 
-def matrix_shape(module: nn.Module) -> MatrixShape | None:
+def matrix_shape(module: Any) -> MatrixShape | None:
     """Return the shape of a linear map, or None for any other module. Reads no weight, which may be partitioned."""
     if isinstance(module, nn.Linear):
         return MatrixShape(module.out_features, module.in_features)

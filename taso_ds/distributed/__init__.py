@@ -1,4 +1,4 @@
-"""Ranks, DeepSpeed and ZeRO. The only place where ``import deepspeed`` occurs; every helper is an identity in one process.
+"""Ranks, DeepSpeed and ZeRO. The only place where ``import deepspeed`` occurs; helpers are identities in one process.
 
 No knowledge of the method, the tasks or the configuration may be imported here.
 """

@@ -1,0 +1,35 @@
+"""Train: score the base, cut its core regions, train adapters there, evaluate, export and prove the export.
+
+deepspeed launch/train.py --ds_config zero3.json
+deepspeed launch/train.py --ds_config zero3.json --model_name_or_path Qwen/Qwen2.5-3B-Instruct --task gsm8k
+"""
+
+from taso_ds.entry import run_script
+
+
+def _train() -> str:
+    from taso_ds.config import parse_run_config
+    from taso_ds.training.prepare import with_defaults
+
+    config = with_defaults(parse_run_config(description=__doc__))
+    from taso_ds.distributed import comm
+
+    if config.run.dry_run:
+        from taso_ds.training.dry_run import describe
+
+        return describe(config, comm.launched_world_size()) if comm.launched_rank() == 0 else ""
+    from taso_ds.distributed.engine import quiet_deepspeed
+    from taso_ds.training.run import train
+
+    comm.init()
+    quiet_deepspeed()
+    return f"RUN {train(config)}"
+
+
+def main() -> None:
+    """Console entry point ``taso-train``."""
+    run_script(_train)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""What a run is told: argument groups from ``--config run.yaml`` with flags on top, checked before anything loads.
+
+Names are Hugging Face's where one exists. Every group is a frozen dataclass; a value that cannot work raises a
+``UserError`` that names the field, the value and what would be valid. Derived values are computed, not configured.
+"""
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import yaml
+
+from taso_ds.adapters.compensation import parse_rho
+from taso_ds.adapters.importance import REDUCTIONS, SCORES
+from taso_ds.adapters.structure import STRUCTURES
+from taso_ds.errors import UserError, nearest
+
+METHODS = ("taso", "lora", "full")
+HEADS = ("auto", "lm", "classification")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+
+
+def _arg(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _require(condition: bool, name: str, value: Any, valid: str) -> None:
+    if not condition:
+        raise UserError(f"{name}: {value!r} is not {valid}")
+
+
+def _one_of(name: str, value: str, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise UserError(f"{name}: {value!r} is not one of {', '.join(valid)}{nearest(str(value), list(valid))}")
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """The base model."""
+
+    model_name_or_path: str | None = _arg(None, "Folder or Hub id of the base; default: the embedded SmolLM2-135M.")
+    model_revision: str = _arg("main", "Hub revision of the base.")
+    gguf_file: str | None = _arg(None, "GGUF file inside model_name_or_path; dequantized once into the cache.")
+    tokenizer_name: str | None = _arg(None, "Folder or Hub id of the tokenizer; default: the base's.")
+    head: str = _arg("auto", "lm, classification, or auto: a classification head if the base has no LM head.")
+    attn_implementation: str | None = _arg(None, "Attention kernel as transformers names it (sdpa, flash_attention_2).")
+    trust_remote_code: bool = _arg(False, "Run model code that comes with the checkpoint.")
+    bf16: bool = _arg(True, "Train and score in bfloat16; --no_bf16 for fp32.")
+    fp16: bool = _arg(False, "Not supported; named here to say so.")
+
+    def __post_init__(self) -> None:
+        _one_of("head", self.head, HEADS)
+        if self.fp16 and self.bf16:
+            raise UserError("fp16 and bf16 are both on: pass --bf16 alone, or --no_bf16 for fp32")
+        if self.fp16:
+            raise UserError("fp16 is not supported (its loss scaling skips steps): use --bf16, or --no_bf16 for fp32")
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """The task and its rows."""
+
+    task: str | None = _arg(None, "Task name; default: sst2 from the embedded data.")
+    data_dir: str | None = _arg(None, "Folder with <task>/<split>.jsonl(.gz); default: the Hub.")
+    train_file: str | None = _arg(None, "JSONL file to train on, instead of data_dir's.")
+    eval_file: str | None = _arg(None, "JSONL file to evaluate on, instead of data_dir's.")
+    max_train_samples: int | None = _arg(None, "Use only the first N training rows.")
+    max_eval_samples: int | None = _arg(None, "Use only the first N evaluation rows.")
+    max_seq_length: int = _arg(512, "Tokens of a row; longer prompts are cut from the left.")
+    use_chat_template: bool = _arg(False, "Wrap prompts in the tokenizer's chat template.")
+
+    def __post_init__(self) -> None:
+        _require(self.max_seq_length >= 2, "max_seq_length", self.max_seq_length, "at least 2")
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "a positive number of rows")
+
+
+@dataclass(frozen=True)
+class CalibrationArguments:
+    """Importance scoring and the core region (method sections 1 and 2)."""
+
+    calibration_samples: int = _arg(128, "Training rows that are scored.")
+    calibration_batch_size: int | None = _arg(None, "Rows per scoring micro-batch; default: the training micro-batch.")
+    calibration_reduction: str = _arg("signed_mean", "signed_mean over all tokens, or per_batch_abs.")
+    importance: str = _arg("importance", "Score: importance |W·g|, magnitude |W|, gradient |g|, or random.")
+    element_fraction: float = _arg(0.05, "Share of a matrix's elements that are core (the paper's k).")
+    core_fraction: float = _arg(0.10, "Share of rows and of columns in the core region (the paper's p).")
+    core_regions: str | None = _arg(None, "Reuse this core_regions.safetensors instead of scoring.")
+
+    def __post_init__(self) -> None:
+        _one_of("calibration_reduction", self.calibration_reduction, REDUCTIONS)
+        _one_of("importance", self.importance, SCORES)
+        for name in ("element_fraction", "core_fraction"):
+            value = getattr(self, name)
+            _require(0.0 < value <= 1.0, name, value, "in (0, 1]")
+        _require(self.calibration_samples > 0, "calibration_samples", self.calibration_samples, "a positive number")
+        size = self.calibration_batch_size
+        _require(size is None or size > 0, "calibration_batch_size", size, "a positive number of rows")
+
+
+@dataclass(frozen=True)
+class AdapterArguments:
+    """What is trained (method sections 3 and 4)."""
+
+    method: str = _arg("taso", "taso, or the baselines lora (the peft library) and full.")
+    structure: str = _arg("union", "union: whole core rows plus whole core columns; intersection: their block only.")
+    rank: int = _arg(1, "Rank of each branch (of the LoRA with --method lora).")
+    alpha: float | None = _arg(None, "Scaling is alpha / rank; default: alpha = rank.")
+    rho: str = _arg("mask", "Pruned share for the learning rate: mask (1 - p), parameters, a number, or off.")
+    target_modules: list[str] | None = _arg(None, "Names of the linears to adapt; default: all inside the blocks.")
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("structure", self.structure, list(STRUCTURES))
+        _require(self.rank > 0, "rank", self.rank, "a positive number")
+        _require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "positive")
+        parse_rho(self.rho)
+
+    @property
+    def scaling(self) -> float:
+        """``s = alpha / rank``."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """The loop."""
+
+    learning_rate: float = _arg(2e-4, "Peak learning rate before compensation.")
+    per_device_train_batch_size: int = _arg(4, "Micro-batch: rows per rank and forward.")
+    gradient_accumulation_steps: int | None = _arg(None, "Micro-batches per step; default: from global_batch_size.")
+    global_batch_size: int | None = _arg(None, "Rows per step over all ranks; default: micro-batch × ranks.")
+    num_train_epochs: float = _arg(3.0, "Passes over the training rows, unless max_steps is set.")
+    max_steps: int = _arg(-1, "Steps to train; overrides num_train_epochs.")
+    lr_scheduler_type: str = _arg("linear", f"One of {', '.join(SCHEDULES)}.")
+    warmup_ratio: float = _arg(0.03, "Share of the steps with a rising learning rate.")
+    weight_decay: float = _arg(0.0, "AdamW weight decay.")
+    adam_beta1: float = _arg(0.9, "AdamW beta1.")
+    adam_beta2: float = _arg(0.999, "AdamW beta2.")
+    adam_epsilon: float = _arg(1e-8, "AdamW epsilon.")
+    max_grad_norm: float = _arg(1.0, "Clip the global gradient norm; 0 for no clipping.")
+    gradient_checkpointing: bool = _arg(False, "Recompute activations in backward to save memory.")
+    logging_steps: int = _arg(1, "Steps between two lines of metrics.jsonl.")
+    eval_steps: int | None = _arg(None, "Steps between evaluations; default: before and after training only.")
+    per_device_eval_batch_size: int = _arg(8, "Rows per rank and forward in evaluation.")
+    max_new_tokens: int = _arg(256, "Tokens generated per answer in generation tasks.")
+
+    def __post_init__(self) -> None:
+        _one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        _require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            "learning_rate",
+            self.learning_rate,
+            "positive",
+        )
+        _require(0.0 <= self.warmup_ratio <= 1.0, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "max_new_tokens"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        for name in ("gradient_accumulation_steps", "global_batch_size", "eval_steps"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "a positive number")
+        for name in ("weight_decay", "max_grad_norm"):
+            _require(getattr(self, name) >= 0.0, name, getattr(self, name), "0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")
+        _require(self.adam_epsilon > 0.0, "adam_epsilon", self.adam_epsilon, "positive")
+        _require(self.max_steps == -1 or self.max_steps > 0, "max_steps", self.max_steps, "positive, or -1")
+        _require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "positive")
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """The run itself."""
+
+    ds_config: str = _arg("zero3.json", "DeepSpeed JSON: a path, or the name of a shipped one.")
+    output_dir: str | None = _arg(None, "Run folder; default: runs/<method>-<task>, numbered.")
+    overwrite_output_dir: bool = _arg(False, "Replace a different run in output_dir.")
+    seed: int = _arg(0, "Seed of data order, initial adapters and new heads.")
+    verify_export: bool = _arg(True, "Re-open the exported adapter in a fresh process and compare logits.")
+    dry_run: bool = _arg(False, "Print what would be done, without loading weights, and exit.")
+    debug: bool = _arg(False, "Print tracebacks of errors.")
+    config: str | None = _arg(None, "YAML file of these arguments; flags override it.")
+    local_rank: int = _arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.")
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+GROUPS: tuple[Any, ...] = (
+    ModelArguments,
+    DataArguments,
+    CalibrationArguments,
+    AdapterArguments,
+    TrainArguments,
+    RunArguments,
+)
+# How a run is started, not what it computes: two runs that differ only here are the same run.
+_NOT_RECORDED = ("dry_run", "debug", "config", "local_rank", "overwrite_output_dir", "verify_export", "output_dir")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All argument groups of one run."""
+
+    model: ModelArguments
+    data: DataArguments
+    calibration: CalibrationArguments
+    adapter: AdapterArguments
+    training: TrainArguments
+    run: RunArguments
+
+    def flags(self) -> dict[str, Any]:
+        """Return every argument under its flag's name, those that only say how the run was started left out."""
+        groups = (self.model, self.data, self.calibration, self.adapter, self.training, self.run)
+        merged = {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
+        return {key: value for key, value in merged.items() if key not in _NOT_RECORDED}
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Rows per forward, forwards per step and their product over the ranks."""
+
+    micro_batch_size: int
+    grad_accum_steps: int
+    world_size: int
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.micro_batch_size * self.grad_accum_steps * self.world_size
+
+    def in_words(self) -> str:
+        return (
+            f"{self.micro_batch_size} rows per rank × {self.grad_accum_steps} micro-batches × {self.world_size} ranks"
+            f" = {self.global_batch_size} rows per step"
+        )
+
+
+def batch_sizes(training: TrainArguments, world_size: int) -> BatchSizes:
+    """Compute the one free batch number.
+
+    Raises:
+        UserError: when the numbers do not multiply.
+    """
+    micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    per_forward = micro * world_size
+    if training.global_batch_size is None:
+        return BatchSizes(micro, accumulation or 1, world_size)
+    if training.global_batch_size % per_forward:
+        raise UserError(
+            f"global_batch_size: {training.global_batch_size} is not a multiple of per_device_train_batch_size {micro}"
+            f" × {world_size} ranks = {per_forward}"
+        )
+    derived = training.global_batch_size // per_forward
+    if accumulation is not None and accumulation != derived:
+        raise UserError(
+            f"global_batch_size: {training.global_batch_size} ≠ {micro} rows × {accumulation} micro-batches ×"
+            f" {world_size} ranks = {per_forward * accumulation}; --gradient_accumulation_steps must be {derived}"
+        )
+    return BatchSizes(micro, derived, world_size)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a configuration file; UserError when it is missing, malformed or has an unknown key."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config: cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: {path} is not a mapping of argument names to values")
+    for key in values:
+        if key not in _known_names():
+            raise UserError(f"config: {path} has the unknown key {key!r}{nearest(str(key), _known_names())}")
+    return values
+
+
+def _known_names() -> list[str]:
+    return [entry.name for group in GROUPS for entry in dataclasses.fields(group)]
+
+
+def parse_run_config(argv: Sequence[str] | None = None, *, description: str = "") -> RunConfig:
+    """Parse flags over ``--config FILE`` over defaults.
+
+    Raises:
+        UserError: unknown flag or key, or a value that cannot work.
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message)
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(GROUPS, description=description, allow_abbrev=False)
+    file = Parser([RunArguments], add_help=False, allow_abbrev=False).parse_known_args(arguments)[0].config
+    if file is not None:
+        values = read_yaml(file)
+        _check_types(values, file)
+        parser.set_defaults(**values)
+    *groups, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _known_names())}; --help lists them")
+    return RunConfig(*groups)
+
+
+def _check_types(values: dict[str, Any], file: str) -> None:
+    """Turn YAML values into what the fields hold; ``2e-4`` is a string to YAML and a number to the parser."""
+    hints = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}
+    for key, value in values.items():
+        kinds = get_args(hints[key]) or (hints[key],)
+        if key == "rho" and value is False:  # `off` is a boolean to YAML
+            values[key] = "off"
+        elif isinstance(value, bool) != (bool in kinds) and value is not None:
+            raise UserError(f"config: {file}: {key} is {value!r}, not a {kinds[0].__name__}")
+        elif isinstance(value, (int, float)) and str in kinds:
+            values[key] = str(value)
+        elif isinstance(value, int) and float in kinds:
+            values[key] = float(value)
+        elif isinstance(value, str) and list[str] in kinds:
+            values[key] = [value]
+        elif isinstance(value, (list, dict)) and list[str] not in kinds:
+            raise UserError(f"config: {file}: {key} is {value!r}, not a {kinds[0].__name__}")
+
+
+def cache_dir() -> Path:
+    """Return the folder for converted checkpoints: ``TASO_CACHE``, or ``~/.cache/taso_ds``."""
+    return Path(os.environ.get("TASO_CACHE", Path.home() / ".cache" / "taso_ds"))

@@ -1,0 +1,166 @@
+"""Ranks and collectives. Every helper is an identity in one process, so one script runs on a laptop and on 64 GPUs."""
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from taso_ds.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def launched_rank() -> int:
+    """Return the rank the launcher gave this process, before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """Return the number of processes the launcher started, before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def init(timeout_minutes: float = 30.0) -> None:
+    """Join the process group on the accelerator's own backend; alone when no launcher set the rank variables.
+
+    Raises:
+        UserError: when some, but not all, rank variables are set.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed or torchrun")
+    import deepspeed
+
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank())
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(),
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def close() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Say whether this rank logs and writes."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Return this rank's device, as DeepSpeed's accelerator names it."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    name = accelerator.device_name()
+    return torch.device("cpu") if name == "cpu" else torch.device(accelerator.device_name(local_rank()))
+
+
+def peak_device_memory() -> int:
+    """Return the peak bytes allocated on this rank's accelerator; 0 on a CPU, which keeps no such count."""
+    from deepspeed.accelerator import get_accelerator
+
+    return int(get_accelerator().max_memory_allocated() or 0)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_to_owner(tensor: Tensor, owner: int) -> None:
+    """Add ``tensor`` over all ranks, in place, on the owner only; its content elsewhere is undefined afterwards."""
+    if world_size() > 1:
+        dist.reduce(tensor, owner)
+
+
+def sum_everywhere(tensor: Tensor) -> None:
+    """Add ``tensor`` over all ranks, in place, everywhere."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
+def broadcast(tensor: Tensor, source: int) -> None:
+    """Copy ``tensor`` from ``source`` to all ranks, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the small Python objects of all ranks, by rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """Run ``action`` on rank 0 and return its (small) result on every rank.
+
+    Raises:
+        UserError: on every rank, when rank 0 raised one: all leave together and none waits for a dead rank.
+    """
+    if world_size() == 1:
+        return action()
+    box: list[Any] = [None, None]
+    if is_main():
+        try:
+            box[0] = action()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    result: Result = box[0]
+    return result
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Run a local ``action`` on every rank and return each rank's own result.
+
+    Raises:
+        UserError: on every rank, when any rank raised one: nobody is left waiting for a rank that gave up.
+    """
+    result, message = None, None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    for number, other in enumerate(gather_objects(message)):
+        if other is not None:
+            raise UserError(other if number == 0 else f"rank {number}: {other}")
+    return result  # type: ignore[return-value]

@@ -1,0 +1,82 @@
+"""DeepSpeed engines: one without an optimizer to score the base, one with to train."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from taso_ds.distributed import comm
+
+
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed's own log to warnings; ours says what a user needs."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    return int(ds_config["zero_optimization"]["stage"])
+
+
+@contextmanager
+def zero3_loading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Make ``from_pretrained`` partition parameters as it creates them, at stage 3; nothing below.
+
+    transformers keeps only a weak reference to this object: it must stay alive while models are built, and must be
+    gone afterwards, or helper models would be partitioned too.
+    """
+    if zero_stage(ds_config) != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alive = HfDeepSpeedConfig(ds_config)
+    try:
+        yield
+    finally:
+        del alive
+
+
+@contextmanager
+def scoring_engine(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[nn.Module]:
+    """Yield a module that runs forward and backward on the frozen base, at stage 3 with ZeRO's gathering hooks.
+
+    Direct ``loss.backward()`` is allowed on it. The hooks are removed on exit: left behind, a second engine would gather
+    every layer twice.
+    """
+    if zero_stage(ds_config) != 3:
+        yield model.to(comm.device())
+        return
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    try:
+        yield engine.module
+    finally:
+        engine.destroy()
+
+
+def training_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]
+) -> Any:  # deepspeed.DeepSpeedEngine
+    """Return the DeepSpeed engine of ``model``; ZeRO partitions what ``optimizer`` trains."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return engine
+
+
+def optimizer_groups(engine: Any) -> Sequence[dict[str, Any]]:
+    """Return the live parameter groups: setting ``lr`` in them sets the rate of the next step."""
+    groups: Sequence[dict[str, Any]] = engine.optimizer.param_groups
+    return groups
+
+
+def global_grad_norm(engine: Any) -> float:
+    """Return the gradient norm of the last step before clipping, over all ranks; NaN if the stage keeps none."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)

@@ -1,0 +1,87 @@
+"""Parameters that may be partitioned by ZeRO-3: shapes, gathering, shards. Ordinary parameters pass through."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taso_ds.distributed import comm
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Say whether ZeRO-3 holds this parameter as one shard per rank."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: Any) -> torch.Size:
+    """Return the shape of the whole parameter; a partitioned one reports 0 elements itself."""
+    return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape
+
+
+def full_numel(parameter: Tensor) -> int:
+    return full_shape(parameter).numel()
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Make whole parameters readable on every rank. A collective: every rank enters with the same parameters."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def full_copy(parameter: nn.Parameter, *, to_rank: int | None = None) -> Tensor:
+    """Return a detached CPU copy of the whole parameter on every rank, or on ``to_rank`` (empty elsewhere)."""
+    with gathered([parameter]):
+        if to_rank is None or comm.rank() == to_rank:
+            return parameter.detach().cpu().clone()
+    return torch.empty(0, dtype=parameter.dtype)
+
+
+def local_shard(parameter: Any) -> tuple[Tensor, int]:
+    """Return this rank's part of the flattened parameter without padding, and its offset.
+
+    An ordinary parameter is cut the same way, so that sums over ranks count every element once.
+    """
+    total = full_numel(parameter)
+    if is_partitioned(parameter):
+        shard = parameter.ds_tensor.flatten()
+        offset = shard.numel() * comm.rank()
+        return shard[: max(0, min(shard.numel(), total - offset))], offset
+    size = -(-total // comm.world_size())
+    offset = min(size * comm.rank(), total)
+    return parameter.detach().flatten()[offset : offset + size], offset
+
+
+def assert_partitioned(model: nn.Module) -> None:
+    """Fail if ZeRO-3 left a parameter of ``model`` whole on this rank: then it was built outside ``zero.Init``."""
+    whole = [name for name, parameter in model.named_parameters() if not is_partitioned(parameter)]
+    assert not whole, f"ZeRO-3 did not partition {whole[:3]} and {len(whole)} parameters in all"
+    for name, parameter in model.named_parameters():
+        shard, _ = local_shard(parameter)
+        assert shard.numel() <= -(-full_numel(parameter) // comm.world_size()), f"{name} is not partitioned"
+
+
+def checksum(parameters: Sequence[Tensor]) -> list[int]:
+    """Return one integer per parameter from its bf16 bits: equal for every sharding and for fp32 and bf16 loads.
+
+    Each element's bits are weighted by its position, so permuted weights differ too.
+    """
+    sums = torch.zeros(len(parameters), dtype=torch.int64)
+    chunk = 1 << 22
+    for number, parameter in enumerate(parameters):
+        shard, offset = local_shard(parameter)
+        for start in range(0, shard.numel(), chunk):
+            bits = shard[start : start + chunk].to(torch.bfloat16).view(torch.int16).long()
+            positions = torch.arange(offset + start, offset + start + len(bits), device=bits.device)
+            sums[number] += (bits * (positions % 65521 + 1)).sum().cpu()
+    on_device = sums.to(comm.device())
+    comm.sum_everywhere(on_device)
+    return [int(value) for value in on_device]

@@ -1,0 +1,46 @@
+"""How every launch script starts and ends: logs on rank 0, one line for a user's mistake, one exit code."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from taso_ds.errors import UserError
+
+log = logging.getLogger("taso_ds")
+
+
+def run_script(action: Callable[[], str | None]) -> None:
+    """Run ``action``; print what it returns as the last line of rank 0.
+
+    A ``UserError`` becomes ``error: …`` on rank 0 and exit code 2 on every rank; ``--debug`` shows the traceback.
+    """
+    _set_up_logging()
+    try:
+        last_line = action()
+    except UserError as error:
+        _fail(error)
+    from taso_ds.distributed import comm
+
+    if last_line is not None and comm.is_main():
+        print(last_line, flush=True)
+    comm.close()
+
+
+def _set_up_logging() -> None:
+    # A single script, many ranks: what all of them know is said once.
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    log.setLevel(logging.INFO if is_main else logging.ERROR)
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _fail(error: UserError) -> NoReturn:
+    if "--debug" in sys.argv:
+        raise error
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,168 @@
+"""The frozen pretrained model and its tokenizer, from a folder, the Hub or a GGUF file."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from taso_ds.config import ModelArguments, cache_dir
+from taso_ds.distributed import comm, engine, zero
+from taso_ds.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Loaded = TypeVar("Loaded")
+_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A loaded base. ``head`` says whether it ends in a classification head, which trains in full."""
+
+    model: nn.Module
+    config: Any
+    head: bool
+
+    @property
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the classification head: everything outside the pretrained body."""
+        if not self.head:
+            return {}
+        prefix = f"{self.model.base_model_prefix}."
+        return {name: value for name, value in self.model.named_parameters() if not name.startswith(prefix)}
+
+
+def model_source(arguments: ModelArguments) -> str:
+    """Return the folder or Hub id to load from; a GGUF file is dequantized to the cache once, whoever comes first.
+
+    The other ranks of the node wait on a file lock, not in a collective that could time out.
+    """
+    assert arguments.model_name_or_path is not None
+    if arguments.gguf_file is None:
+        return arguments.model_name_or_path
+    from filelock import FileLock
+
+    folder = cache_dir() / "gguf" / _gguf_key(arguments.model_name_or_path, arguments.gguf_file)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            log.info("dequantizing %s into %s (once)", arguments.gguf_file, folder)
+            _convert_gguf(arguments, folder)
+    return str(folder)
+
+
+def _gguf_key(name: str, file: str) -> str:
+    path = Path(name) / file
+    if not path.is_file():
+        if Path(name).is_dir():
+            raise UserError(f"gguf_file: {path} does not exist")
+        return hashlib.sha256(f"{name}/{file}".encode()).hexdigest()[:16]
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def _convert_gguf(arguments: ModelArguments, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    name, file = str(arguments.model_name_or_path), arguments.gguf_file
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    model = _loading(
+        f"{name}/{file}",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            name, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        ),
+    )
+    model.save_pretrained(unfinished)
+    _loading(f"{name}/{file}", lambda: AutoTokenizer.from_pretrained(name, gguf_file=file)).save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
+def _loading(what: str, load: Callable[[], Loaded]) -> Loaded:
+    """Turn the many ways a checkpoint can be unreadable into one line."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"model_name_or_path: cannot load {what}: {first}") from error
+
+
+def load_config(arguments: ModelArguments, source: str) -> Any:
+    """Return the transformers configuration of the base."""
+    from transformers import AutoConfig
+
+    return _loading(
+        source,
+        lambda: AutoConfig.from_pretrained(
+            source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+        ),
+    )
+
+
+def load_tokenizer(arguments: ModelArguments, source: str) -> Any:
+    """Return the tokenizer, the base's own unless another is named."""
+    from transformers import AutoTokenizer
+
+    name = arguments.tokenizer_name or source
+    return _loading(
+        name,
+        lambda: AutoTokenizer.from_pretrained(
+            name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+        ),
+    )
+
+
+def wants_head(arguments: ModelArguments, config: Any) -> bool:
+    """Say whether the base gets a classification head: asked for, or it has no language-model head."""
+    if arguments.head != "auto":
+        return arguments.head == "classification"
+    return not any(name.endswith(_LM_SUFFIXES) for name in (config.architectures or [""]))
+
+
+def _model_class(head: bool) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if head else AutoModelForCausalLM
+
+
+def meta_model(arguments: ModelArguments, config: Any, *, head: bool) -> nn.Module:
+    """Return the model without weights, for counting."""
+    with torch.device("meta"):
+        model: nn.Module = _model_class(head).from_config(config, trust_remote_code=arguments.trust_remote_code)
+    return model
+
+
+def load_base_model(
+    arguments: ModelArguments, source: str, config: Any, *, head: bool, seed: int, ds_config: dict[str, Any]
+) -> BaseModel:
+    """Load the base in the engine's dtype, frozen but for a classification head; partitioned at once at stage 3.
+
+    Raises:
+        UserError: when the checkpoint cannot be read.
+    """
+    torch.manual_seed(seed)  # a new head starts the same at every world size and stage
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": torch.bfloat16 if arguments.bf16 else torch.float32,
+        "revision": arguments.model_revision,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
+    with engine.zero3_loading(ds_config):
+        model = _loading(source, lambda: _model_class(head).from_pretrained(source, **options))
+    if engine.zero_stage(ds_config) == 3:
+        zero.assert_partitioned(model)
+    else:
+        model.to(comm.device())
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    base = BaseModel(model, config, head)
+    for parameter in base.head_parameters.values():
+        parameter.requires_grad_(True)
+    return base

@@ -1,0 +1,137 @@
+"""From the trained engine to files anyone can open, and the proof that they say what the live model says."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taso_ds.adapters.adapter import TasoAdapter, merge_into
+from taso_ds.adapters.files import write_json, write_tensors
+from taso_ds.adapters.peft_format import PEFT_CONFIG_FILE, PEFT_FILE, peft_config, save_adapter
+from taso_ds.adapters.targets import MatrixShape, matrix_shape
+from taso_ds.distributed import comm, zero
+from taso_ds.errors import UserError
+from taso_ds.training.lora_baseline import lora_tensors
+from taso_ds.training.run_folder import ADAPTER, MODEL, RunFolder
+
+
+def task_type(*, head: bool) -> str:
+    """Return PEFT's name of what the model is for."""
+    return "SEQ_CLS" if head else "CAUSAL_LM"
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if matrix_shape(module) is not None]
+
+
+def head_modules(head: Mapping[str, nn.Parameter]) -> list[str]:
+    """Return the top modules the head's parameters belong to (``score``, ``classifier``)."""
+    return sorted({name.split(".", 1)[0] for name in head})
+
+
+def save_taso(
+    folder: RunFolder, model: nn.Module, adapter: TasoAdapter, *, base_name: str, head: Mapping[str, nn.Parameter]
+) -> None:
+    """Write ``adapter/``: PEFT's files and the compact file. A collective; rank 0 writes.
+
+    Raises:
+        UserError: on every rank, when the adapter is not finite or was never trained.
+    """
+    flat = zero.full_copy(adapter.flat)
+    head_tensors = {name: zero.full_copy(parameter) for name, parameter in head.items()}
+    config = peft_config(
+        adapter,
+        base_model_name_or_path=base_name,
+        task_type=task_type(head=bool(head)),
+        linear_names=linear_names(model),
+        fan_in_fan_out=_any_transposed(model, list(adapter.regions)),
+        modules_to_save=head_modules(head),
+    )
+
+    def write() -> None:
+        try:
+            folder.write_folder(
+                ADAPTER, lambda path: save_adapter(path, adapter, flat, config=config, head=head_tensors)
+            )
+        except FloatingPointError as error:
+            raise UserError(f"export: {error}") from error
+
+    comm.on_main(write)
+
+
+def save_lora(
+    folder: RunFolder,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    config: Any,
+    base_name: str,
+    head: Mapping[str, nn.Parameter],
+) -> None:
+    """Write the baseline's ``adapter/`` in PEFT's layout. A collective; rank 0 writes."""
+    tensors = lora_tensors(parameters)
+    tensors |= {f"base_model.model.{name}": zero.full_copy(parameter) for name, parameter in head.items()}
+    settings = config.to_dict()
+    settings |= {
+        "base_model_name_or_path": base_name,
+        "task_type": task_type(head=bool(head)),
+        "modules_to_save": head_modules(head) or None,
+        "inference_mode": True,
+        "target_modules": sorted(settings["target_modules"]),
+        "peft_type": "LORA",
+    }
+
+    def write() -> None:
+        if not any(bool(tensor.any()) for name, tensor in tensors.items() if ".lora_B." in name):
+            raise UserError("export: every lora_B of the adapter is zero: nothing was trained")
+
+        def fill(path: Path) -> None:
+            write_tensors(path / PEFT_FILE, tensors, {"kind": "peft_lora"})
+            write_json(path / PEFT_CONFIG_FILE, settings)
+
+        folder.write_folder(ADAPTER, fill)
+
+    comm.on_main(write)
+
+
+def save_full(folder: RunFolder, model: Any, tokenizer: Any) -> None:
+    """Write ``model/``, a plain Hugging Face model. A collective: weights are gathered one by one onto rank 0."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tensor = zero.full_copy(parameter, to_rank=0)
+        if comm.is_main():
+            state[name] = tensor
+    comm.on_main(lambda: save_model(folder, model, state, tokenizer))
+
+
+def save_model(folder: RunFolder, model: Any, state: dict[str, Tensor], tokenizer: Any) -> None:
+    def fill(path: Path) -> None:
+        model.save_pretrained(path, state_dict=state)
+        tokenizer.save_pretrained(path)
+
+    folder.write_folder(MODEL, fill)
+
+
+def merge_adapter(model: nn.Module, adapter: TasoAdapter, head: Mapping[str, Tensor]) -> None:
+    """Add every ΔW to its weight and put the trained head in, in place, in one process."""
+    with torch.no_grad():
+        for name in adapter.regions:
+            module = model.get_submodule(name)
+            shape = matrix_shape(module)
+            assert isinstance(shape, MatrixShape)
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(merge_into(weight, adapter.delta_weight(name), transposed=shape.transposed))
+        for name, tensor in head.items():
+            model.get_parameter(name).copy_(tensor)
+
+
+def probe_rows(rows: Sequence[Any], *, number: int = 2, length: int = 64) -> list[list[int]]:
+    """Return a few short token rows for comparing logits."""
+    return [list(row.input_ids[:length]) for row in rows[:number]]
+
+
+def _any_transposed(model: nn.Module, names: Sequence[str]) -> bool:
+    shapes = [matrix_shape(model.get_submodule(name)) for name in names]
+    return any(shape is not None and shape.transposed for shape in shapes)

@@ -1,0 +1,71 @@
+"""Losses as sums over supervised units, so that any split of a batch over micro-batches and ranks gives the same mean.
+
+A unit is a supervised token for a language model and a row for a classification head. The caller divides by the units
+of the whole global batch.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Say whether the model can compute logits at chosen positions only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def loss_sum(model: Any, batch: dict[str, Tensor], *, head: bool) -> tuple[Tensor, int]:
+    """Return the fp32 loss summed over the batch's supervised units, and their number.
+
+    Args:
+        model: the model, or an engine around it.
+        batch: ``input_ids``, ``attention_mask`` ``(batch, tokens)``; ``labels`` ``(batch, tokens)``, or ``(batch,)``
+            class ids or scores for a head (``IGNORED`` or NaN where a row only fills up).
+    """
+    return _head_loss_sum(model, batch) if head else _lm_loss_sum(model, batch)
+
+
+def supervised_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return logits ``(batch, kept, vocabulary)`` and targets ``(batch, kept)`` at the positions that are supervised.
+
+    Only columns where some row predicts a supervised token are kept: most of a prompt never meets the vocabulary. The
+    output layer runs once for every batch, an empty one too, so ranks issue the same collectives.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    targets = batch["labels"][:, 1:]
+    kept = (targets != IGNORED).any(0).nonzero().flatten()
+    if not len(kept):
+        kept = torch.zeros(1, dtype=torch.long, device=targets.device)
+    if keeps_logits(getattr(model, "module", model)):
+        logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, kept]
+    return logits, targets[:, kept]
+
+
+def _lm_loss_sum(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    logits, targets = supervised_logits(model, batch)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss, int((targets != IGNORED).sum())
+
+
+def head_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the head's outputs, ``(batch, num_labels)``, in fp32."""
+    logits: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return logits.float()
+
+
+def _head_loss_sum(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    logits, labels = head_logits(model, batch), batch["labels"]
+    if labels.is_floating_point():
+        counted = ~labels.isnan()
+        loss = ((logits[:, 0] - labels.nan_to_num()) ** 2 * counted).sum()
+    else:
+        counted = labels != IGNORED
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return loss, int(counted.sum())

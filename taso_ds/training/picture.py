@@ -1,0 +1,89 @@
+"""``core_regions.png``: where the core regions lie, and whether importance concentrated at all."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from taso_ds.adapters.selection import CoreRegion, RegionScores, concentration
+
+_MAX_KINDS = 8
+_BINS = 96
+
+
+def draw_regions(
+    path: Path,
+    scores: Mapping[str, RegionScores],
+    regions: Mapping[str, CoreRegion],
+    *,
+    element_fraction: float,
+    core_fraction: float,
+) -> None:
+    """Draw one column per kind of matrix (the last part of its name), one line per layer.
+
+    First row: where core elements lie among the output rows, relative to an even spread. Second row: among the input
+    columns. Third row: the share of core elements inside the core rows and columns, against that of a random region.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = _kinds(list(regions))
+    figure = Figure(figsize=(2.1 * len(kinds) + 1.6, 7.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, len(kinds), squeeze=False, sharey="row")
+    for column, (kind, names) in enumerate(kinds.items()):
+        shares = [concentration(scores[name], regions[name], element_fraction) for name in names]
+        step = [scores[name].ladder.index(element_fraction) for name in names]
+        for line, field in enumerate(("row_counts", "col_counts")):
+            counts = [getattr(scores[name], field)[at] for name, at in zip(names, step, strict=True)]
+            image = axes[line][column].imshow(
+                np.stack([_relative(count) for count in counts]),
+                aspect="auto",
+                cmap="magma",
+                vmin=0.0,
+                vmax=4.0,
+                extent=(0, len(counts[0]), len(names), 0),
+                interpolation="nearest",
+            )
+            axes[line][column].set_xlabel("output row" if line == 0 else "input column", fontsize=8)
+            axes[line][column].tick_params(labelsize=7)
+        axes[0][column].set_title(kind, fontsize=9)
+        low = axes[2][column]
+        layers = np.arange(len(names))
+        low.plot([share for share, _ in shares], layers, label="in core rows", color="tab:blue", lw=1.2)
+        low.plot([share for _, share in shares], layers, label="in core columns", color="tab:orange", lw=1.2)
+        low.axvline(core_fraction, color="gray", ls=":", lw=1, label="random region")
+        low.set_xlim(0, 1)
+        low.invert_yaxis() if column == 0 else None
+        low.set_xlabel("share of core elements", fontsize=8)
+        low.tick_params(labelsize=7)
+    for line in range(3):
+        axes[line][0].set_ylabel("layer", fontsize=8)
+    figure.colorbar(image, ax=list(axes[:2].flat), label="core elements, relative to an even spread", shrink=0.6)
+    axes[2][-1].legend(fontsize=7, loc="lower right")
+    figure.suptitle(
+        f"Core regions: top {element_fraction:.0%} of elements, top {core_fraction:.0%} of rows and columns",
+        fontsize=11,
+    )
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def _kinds(names: list[str]) -> dict[str, list[str]]:
+    """Group modules of the same role and width over the layers, in model order."""
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        parts = re.split(r"\.\d+\.", name, maxsplit=1)
+        grouped.setdefault(parts[-1].removeprefix("self_attn.").removeprefix("mlp."), []).append(name)
+    return dict(list(grouped.items())[:_MAX_KINDS])
+
+
+def _relative(counts: Tensor) -> np.ndarray:
+    """Average the counts over at most ``_BINS`` bins, relative to their mean."""
+    values = counts.double().numpy()
+    bins = np.array_split(values, min(_BINS, len(values)))
+    means: np.ndarray = np.array([part.mean() for part in bins]) / values.mean()
+    return means

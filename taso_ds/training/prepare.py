@@ -1,0 +1,189 @@
+"""Everything a run decides before weights are loaded: defaults, data, tokens, batch numbers, the DeepSpeed dict."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from taso_ds.adapters.compensation import parse_rho, pruned_share
+from taso_ds.adapters.structure import count_dense, count_parameters
+from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
+from taso_ds.config import BatchSizes, RunConfig, batch_sizes
+from taso_ds.data.embedded import EMBEDDED, embedded_model, embedded_records
+from taso_ds.data.encode import EncodedRow, encode_examples, pad_token_id
+from taso_ds.data.records import Records, build_examples, load_records
+from taso_ds.data.tasks import Example, Task, get_task
+from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.errors import UserError
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_DATA = "embedded"
+_EMBEDDED_TASK = "sst2"
+
+
+def with_defaults(config: RunConfig) -> RunConfig:
+    """Fill in the embedded model and data where the user named none.
+
+    Raises:
+        UserError: a model without a task, or an extra that is not installed.
+    """
+    model, data = config.model, config.data
+    if model.model_name_or_path is None:
+        if model.gguf_file is not None:
+            raise UserError("gguf_file: needs --model_name_or_path, the folder or Hub id it stands in")
+        folder, file = embedded_model()
+        model = dataclasses.replace(model, model_name_or_path=folder, gguf_file=file)
+        if data.task is None:
+            data = dataclasses.replace(data, task=_EMBEDDED_TASK)
+        if data.data_dir is None and data.train_file is None and data.task in EMBEDDED:
+            data = dataclasses.replace(data, data_dir=EMBEDDED_DATA)
+    if data.task is None:
+        raise UserError("task: name one with --task (completion for your own prompt/completion JSONL)")
+    return dataclasses.replace(config, model=model, data=data)
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """Examples of both splits and where they come from."""
+
+    task: Task
+    train: list[Example]
+    evaluation: list[Example]
+    train_source: str
+    eval_source: str
+
+
+def load_task_data(config: RunConfig) -> TaskData:
+    """Read both splits; calibration rows are taken from the training split later.
+
+    Raises:
+        UserError: missing, unreadable or ill-formed data, with file and line.
+    """
+    data = config.data
+    assert data.task is not None
+    task = get_task(data.task)
+    train, evaluation = _records(config, task)
+    if data.max_train_samples is not None:
+        train = train.first(data.max_train_samples)
+    if data.max_eval_samples is not None:
+        evaluation = evaluation.first(data.max_eval_samples)
+    for name, records in (("train", train), ("evaluation", evaluation)):
+        if not records.rows:
+            raise UserError(f"{name} data: {records.source} has no rows")
+    return TaskData(
+        task, build_examples(task, train), build_examples(task, evaluation), train.source, evaluation.source
+    )
+
+
+def _records(config: RunConfig, task: Task) -> tuple[Records, Records]:
+    data = config.data
+    if data.data_dir == EMBEDDED_DATA:
+        return embedded_records(task)  # one split for every seed, so that seeds are compared on the same rows
+    train = load_records(task, "train", data_dir=data.data_dir, file=data.train_file)
+    if data.train_file is not None and data.eval_file is None and data.data_dir is None:
+        raise UserError("eval_file: --train_file needs --eval_file (or --data_dir) for rows to evaluate on")
+    return train, load_records(task, task.eval_split, data_dir=data.data_dir, file=data.eval_file)
+
+
+def encode_training_rows(config: RunConfig, data: TaskData, tokenizer: Any, *, head: bool) -> list[EncodedRow]:
+    return encode_examples(
+        tokenizer,
+        data.train,
+        data.task,
+        max_seq_length=config.data.max_seq_length,
+        head=head,
+        use_chat_template=config.data.use_chat_template,
+        source=data.train_source,
+    )
+
+
+def calibration_rows(config: RunConfig, rows: list[EncodedRow]) -> list[EncodedRow]:
+    """Return the calibration set: rows of the training split, drawn by seed, in split order."""
+    number = min(config.calibration.calibration_samples, len(rows))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.run.seed))
+    return [rows[index] for index in sorted(order[:number].tolist())]
+
+
+def check_length(config: RunConfig, base_config: Any) -> None:
+    """Refuse sequences the base has no positions for."""
+    limit = getattr(base_config, "max_position_embeddings", None) or getattr(base_config, "n_positions", None)
+    if limit is not None and config.data.max_seq_length > limit:
+        raise UserError(f"max_seq_length: {config.data.max_seq_length} exceeds the model's {limit} positions")
+
+
+def num_labels(task: Task) -> int:
+    return 1 if task.is_regression else len(task.labels)
+
+
+def prepare_base_config(base_config: Any, task: Task, tokenizer: Any, *, head: bool) -> Any:
+    """Tell the model's configuration about padding and, for a head, about the labels."""
+    base_config.pad_token_id = pad_token_id(tokenizer)
+    if head:
+        if not (task.labels or task.is_regression):
+            raise UserError(f"task {task.name} has no labels for a classification head; use a causal language model")
+        base_config.num_labels = num_labels(task)
+    return base_config
+
+
+def resolve_deepspeed(config: RunConfig, world_size: int) -> tuple[dict[str, Any], BatchSizes]:
+    """Return the DeepSpeed dict of this run without anything automatic, and the batch numbers."""
+    sizes = batch_sizes(config.training, world_size)
+    resolved = resolve_ds_config(
+        read_ds_config(config.run.ds_config),
+        micro_batch_size=sizes.micro_batch_size,
+        grad_accum_steps=sizes.grad_accum_steps,
+        world_size=world_size,
+        bf16=config.model.bf16,
+        max_grad_norm=config.training.max_grad_norm,
+        source=config.run.ds_config,
+    )
+    return resolved, sizes
+
+
+def target_shapes(config: RunConfig, model: nn.Module) -> dict[str, MatrixShape]:
+    """Return the shape of every matrix to adapt, by module name."""
+    shapes = {}
+    for name, module in find_targets(model, config.adapter.target_modules).items():
+        shape = matrix_shape(module)
+        assert shape is not None
+        shapes[name] = shape
+    return shapes
+
+
+@dataclass(frozen=True)
+class AdapterCount:
+    """Trainable parameters of the adapter by shapes alone, and the ρ they imply."""
+
+    trainable: int
+    dense: int
+    rho: float
+
+
+def count_adapter(config: RunConfig, shapes: dict[str, MatrixShape]) -> AdapterCount:
+    """Count what ``--method taso`` or ``lora`` trains on these matrices."""
+    adapter, p = config.adapter, config.calibration.core_fraction
+    if adapter.method == "lora":
+        number = sum(adapter.rank * (shape.out_features + shape.in_features) for shape in shapes.values())
+        return AdapterCount(number, number, 0.0)
+    trainable = sum(
+        count_parameters(
+            adapter.structure,
+            out_features=shape.out_features,
+            in_features=shape.in_features,
+            rank=adapter.rank,
+            core_fraction=p,
+        )
+        for shape in shapes.values()
+    )
+    dense = sum(
+        count_dense(
+            adapter.structure, out_features=shape.out_features, in_features=shape.in_features, rank=adapter.rank
+        )
+        for shape in shapes.values()
+    )
+    rho = pruned_share(parse_rho(adapter.rho), core_fraction=p, num_trainable=trainable, num_dense=dense)
+    return AdapterCount(trainable, dense, rho)

@@ -1,0 +1,132 @@
+"""A fresh process that opens an exported adapter with peft alone and compares logits with those of the live model.
+
+Run as ``python -m taso_ds.training.prove SPEC.json``; prints one JSON object. Nothing of this package touches the model
+there: the base comes from transformers, the adapter from peft, so what passes here works for anyone.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from taso_ds.errors import UserError
+
+# Relative Frobenius error of logits that differ by rounding only: the same sums in another order, layer after layer.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the fresh process found.
+
+    Attributes:
+        error: ``‖peft − live‖ / ‖live‖`` of the probe's logits.
+        effect: ``‖live − base‖ / ‖live‖``, what the adapter does; 0 would prove an unchanged adapter.
+        tolerance: largest error that is rounding in this dtype.
+    """
+
+    error: float
+    effect: float
+    tolerance: float
+
+
+def probe_logits(model: Any, rows: Sequence[list[int]]) -> list[Tensor]:
+    """Return the logits of each row run alone: fp32, on the CPU; ``(tokens, vocabulary)`` or ``(labels,)``."""
+    found = []
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row], device=device)).logits[0]
+            found.append(logits.float().cpu())
+    return found
+
+
+def prove_export(
+    adapter: Path,
+    *,
+    source: str,
+    revision: str,
+    trust_remote_code: bool,
+    head: bool,
+    num_labels: int,
+    dtype: str,
+    pad_id: int,
+    rows: Sequence[list[int]],
+    live: Sequence[Tensor],
+) -> Proof:
+    """Re-open ``adapter`` in a fresh process and compare.
+
+    Raises:
+        UserError: when the process fails, the logits differ by more than rounding, or the adapter does nothing.
+    """
+    with tempfile.TemporaryDirectory(prefix="taso_proof_") as folder:
+        save_file({str(number): value for number, value in enumerate(live)}, Path(folder) / "live.safetensors")
+        spec = Path(folder) / "spec.json"
+        spec.write_text(
+            json.dumps(
+                {
+                    "adapter": str(adapter.absolute()), "source": source, "revision": revision,
+                    "trust_remote_code": trust_remote_code, "head": head, "num_labels": num_labels, "dtype": dtype,
+                    "pad_id": pad_id, "rows": list(rows), "live": str(Path(folder) / "live.safetensors"),
+                }
+            )
+        )  # fmt: skip
+        environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        done = subprocess.run(
+            [sys.executable, "-m", "taso_ds.training.prove", str(spec)],
+            capture_output=True, text=True, env=environment, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"export: {adapter} does not open with peft: {last}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    proof = Proof(found["error"], found["effect"], TOLERANCE[dtype])
+    if not proof.error <= proof.tolerance:
+        raise UserError(
+            f"export: {adapter} opened with peft differs from the live model by {proof.error:.2e} of its logits,"
+            f" more than the rounding of {dtype} ({proof.tolerance:.0e})"
+        )
+    if proof.effect == 0.0:
+        raise UserError(f"export: {adapter} changes nothing: its logits equal the base's")
+    return proof
+
+
+def _main(spec_file: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    spec = json.loads(Path(spec_file).read_text())
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, spec["dtype"]),
+        "revision": spec["revision"],
+        "trust_remote_code": spec["trust_remote_code"],
+    }
+    if spec["head"]:
+        options |= {"num_labels": spec["num_labels"], "pad_token_id": spec["pad_id"]}
+    model_class: Any = AutoModelForSequenceClassification if spec["head"] else AutoModelForCausalLM
+    base = model_class.from_pretrained(spec["source"], **options).eval()
+    live = [value for _, value in sorted(load_file(spec["live"]).items(), key=lambda item: int(item[0]))]
+    before = probe_logits(base, spec["rows"])
+    after = probe_logits(PeftModel.from_pretrained(base, spec["adapter"]).eval(), spec["rows"])
+    scale = torch.cat([value.flatten() for value in live]).norm()
+
+    def distance(one: list[Tensor], other: list[Tensor]) -> float:
+        differences = [(a - b).flatten() for a, b in zip(one, other, strict=True)]
+        return float(torch.cat(differences).norm() / scale)
+
+    print(json.dumps({"error": distance(after, live), "effect": distance(live, before)}))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

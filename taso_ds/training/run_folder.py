@@ -1,0 +1,143 @@
+"""The run folder: what a run leaves behind, written atomically by rank 0, and who may write where.
+
+``run.json``, ``calibration.jsonl``, ``core_regions.safetensors``, ``core_regions.png``, ``adapter/`` (``model/`` for
+full fine-tuning), ``metrics.jsonl``, ``results.json``.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taso_ds.adapters.files import write_json
+from taso_ds.config import RunConfig
+from taso_ds.data.encode import EncodedRow
+from taso_ds.errors import UserError
+
+RUN, RESULTS, METRICS = "run.json", "results.json", "metrics.jsonl"
+CALIBRATION, REGIONS, PICTURE = "calibration.jsonl", "core_regions.safetensors", "core_regions.png"
+ADAPTER, MODEL = "adapter", "model"
+_ENTRIES = (RUN, RESULTS, METRICS, CALIBRATION, REGIONS, PICTURE, ADAPTER, MODEL)
+_VERSIONS = ("taso_ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run. Nothing is created before ``start``."""
+
+    path: Path
+
+    def start(self) -> None:
+        """Create the folder and remove what an earlier run of the same configuration left."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in _ENTRIES:
+            entry = self.path / name
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_json(self.path / name, value)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def write_rows(self, name: str, rows: Sequence[EncodedRow]) -> None:
+        """Write encoded rows as JSON lines: enough for anyone to recompute the regions with plain autograd."""
+        lines = []
+        for row in rows:
+            record: dict[str, Any] = {"input_ids": row.input_ids, "labels": row.labels}
+            if not row.labels:
+                record["labels"] = row.target
+            if row.token_type_ids is not None:
+                record["token_type_ids"] = row.token_type_ids
+            lines.append(json.dumps(record) + "\n")
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, self.path / name)
+
+    def write_folder(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Let ``write`` fill a temporary folder, then rename it: the folder exists whole or not at all."""
+        temporary, final = self.path / f".{name}.tmp", self.path / name
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        return final
+
+
+def choose_folder(config: RunConfig) -> Path:
+    """Return the folder of this run: the one asked for, or the first free ``runs/<method>-<task>[-N]``.
+
+    Raises:
+        UserError: when it cannot be written, or holds something else than a run of the same configuration.
+    """
+    if config.run.output_dir is None:
+        first = Path("runs") / f"{config.adapter.method}-{config.data.task}"
+        number = 1
+        path = first
+        while path.exists():
+            number += 1
+            path = first.with_name(f"{first.name}-{number}")
+    else:
+        path = Path(config.run.output_dir)
+        _check_content(path, config)
+    _check_writable(path)
+    return path
+
+
+def _check_content(path: Path, config: RunConfig) -> None:
+    if not path.exists() or config.run.overwrite_output_dir:
+        return
+    if not path.is_dir():
+        raise UserError(f"output_dir: {path} is a file")
+    if not any(path.iterdir()):
+        return
+    remedy = "choose another --output_dir, or pass --overwrite_output_dir"
+    if not (path / RUN).is_file():
+        raise UserError(f"output_dir: {path} is not empty and holds no run; {remedy}")
+    earlier = read_run(path)["config"]
+    now = json.loads(json.dumps(config.flags()))
+    different = sorted(key for key in {*earlier, *now} if earlier.get(key) != now.get(key))
+    if different:
+        key = different[0]
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+        raise UserError(
+            f"output_dir: {path} holds another run ({key}: {earlier.get(key)!r} there, {now.get(key)!r} here{more});"
+            f" {remedy}"
+        )
+
+
+def _check_writable(path: Path) -> None:
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir: cannot write {path}: {existing} is not a writable folder")
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Return ``run.json`` of a run folder; UserError when it is missing or damaged."""
+    file = path / RUN
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable run ({error})") from error
+    if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+        raise UserError(f"{file}: has no config")
+    return run
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        found[name] = importlib.metadata.version(name)
+    return found
