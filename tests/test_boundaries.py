@@ -20,7 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"errors"},
     "config": {"errors", "adapters", "data"},
     "training": {"errors", "adapters", "data", "distributed", "config"},
-    "launch": {"errors", "adapters", "data", "distributed", "config", "training", "taso_ds"},
+    "entry": {"errors", "distributed"},
+    "launch": {"errors", "adapters", "data", "distributed", "config", "training", "entry", "taso_ds"},
 }
 # The method runs wherever torch does.
 ADAPTERS_NEED = {"torch", "safetensors"}
