@@ -44,6 +44,9 @@ def init(timeout_minutes: float = 30.0) -> None:
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that each use every core of a CPU node slow one another down several times over.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(),
         timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -73,6 +76,11 @@ def world_size() -> int:
 
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Return the number of ranks on this node; all of them where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))))
 
 
 def is_main() -> bool:
