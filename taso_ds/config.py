@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -25,9 +25,8 @@ HEADS = ("auto", "lm", "classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
-def _arg(default: Any, help: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
+def arg(default: Any, help: str) -> Any:
+    """Return a dataclass field whose help text argparse shows."""
     return field(default=default, metadata={"help": help})
 
 
@@ -45,15 +44,15 @@ def _one_of(name: str, value: str, valid: Sequence[str]) -> None:
 class ModelArguments:
     """The base model."""
 
-    model_name_or_path: str | None = _arg(None, "Folder or Hub id of the base; default: the embedded SmolLM2-135M.")
-    model_revision: str = _arg("main", "Hub revision of the base.")
-    gguf_file: str | None = _arg(None, "GGUF file inside model_name_or_path; dequantized once into the cache.")
-    tokenizer_name: str | None = _arg(None, "Folder or Hub id of the tokenizer; default: the base's.")
-    head: str = _arg("auto", "lm, classification, or auto: a classification head if the base has no LM head.")
-    attn_implementation: str | None = _arg(None, "Attention kernel as transformers names it (sdpa, flash_attention_2).")
-    trust_remote_code: bool = _arg(False, "Run model code that comes with the checkpoint.")
-    bf16: bool = _arg(True, "Train and score in bfloat16; --no_bf16 for fp32.")
-    fp16: bool = _arg(False, "Not supported; named here to say so.")
+    model_name_or_path: str | None = arg(None, "Folder or Hub id of the base; default: the embedded SmolLM2-135M.")
+    model_revision: str = arg("main", "Hub revision of the base.")
+    gguf_file: str | None = arg(None, "GGUF file inside model_name_or_path; dequantized once into the cache.")
+    tokenizer_name: str | None = arg(None, "Folder or Hub id of the tokenizer; default: the base's.")
+    head: str = arg("auto", "lm, classification, or auto: a classification head if the base has no LM head.")
+    attn_implementation: str | None = arg(None, "Attention kernel as transformers names it (sdpa, flash_attention_2).")
+    trust_remote_code: bool = arg(False, "Run model code that comes with the checkpoint.")
+    bf16: bool = arg(True, "Train and score in bfloat16; --no_bf16 for fp32.")
+    fp16: bool = arg(False, "Not supported; named here to say so.")
 
     def __post_init__(self) -> None:
         _one_of("head", self.head, HEADS)
@@ -67,14 +66,14 @@ class ModelArguments:
 class DataArguments:
     """The task and its rows."""
 
-    task: str | None = _arg(None, "Task name; default: sst2 from the embedded data.")
-    data_dir: str | None = _arg(None, "Folder with <task>/<split>.jsonl(.gz); default: the Hub.")
-    train_file: str | None = _arg(None, "JSONL file to train on, instead of data_dir's.")
-    eval_file: str | None = _arg(None, "JSONL file to evaluate on, instead of data_dir's.")
-    max_train_samples: int | None = _arg(None, "Use only the first N training rows.")
-    max_eval_samples: int | None = _arg(None, "Use only the first N evaluation rows.")
-    max_seq_length: int = _arg(512, "Tokens of a row; longer prompts are cut from the left.")
-    use_chat_template: bool = _arg(False, "Wrap prompts in the tokenizer's chat template.")
+    task: str | None = arg(None, "Task name; default: sst2 from the embedded data.")
+    data_dir: str | None = arg(None, "Folder with <task>/<split>.jsonl(.gz); default: the Hub.")
+    train_file: str | None = arg(None, "JSONL file to train on, instead of data_dir's.")
+    eval_file: str | None = arg(None, "JSONL file to evaluate on, instead of data_dir's.")
+    max_train_samples: int | None = arg(None, "Use only the first N training rows.")
+    max_eval_samples: int | None = arg(None, "Use only the first N evaluation rows.")
+    max_seq_length: int = arg(512, "Tokens of a row; longer prompts are cut from the left.")
+    use_chat_template: bool = arg(False, "Wrap prompts in the tokenizer's chat template.")
 
     def __post_init__(self) -> None:
         _require(self.max_seq_length >= 2, "max_seq_length", self.max_seq_length, "at least 2")
@@ -87,13 +86,13 @@ class DataArguments:
 class CalibrationArguments:
     """Importance scoring and the core region (method sections 1 and 2)."""
 
-    calibration_samples: int = _arg(128, "Training rows that are scored.")
-    calibration_batch_size: int | None = _arg(None, "Rows per scoring micro-batch; default: the training micro-batch.")
-    calibration_reduction: str = _arg("signed_mean", "signed_mean over all tokens, or per_batch_abs.")
-    importance: str = _arg("importance", "Score: importance |W·g|, magnitude |W|, gradient |g|, or random.")
-    element_fraction: float = _arg(0.05, "Share of a matrix's elements that are core (the paper's k).")
-    core_fraction: float = _arg(0.10, "Share of rows and of columns in the core region (the paper's p).")
-    core_regions: str | None = _arg(None, "Reuse this core_regions.safetensors instead of scoring.")
+    calibration_samples: int = arg(128, "Training rows that are scored.")
+    calibration_batch_size: int | None = arg(None, "Rows per scoring micro-batch; default: the training micro-batch.")
+    calibration_reduction: str = arg("signed_mean", "signed_mean over all tokens, or per_batch_abs.")
+    importance: str = arg("importance", "Score: importance |W·g|, magnitude |W|, gradient |g|, or random.")
+    element_fraction: float = arg(0.05, "Share of a matrix's elements that are core (the paper's k).")
+    core_fraction: float = arg(0.10, "Share of rows and of columns in the core region (the paper's p).")
+    core_regions: str | None = arg(None, "Reuse this core_regions.safetensors instead of scoring.")
 
     def __post_init__(self) -> None:
         _one_of("calibration_reduction", self.calibration_reduction, REDUCTIONS)
@@ -110,12 +109,12 @@ class CalibrationArguments:
 class AdapterArguments:
     """What is trained (method sections 3 and 4)."""
 
-    method: str = _arg("taso", "taso, or the baselines lora (the peft library) and full.")
-    structure: str = _arg("union", "union: whole core rows plus whole core columns; intersection: their block only.")
-    rank: int = _arg(1, "Rank of each branch (of the LoRA with --method lora).")
-    alpha: float | None = _arg(None, "Scaling is alpha / rank; default: alpha = rank.")
-    rho: str = _arg("mask", "Pruned share for the learning rate: mask (1 - p), parameters, a number, or off.")
-    target_modules: list[str] | None = _arg(None, "Names of the linears to adapt; default: all inside the blocks.")
+    method: str = arg("taso", "taso, or the baselines lora (the peft library) and full.")
+    structure: str = arg("union", "union: whole core rows plus whole core columns; intersection: their block only.")
+    rank: int = arg(1, "Rank of each branch (of the LoRA with --method lora).")
+    alpha: float | None = arg(None, "Scaling is alpha / rank; default: alpha = rank.")
+    rho: str = arg("mask", "Pruned share for the learning rate: mask (1 - p), parameters, a number, or off.")
+    target_modules: list[str] | None = arg(None, "Names of the linears to adapt; default: all inside the blocks.")
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -134,24 +133,24 @@ class AdapterArguments:
 class TrainArguments:
     """The loop."""
 
-    learning_rate: float = _arg(2e-4, "Peak learning rate before compensation.")
-    per_device_train_batch_size: int = _arg(4, "Micro-batch: rows per rank and forward.")
-    gradient_accumulation_steps: int | None = _arg(None, "Micro-batches per step; default: from global_batch_size.")
-    global_batch_size: int | None = _arg(None, "Rows per step over all ranks; default: micro-batch × ranks.")
-    num_train_epochs: float = _arg(3.0, "Passes over the training rows, unless max_steps is set.")
-    max_steps: int = _arg(-1, "Steps to train; overrides num_train_epochs.")
-    lr_scheduler_type: str = _arg("linear", f"One of {', '.join(SCHEDULES)}.")
-    warmup_ratio: float = _arg(0.03, "Share of the steps with a rising learning rate.")
-    weight_decay: float = _arg(0.0, "AdamW weight decay.")
-    adam_beta1: float = _arg(0.9, "AdamW beta1.")
-    adam_beta2: float = _arg(0.999, "AdamW beta2.")
-    adam_epsilon: float = _arg(1e-8, "AdamW epsilon.")
-    max_grad_norm: float = _arg(1.0, "Clip the global gradient norm; 0 for no clipping.")
-    gradient_checkpointing: bool = _arg(False, "Recompute activations in backward to save memory.")
-    logging_steps: int = _arg(1, "Steps between two lines of metrics.jsonl.")
-    eval_steps: int | None = _arg(None, "Steps between evaluations; default: before and after training only.")
-    per_device_eval_batch_size: int = _arg(8, "Rows per rank and forward in evaluation.")
-    max_new_tokens: int = _arg(256, "Tokens generated per answer in generation tasks.")
+    learning_rate: float = arg(2e-4, "Peak learning rate before compensation.")
+    per_device_train_batch_size: int = arg(4, "Micro-batch: rows per rank and forward.")
+    gradient_accumulation_steps: int | None = arg(None, "Micro-batches per step; default: from global_batch_size.")
+    global_batch_size: int | None = arg(None, "Rows per step over all ranks; default: micro-batch × ranks.")
+    num_train_epochs: float = arg(3.0, "Passes over the training rows, unless max_steps is set.")
+    max_steps: int = arg(-1, "Steps to train; overrides num_train_epochs.")
+    lr_scheduler_type: str = arg("linear", f"One of {', '.join(SCHEDULES)}.")
+    warmup_ratio: float = arg(0.03, "Share of the steps with a rising learning rate.")
+    weight_decay: float = arg(0.0, "AdamW weight decay.")
+    adam_beta1: float = arg(0.9, "AdamW beta1.")
+    adam_beta2: float = arg(0.999, "AdamW beta2.")
+    adam_epsilon: float = arg(1e-8, "AdamW epsilon.")
+    max_grad_norm: float = arg(1.0, "Clip the global gradient norm; 0 for no clipping.")
+    gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
+    logging_steps: int = arg(1, "Steps between two lines of metrics.jsonl.")
+    eval_steps: int | None = arg(None, "Steps between evaluations; default: before and after training only.")
+    per_device_eval_batch_size: int = arg(8, "Rows per rank and forward in evaluation.")
+    max_new_tokens: int = arg(256, "Tokens generated per answer in generation tasks.")
 
     def __post_init__(self) -> None:
         _one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
@@ -180,15 +179,15 @@ class TrainArguments:
 class RunArguments:
     """The run itself."""
 
-    ds_config: str = _arg("zero3.json", "DeepSpeed JSON: a path, or the name of a shipped one.")
-    output_dir: str | None = _arg(None, "Run folder; default: runs/<method>-<task>, numbered.")
-    overwrite_output_dir: bool = _arg(False, "Replace a different run in output_dir.")
-    seed: int = _arg(0, "Seed of data order, initial adapters and new heads.")
-    verify_export: bool = _arg(True, "Re-open the exported adapter in a fresh process and compare logits.")
-    dry_run: bool = _arg(False, "Print what would be done, without loading weights, and exit.")
-    debug: bool = _arg(False, "Print tracebacks of errors.")
-    config: str | None = _arg(None, "YAML file of these arguments; flags override it.")
-    local_rank: int = _arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.")
+    ds_config: str = arg("zero3.json", "DeepSpeed JSON: a path, or the name of a shipped one.")
+    output_dir: str | None = arg(None, "Run folder; default: runs/<method>-<task>, numbered.")
+    overwrite_output_dir: bool = arg(False, "Replace a different run in output_dir.")
+    seed: int = arg(0, "Seed of data order, initial adapters and new heads.")
+    verify_export: bool = arg(True, "Re-open the exported adapter in a fresh process and compare logits.")
+    dry_run: bool = arg(False, "Print what would be done, without loading weights, and exit.")
+    debug: bool = arg(False, "Print tracebacks of errors.")
+    config: str | None = arg(None, "YAML file of these arguments; flags override it.")
+    local_rank: int = arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.")
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
@@ -291,6 +290,24 @@ def parse_run_config(argv: Sequence[str] | None = None, *, description: str = ""
     Raises:
         UserError: unknown flag or key, or a value that cannot work.
     """
+    return RunConfig(*parse_groups(GROUPS, argv, description=description))
+
+
+def parse_groups(
+    groups: Sequence[Any],
+    argv: Sequence[str] | None,
+    *,
+    description: str,
+    defaults: Mapping[str, Any] | None = None,
+    partial: bool = False,
+) -> list[Any]:
+    """Parse flags over ``--config FILE`` over ``defaults`` into one object per dataclass of ``groups``.
+
+    With ``partial`` other flags (``--help`` too) are left for a later parse.
+
+    Raises:
+        UserError: unknown flag or key, or a value that cannot work.
+    """
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
@@ -298,17 +315,19 @@ def parse_run_config(argv: Sequence[str] | None = None, *, description: str = ""
             raise UserError(message)
 
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(GROUPS, description=description, allow_abbrev=False)
-    file = Parser([RunArguments], add_help=False, allow_abbrev=False).parse_known_args(arguments)[0].config
-    if file is not None:
-        values = read_yaml(file)
-        _check_types(values, file)
-        parser.set_defaults(**values)
-    *groups, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
-    if unknown:
+    parser = Parser(groups, description=description, allow_abbrev=False, add_help=not partial)
+    parser.set_defaults(**(defaults or {}))
+    if not partial:
+        file = parse_groups([RunArguments], arguments, description="", partial=True)[0].config
+        if file is not None:
+            values = read_yaml(file)
+            _check_types(values, file)
+            parser.set_defaults(**values)
+    *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
+    if unknown and not partial:
         name = unknown[0].lstrip("-").split("=")[0]
         raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _known_names())}; --help lists them")
-    return RunConfig(*groups)
+    return parsed
 
 
 def _check_types(values: dict[str, Any], file: str) -> None:

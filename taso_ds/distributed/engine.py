@@ -26,7 +26,7 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
 def zero3_loading(ds_config: dict[str, Any]) -> Iterator[None]:
     """Make ``from_pretrained`` partition parameters as it creates them, at stage 3; nothing below.
 
-    transformers keeps only a weak reference to this object: it must stay alive while models are built, and must be
+    transformers keeps only a weak reference to this object: it must live while models are built, and must be
     gone afterwards, or helper models would be partitioned too.
     """
     if zero_stage(ds_config) != 3:
@@ -45,8 +45,8 @@ def zero3_loading(ds_config: dict[str, Any]) -> Iterator[None]:
 def scoring_engine(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[nn.Module]:
     """Yield a module that runs forward and backward on the frozen base, at stage 3 with ZeRO's gathering hooks.
 
-    Direct ``loss.backward()`` is allowed on it. The hooks are removed on exit: left behind, a second engine would gather
-    every layer twice.
+    Direct ``loss.backward()`` is allowed on it. The hooks are removed on exit: left behind, a second engine would
+    gather every layer twice.
     """
     if zero_stage(ds_config) != 3:
         yield model.to(comm.device())
@@ -67,7 +67,22 @@ def training_engine(
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    if zero_stage(ds_config) == 0 and ds_config["bf16"]["enabled"]:
+        _undo_warm_up_step(engine.optimizer)
     return engine
+
+
+def _undo_warm_up_step(wrapper: Any) -> None:
+    """Put stage 0's bf16 optimizer back to its start.
+
+    DeepSpeed steps it once with zero gradients to allocate its state, which decays the fp32 masters and leaves Adam's
+    step counter at 1, so every later bias correction would be off.
+    """
+    wrapper.optimizer.state.clear()
+    with torch.no_grad():
+        for masters, weights in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for master, weight in zip(masters, weights, strict=True):
+                master.copy_(weight)
 
 
 def optimizer_groups(engine: Any) -> Sequence[dict[str, Any]]:

@@ -25,15 +25,18 @@ def full_numel(parameter: Tensor) -> int:
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Make whole parameters readable on every rank. A collective: every rank enters with the same parameters."""
+def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+    """Make whole parameters readable on every rank; with ``write``, keep what rank 0 wrote.
+
+    A collective: every rank enters with the same parameters.
+    """
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(partitioned):
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from taso_ds.adapters.adapter import TasoAdapter, merge_into
-from taso_ds.adapters.files import write_json, write_tensors
+from taso_ds.adapters.files import dtype_name, write_json, write_tensors
 from taso_ds.adapters.peft_format import PEFT_CONFIG_FILE, PEFT_FILE, peft_config, save_adapter
-from taso_ds.adapters.targets import MatrixShape, matrix_shape
+from taso_ds.adapters.targets import matrix_shape
 from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
 from taso_ds.training.lora_baseline import lora_tensors
+from taso_ds.training.prove import TOLERANCE, relative_distance
 from taso_ds.training.run_folder import ADAPTER, MODEL, RunFolder
 
 
@@ -113,18 +114,31 @@ def save_model(folder: RunFolder, model: Any, state: dict[str, Tensor], tokenize
     folder.write_folder(MODEL, fill)
 
 
-def merge_adapter(model: nn.Module, adapter: TasoAdapter, head: Mapping[str, Tensor]) -> None:
-    """Add every ΔW to its weight and put the trained head in, in place, in one process."""
-    with torch.no_grad():
-        for name in adapter.regions:
-            module = model.get_submodule(name)
-            shape = matrix_shape(module)
-            assert isinstance(shape, MatrixShape)
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            weight.copy_(merge_into(weight, adapter.delta_weight(name), transposed=shape.transposed))
-        for name, tensor in head.items():
-            model.get_parameter(name).copy_(tensor)
+def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
+    """Put a trained head into the model, in place."""
+    for name, tensor in head.items():
+        parameter = model.get_parameter(name)
+        with zero.gathered([parameter], write=True), torch.no_grad():
+            parameter.copy_(tensor)
+
+
+def merge_adapter(model: nn.Module, adapter: TasoAdapter) -> None:
+    """Add every ΔW to its weight, in place, in one process."""
+    for name in adapter.regions:
+        module: Any = model.get_submodule(name)
+        shape = matrix_shape(module)
+        assert shape is not None
+        delta = adapter.delta_weight(name)
+        with zero.gathered([module.weight], write=True), torch.no_grad():
+            module.weight.copy_(merge_into(module.weight, delta, transposed=shape.transposed))
+
+
+def check_merged(merged: Sequence[Tensor], live: Sequence[Tensor], *, dtype: Any) -> float:
+    """Return how far the merged model's logits are from the adapter's; UserError when it is more than rounding."""
+    error = relative_distance(merged, live)
+    if not error <= TOLERANCE[dtype_name(dtype)]:
+        raise UserError(f"export: the merged model differs from the adapter by {error:.1e} of its logits")
+    return error
 
 
 def probe_rows(rows: Sequence[Any], *, number: int = 2, length: int = 64) -> list[list[int]]:

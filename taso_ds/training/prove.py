@@ -51,6 +51,12 @@ def probe_logits(model: Any, rows: Sequence[list[int]]) -> list[Tensor]:
     return found
 
 
+def relative_distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Return ``‖found − wanted‖ / ‖wanted‖`` over all tensors together."""
+    differences = torch.cat([(one - other).flatten() for one, other in zip(found, wanted, strict=True)])
+    return float(differences.norm() / torch.cat([value.flatten() for value in wanted]).norm())
+
+
 def prove_export(
     adapter: Path,
     *,
@@ -118,14 +124,9 @@ def _main(spec_file: str) -> None:
     base = model_class.from_pretrained(spec["source"], **options).eval()
     live = [value for _, value in sorted(load_file(spec["live"]).items(), key=lambda item: int(item[0]))]
     before = probe_logits(base, spec["rows"])
-    after = probe_logits(PeftModel.from_pretrained(base, spec["adapter"]).eval(), spec["rows"])
-    scale = torch.cat([value.flatten() for value in live]).norm()
-
-    def distance(one: list[Tensor], other: list[Tensor]) -> float:
-        differences = [(a - b).flatten() for a, b in zip(one, other, strict=True)]
-        return float(torch.cat(differences).norm() / scale)
-
-    print(json.dumps({"error": distance(after, live), "effect": distance(live, before)}))
+    opened = PeftModel.from_pretrained(base, spec["adapter"], autocast_adapter_dtype=False).eval()
+    after = probe_logits(opened, spec["rows"])
+    print(json.dumps({"error": relative_distance(after, live), "effect": relative_distance(before, live)}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.targets import MatrixShape, find_targets
@@ -323,20 +323,55 @@ def save(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, liv
     rows = export.probe_rows(setup.rows)
     live.eval()
     logits = probe_logits(live, rows)  # every rank takes part: ZeRO-3 gathers each layer
-    return comm.on_main(
-        lambda: prove_export(
-            folder.path / ADAPTER,
-            source=setup.source,
-            revision=config.model.model_revision,
-            trust_remote_code=config.model.trust_remote_code,
-            head=setup.head,
-            num_labels=prepare.num_labels(setup.data.task) if setup.head else 0,
-            dtype="bfloat16" if config.model.bf16 else "float32",
-            pad_id=pad_token_id(setup.tokenizer),
-            rows=rows,
-            live=logits,
-        )
+    return comm.on_main(lambda: prove(setup, folder, rows, logits))
+
+
+def prove(setup: Setup, folder: RunFolder, rows: Sequence[list[int]], live: Sequence[Tensor]) -> Proof:
+    """Open the run's adapter in a fresh process with peft and compare logits."""
+    config = setup.config
+    return prove_export(
+        folder.path / ADAPTER,
+        source=setup.source,
+        revision=config.model.model_revision,
+        trust_remote_code=config.model.trust_remote_code,
+        head=setup.head,
+        num_labels=prepare.num_labels(setup.data.task) if setup.head else 0,
+        dtype="bfloat16" if config.model.bf16 else "float32",
+        pad_id=pad_token_id(setup.tokenizer),
+        rows=rows,
+        live=live,
     )
+
+
+def calibrate(config: RunConfig) -> Path:
+    """Score the base and write its core regions only; returns the folder.
+
+    Raises:
+        UserError: on every rank, before anything is written.
+    """
+    if config.calibration.core_regions is not None or config.adapter.method != "taso":
+        raise UserError("calibrate: makes core regions; drop --core_regions and --method")
+    path = comm.on_main(lambda: choose_folder(config))
+    setup, folder = comm.together(lambda: set_up(config)), RunFolder(path)
+    base, targets, shapes = load_base(setup)
+    found = find_regions(setup, base, targets, shapes)
+    record = {
+        "config": config.flags(),
+        "deepspeed": setup.ds_config,
+        "world_size": comm.world_size(),
+        "versions": versions(),
+        "data": {"train": setup.data.train_source},
+        "concentration": found.mean_concentration(config.calibration.element_fraction),
+    }
+
+    def write() -> None:
+        folder.start()
+        log.info(regions.describe_regions(found, config))
+        regions.write_regions(folder, config, found)
+        folder.write_json(RUN, record)
+
+    comm.on_main(write)
+    return path
 
 
 def _save_last_good(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, error: Diverged) -> None:

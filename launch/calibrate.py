@@ -1,0 +1,35 @@
+"""Calibrate: score the base and write its core regions, without training.
+
+deepspeed launch/calibrate.py --ds_config zero3.json --output_dir runs/regions
+deepspeed launch/train.py --core_regions runs/regions/core_regions.safetensors
+"""
+
+from taso_ds.entry import run_script
+
+
+def _calibrate() -> str:
+    from taso_ds.config import parse_run_config
+    from taso_ds.training.prepare import with_defaults
+
+    config = with_defaults(parse_run_config(description=__doc__))
+    from taso_ds.distributed import comm
+
+    if config.run.dry_run:
+        from taso_ds.training.dry_run import describe
+
+        return describe(config, comm.launched_world_size()) if comm.launched_rank() == 0 else ""
+    from taso_ds.distributed.engine import quiet_deepspeed
+    from taso_ds.training.run import calibrate
+
+    comm.init()
+    quiet_deepspeed()
+    return f"RUN {calibrate(config)}"
+
+
+def main() -> None:
+    """Console entry point ``taso-calibrate``."""
+    run_script(_calibrate)
+
+
+if __name__ == "__main__":
+    main()

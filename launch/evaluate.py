@@ -1,0 +1,30 @@
+"""Evaluate: the task metrics of a finished run's adapter, or of a base model as it is.
+
+deepspeed launch/evaluate.py --run runs/taso-sst2
+deepspeed launch/evaluate.py --run runs/taso-sst2 --task rte --data_dir embedded
+deepspeed launch/evaluate.py --model_name_or_path Qwen/Qwen2.5-3B-Instruct --task gsm8k
+"""
+
+import json
+
+from taso_ds.entry import run_script
+
+
+def _evaluate() -> str:
+    from taso_ds.distributed import comm
+    from taso_ds.distributed.engine import quiet_deepspeed
+    from taso_ds.training.finished import evaluate, parse_over_run
+
+    config, finished = parse_over_run(description=__doc__)
+    comm.init()
+    quiet_deepspeed()
+    return json.dumps(evaluate(config, finished.run))
+
+
+def main() -> None:
+    """Console entry point ``taso-evaluate``."""
+    run_script(_evaluate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Export: prove a finished run's PEFT adapter again or, with --merge, write base plus adapter as a plain model.
+
+python launch/export.py --run runs/taso-sst2
+python launch/export.py --run runs/taso-sst2 --merge
+"""
+
+from taso_ds.entry import run_script
+
+
+def _export() -> str:
+    from taso_ds.distributed import comm
+    from taso_ds.distributed.engine import quiet_deepspeed
+    from taso_ds.errors import UserError
+    from taso_ds.training.finished import export_run, parse_over_run
+
+    config, finished = parse_over_run(description=__doc__)
+    if finished.run is None:
+        raise UserError("export: name a finished run with --run FOLDER")
+    comm.init()
+    quiet_deepspeed()
+    return f"EXPORT {export_run(config, finished.run, merge=finished.merge)}"
+
+
+def main() -> None:
+    """Console entry point ``taso-export``."""
+    run_script(_export)
+
+
+if __name__ == "__main__":
+    main()

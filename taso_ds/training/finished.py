@@ -1,0 +1,96 @@
+"""What can be done with a run folder afterwards: evaluate its adapter again, merge it, prove it."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taso_ds.adapters.adapter import TasoAdapter
+from taso_ds.adapters.peft_format import COMPACT_FILE, load_adapter
+from taso_ds.config import GROUPS, RunConfig, arg, parse_groups
+from taso_ds.distributed import comm
+from taso_ds.distributed.engine import scoring_engine
+from taso_ds.errors import UserError
+from taso_ds.training import export
+from taso_ds.training.base_model import BaseModel
+from taso_ds.training.prepare import with_defaults
+from taso_ds.training.prove import probe_logits
+from taso_ds.training.run import Setup, load_base, prove, set_up
+from taso_ds.training.run_folder import ADAPTER, MODEL, RunFolder, read_run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinishedArguments:
+    """Which finished run is meant."""
+
+    run: str | None = arg(None, "Folder of a finished run; its recorded arguments are the defaults of all flags.")
+    merge: bool = arg(False, "export: add the adapter to the base's weights and write a plain model.")
+
+
+def parse_over_run(argv: Sequence[str] | None = None, *, description: str = "") -> tuple[RunConfig, FinishedArguments]:
+    """Parse flags over the arguments recorded in ``--run FOLDER``.
+
+    Raises:
+        UserError: bad flag, or a folder that is not a run.
+    """
+    (named,) = parse_groups([FinishedArguments], argv, description="", partial=True)
+    recorded = {} if named.run is None else read_run(Path(named.run))["config"]
+    defaults = {key: value for key, value in recorded.items() if key != "core_regions"}  # the adapter knows its own
+    *groups, finished = parse_groups((*GROUPS, FinishedArguments), argv, description=description, defaults=defaults)
+    return with_defaults(RunConfig(*groups)), finished
+
+
+def _load(setup: Setup, run: str | None) -> tuple[BaseModel, TasoAdapter | None]:
+    """Load the base, and the run's adapter onto it."""
+    if run is not None and not (Path(run) / ADAPTER / COMPACT_FILE).is_file():
+        raise UserError(f"run: {Path(run) / ADAPTER / COMPACT_FILE} does not exist; only TASO runs can be opened again")
+    base, _, shapes = load_base(setup)
+    if run is None:
+        return base, None
+    adapter, head = load_adapter(Path(run) / ADAPTER)
+    for name, region in adapter.regions.items():
+        shape = shapes.get(name)
+        if shape is None or (shape.out_features, shape.in_features) != (region.out_features, region.in_features):
+            raise UserError(f"run: the adapter in {run} has {name}, which this base does not have in that shape")
+    adapter.to(comm.device()).attach(base.model)
+    export.load_head(base.model, head)
+    return base, adapter
+
+
+def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
+    """Return the task's metrics of a run's adapter, or of the base where no run is named."""
+    setup = comm.together(lambda: set_up(config))
+    base, _ = _load(setup, run)
+    base.model.requires_grad_(False)
+    with scoring_engine(base.model, setup.ds_config) as model:
+        scores = setup.evaluator(model)
+    return {"run": run, "task": setup.data.task.name, **scores}
+
+
+def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
+    """Prove a run's adapter again or, with ``merge``, write base plus adapter as a plain model. One process.
+
+    Raises:
+        UserError: when the files do not say what the adapter says.
+    """
+    if comm.world_size() > 1:
+        raise UserError("export: runs in one process; start it with plain python")
+    setup, folder = set_up(config), RunFolder(Path(run))
+    base, adapter = _load(setup, run)
+    assert adapter is not None
+    base.model.eval()
+    rows = export.probe_rows(setup.rows)
+    live = probe_logits(base.model, rows)
+    if not merge:
+        proof = prove(setup, folder, rows, live)
+        log.info("opened with peft: logits differ by %.1e, the adapter moves them by %.1e", proof.error, proof.effect)
+        return folder.path / ADAPTER
+    adapter.detach(base.model)
+    export.merge_adapter(base.model, adapter)
+    error = export.check_merged(probe_logits(base.model, rows), live, dtype=base.model.dtype)
+    log.info("merged: logits differ from the adapter's by %.1e", error)
+    export.save_model(folder, base.model, base.model.state_dict(), setup.tokenizer)
+    return folder.path / MODEL
