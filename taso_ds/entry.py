@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from taso_ds.errors import UserError
@@ -18,6 +19,7 @@ def run_script(action: Callable[[], str | None]) -> None:
     A ``UserError`` becomes ``error: …`` on rank 0 and exit code 2 on every rank; ``--debug`` shows the traceback.
     """
     _set_up_logging()
+    _leave_script_folder()
     try:
         last_line = action()
     except UserError as error:
@@ -39,6 +41,12 @@ def _set_up_logging() -> None:
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _leave_script_folder() -> None:
+    """Take the script's own folder off the import path, where ``evaluate.py`` would hide the library of that name."""
+    folder = Path(sys.argv[0]).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
 
 
 def _fail(error: UserError) -> NoReturn:
