@@ -1,5 +1,6 @@
 """What can be done with a run folder afterwards: evaluate its adapter again, merge it, prove it."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
     """
     if comm.world_size() > 1:
         raise UserError("export: runs in one process; start it with plain python")
-    setup, folder = set_up(config), RunFolder(Path(run))
+    whole = dataclasses.replace(config, run=dataclasses.replace(config.run, ds_config="zero0.json"))  # no partitions
+    setup, folder = set_up(whole), RunFolder(Path(run))
     base, adapter = _load(setup, run)
     assert adapter is not None
     base.model.eval()
