@@ -11,13 +11,11 @@ from taso_ds.entry import run_script
 
 
 def _evaluate() -> str:
-    from taso_ds.distributed import comm
-    from taso_ds.distributed.engine import quiet_deepspeed
     from taso_ds.training.finished import evaluate, parse_over_run
+    from taso_ds.training.run import join
 
     config, finished = parse_over_run(description=__doc__)
-    comm.init()
-    quiet_deepspeed()
+    join(config)
     return json.dumps(evaluate(config, finished.run))
 
 

@@ -8,16 +8,14 @@ from taso_ds.entry import run_script
 
 
 def _export() -> str:
-    from taso_ds.distributed import comm
-    from taso_ds.distributed.engine import quiet_deepspeed
     from taso_ds.errors import UserError
     from taso_ds.training.finished import export_run, parse_over_run
+    from taso_ds.training.run import join
 
     config, finished = parse_over_run(description=__doc__)
     if finished.run is None:
         raise UserError("export: name a finished run with --run FOLDER")
-    comm.init()
-    quiet_deepspeed()
+    join(config)
     return f"EXPORT {export_run(config, finished.run, merge=finished.merge)}"
 
 

@@ -18,11 +18,9 @@ def _train() -> str:
         from taso_ds.training.dry_run import describe
 
         return describe(config, comm.launched_world_size()) if comm.launched_rank() == 0 else ""
-    from taso_ds.distributed.engine import quiet_deepspeed
-    from taso_ds.training.run import train
+    from taso_ds.training.run import join, train
 
-    comm.init()
-    quiet_deepspeed()
+    join(config)
     return f"RUN {train(config)}"
 
 

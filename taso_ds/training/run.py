@@ -93,6 +93,16 @@ class Setup:
         )
 
 
+def join(config: RunConfig) -> None:
+    """Convert a GGUF base if that has not been done, then join the process group.
+
+    In this order: inside a group transformers saves a model on rank 0 only, and waiting ranks could time out.
+    """
+    model_source(config.model)
+    comm.init()
+    engines.quiet_deepspeed()
+
+
 def set_up(config: RunConfig) -> Setup:
     """Check and read everything that is cheap; the process group exists already.
 
