@@ -1,0 +1,104 @@
+"""Which matrices are adapted: the default, names, paths, patterns, and the error when nothing matches."""
+
+import pytest
+import tiny_models
+from torch import nn
+
+from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
+from taso_ds.errors import UserError
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def test_default_is_the_seven_linears_of_every_llama_block() -> None:
+    for tied in (False, True):
+        found = find_targets(tiny_models.llama(tied=tied, layers=3))
+        # In model order; not: embed_tokens, lm_head, norms.
+        assert list(found) == [f"model.layers.{layer}.{name}" for layer in range(3) for name in (*ATTENTION, *MLP)]
+
+
+def test_default_of_gpt2_and_bert() -> None:
+    blocks = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # query, key and value are one matrix
+    assert list(find_targets(tiny_models.gpt2())) == [
+        f"transformer.h.{layer}.{name}" for layer in (0, 1) for name in blocks
+    ]
+    parts = ("query", "key", "value")
+    names = [f"attention.self.{part}" for part in parts] + [
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ]
+    # The pooler and the classifier stand outside the blocks: they belong to the head.
+    assert list(find_targets(tiny_models.bert())) == [
+        f"bert.encoder.layer.{layer}.{name}" for layer in (0, 1) for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("q_proj", ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
+        ("mlp.down_proj", ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]),
+        ("model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"]),
+        (r"model\.layers\.0\..*\.[kv]_proj", [f"model.layers.0.{name}" for name in ATTENTION[1:3]]),
+        (r".*1\.mlp.*", [f"model.layers.1.{name}" for name in MLP]),
+        ("lm_head", ["lm_head"]),  # whoever names it gets it
+    ],
+    ids=["suffix", "two parts", "path", "pattern", "wildcards", "outside the blocks"],
+)  # fmt: skip
+def test_names_paths_and_patterns(pattern: str, names: list[str]) -> None:
+    assert list(find_targets(tiny_models.llama(), [pattern])) == names
+
+
+def test_several_names_are_one_selection_in_model_order() -> None:
+    found = find_targets(tiny_models.llama(layers=1), ["down_proj", "q_proj", "self_attn.q_proj"])
+    assert list(found) == ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+
+
+def test_a_name_matches_whole_path_components_only() -> None:
+    with pytest.raises(UserError, match=r"'proj' matches no linear"):
+        find_targets(tiny_models.llama(), ["proj"])
+    with pytest.raises(UserError, match=r"'attn\.q_proj' matches no linear"):
+        find_targets(tiny_models.llama(), ["attn.q_proj"])
+    with pytest.raises(UserError, match="matches no linear"):  # a pattern describes the whole path
+        find_targets(tiny_models.llama(), [r"q_pro."])
+
+
+def test_nothing_found_names_the_nearest_and_all() -> None:
+    with pytest.raises(UserError, match=r"target_modules: 'q_porj' matches no linear of LlamaForCausalLM") as caught:
+        find_targets(tiny_models.llama(), ["v_proj", "q_porj"])
+    assert "(nearest: 'q_proj')" in str(caught.value)
+    assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in str(caught.value)
+    with pytest.raises(UserError, match="is not a regular expression"):
+        find_targets(tiny_models.llama(), ["q_proj("])
+
+
+def test_a_norm_or_an_embedding_is_no_target() -> None:
+    for name in ("input_layernorm", "embed_tokens"):
+        with pytest.raises(UserError, match="matches no linear"):
+            find_targets(tiny_models.llama(), [name])
+
+
+def test_a_model_without_blocks_asks_for_names() -> None:
+    model = nn.Sequential(nn.Linear(2, 3))
+    with pytest.raises(UserError, match="no linear inside a block list: name --target_modules"):
+        find_targets(model)
+    assert list(find_targets(model, ["0"])) == ["0"]
+
+
+def test_shapes_are_out_by_in_whatever_the_storage() -> None:
+    q, k = (find_targets(tiny_models.llama(layers=1), [name]) for name in ("q_proj", "k_proj"))
+    # 4 heads of 8 and 2 key/value heads of 8, from 32.
+    assert matrix_shape(q["model.layers.0.self_attn.q_proj"]) == MatrixShape(32, 32)
+    assert matrix_shape(k["model.layers.0.self_attn.k_proj"]) == MatrixShape(16, 32)
+    fused = tiny_models.gpt2().transformer.h[0].attn.c_attn
+    assert tuple(fused.weight.shape) == (32, 96)
+    assert matrix_shape(fused) == MatrixShape(96, 32, transposed=True)
+    assert matrix_shape(fused).numel == 3072  # type: ignore[union-attr]
+    assert matrix_shape(nn.LayerNorm(4)) is None
+
+    class Special(nn.Linear):  # quantized linears are subclasses
+        pass
+
+    assert matrix_shape(Special(3, 5)) == MatrixShape(5, 3)

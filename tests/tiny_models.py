@@ -1,0 +1,120 @@
+"""Tiny random models and a tokenizer, made here and now: nothing is downloaded, and a seed decides every number.
+
+Initialised far wider than real models (0.2, not 0.02), so that gradients reach every matrix with some strength.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+VOCABULARY = 320
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0 to 2; then the 256 bytes
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def llama(*, tied: bool = False, layers: int = 2, seed: int = 0) -> Any:
+    """A Llama with grouped queries: 4 heads share 2 key/value heads, so k_proj and v_proj are (16, 32)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        attention_dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2(*, seed: int = 0) -> Any:
+    """A GPT-2, whose linears are ``Conv1D``: fused q, k, v, and weights stored as (in_features, out_features)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=128,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.2,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attn_pdrop=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def bert(*, num_labels: int = 2, seed: int = 0) -> Any:
+    """A BERT with a sequence classification head."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        num_labels=num_labels,
+        pad_token_id=0,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def byte_tokenizer(*, types: bool = False) -> Any:
+    """A tokenizer of bytes: three special tokens, then one token per byte. ``types`` adds token types (BERT)."""
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {name: number for number, name in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"] if types else ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_input_names=names,
+    )
+
+
+def save(model: Any, folder: Path) -> Path:
+    """Write the model and its tokenizer as ``from_pretrained`` wants them."""
+    model.save_pretrained(folder)
+    byte_tokenizer(types=type(model).__name__.startswith("Bert")).save_pretrained(folder)
+    return folder
+
+
+def token_batch(
+    *, rows: int = 3, length: int = 12, prompt: int = 4, seed: int = 0, vocabulary: int = VOCABULARY
+) -> dict[str, torch.Tensor]:
+    """A language-model batch: random tokens, the first ``prompt`` of each row unsupervised, the last row shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (rows, length), generator=generator)
+    labels = ids.clone()
+    labels[:, :prompt] = -100
+    mask = torch.ones_like(ids)
+    ids[-1, -3:], labels[-1, -3:], mask[-1, -3:] = 0, -100, 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
