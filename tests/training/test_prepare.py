@@ -1,0 +1,192 @@
+"""What is decided before weights load: calibration rows come from the training split, and counts from shapes alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+
+from taso_ds.adapters.adapter import TasoAdapter
+from taso_ds.adapters.selection import select_core_region
+from taso_ds.adapters.targets import MatrixShape
+from taso_ds.config import RunConfig, parse_run_config
+from taso_ds.data.encode import EncodedRow
+from taso_ds.errors import UserError
+from taso_ds.training.prepare import (
+    calibration_rows,
+    check_length,
+    count_adapter,
+    encode_training_rows,
+    load_task_data,
+    prepare_base_config,
+    resolve_deepspeed,
+    target_shapes,
+    with_defaults,
+)
+
+
+def config_of(*flags: str) -> RunConfig:
+    return parse_run_config(["--model_name_or_path", "base", "--task", "completion", *flags])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    """Flags of 40 training and 10 evaluation rows that no two share a text with."""
+    flags = []
+    for split, number in (("train", 40), ("eval", 10)):
+        lines = [json.dumps({"prompt": f"{split} {n}:", "completion": f" {n * n}"}) for n in range(number)]
+        file = tmp_path / f"{split}.jsonl"
+        file.write_text("\n".join(lines) + "\n")
+        flags += [f"--{split}_file", str(file)]
+    return flags
+
+
+# Calibration rows -----------------------------------------------------------------------------------------------------
+
+
+def encoded(config: RunConfig) -> list[EncodedRow]:
+    return encode_training_rows(config, load_task_data(config), tiny_models.byte_tokenizer(), head=False)
+
+
+def test_calibration_rows_are_training_rows(data: list[str]) -> None:
+    config = config_of(*data, "--calibration_samples", "12")
+    tokenizer, rows = tiny_models.byte_tokenizer(), encoded(config)
+    chosen = calibration_rows(config, rows)
+    texts = [tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in chosen]
+    assert len(set(texts)) == len(chosen) == 12
+    assert all(text.startswith("train ") for text in texts)
+    positions = [rows.index(row) for row in chosen]
+    assert positions == sorted(positions)  # in split order
+    assert positions != list(range(12))  # but drawn from all of it
+
+
+def test_calibration_rows_follow_the_seed_alone(data: list[str]) -> None:
+    def chosen(*flags: str) -> list[int]:
+        config = config_of(*data, "--calibration_samples", "12", *flags)
+        rows = encoded(config)
+        return [rows.index(row) for row in calibration_rows(config, rows)]
+
+    assert chosen() == chosen()
+    assert chosen() == chosen("--learning_rate", "1")
+    assert chosen() != chosen("--seed", "1")
+
+
+def test_too_few_rows_are_all_taken(data: list[str]) -> None:
+    config = config_of(*data, "--calibration_samples", "500")
+    rows = encoded(config)
+    assert calibration_rows(config, rows) == rows
+    assert len(rows) == 40
+
+
+def test_the_first_rows_only(data: list[str]) -> None:
+    config = config_of(*data, "--max_train_samples", "7", "--max_eval_samples", "3")
+    loaded = load_task_data(config)
+    assert (len(loaded.train), len(loaded.evaluation)) == (7, 3)
+    assert loaded.train[0].prompt == "train 0:"
+    assert loaded.evaluation[2].prompt == "eval 2:"
+    assert loaded.train_source != loaded.eval_source
+
+
+def test_training_rows_without_evaluation_rows_are_refused(data: list[str]) -> None:
+    with pytest.raises(UserError, match="eval_file: --train_file needs --eval_file"):
+        load_task_data(config_of(*data[:2]))
+
+
+# Counts ---------------------------------------------------------------------------------------------------------------
+
+SHAPES = {"a": MatrixShape(40, 30), "b": MatrixShape(25, 64, transposed=True)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "trainable", "dense"),
+    [
+        # a: 70 + ⌊4⌋ + ⌊3⌋ = 77; b: 89 + ⌊2.5⌋ + ⌊6.4⌋ = 97; dense branches: 2 · (70 + 89)
+        ([], 77 + 97, 318),
+        (["--rank", "3"], 3 * 174, 3 * 318),
+        (["--structure", "intersection"], 7 + 8, 159),
+        (["--core_fraction", "1.0"], 318, 318),
+        (["--method", "lora", "--rank", "4"], 4 * 159, 4 * 159),
+    ],
+)
+def test_counts_by_hand(flags: list[str], trainable: int, dense: int) -> None:
+    count = count_adapter(config_of(*flags), SHAPES)
+    assert (count.trainable, count.dense) == (trainable, dense)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rho"),
+    [
+        ([], 0.9),
+        (["--core_fraction", "0.25"], 0.75),
+        (["--rho", "parameters"], 1 - 174 / 318),
+        (["--rho", "0.5"], 0.5),
+        (["--rho", "off"], 0.0),
+        (["--method", "lora"], 0.0),
+    ],
+)
+def test_rho_of_a_run(flags: list[str], rho: float) -> None:
+    assert count_adapter(config_of(*flags), SHAPES).rho == pytest.approx(rho)
+
+
+@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.gpt2, tiny_models.bert])
+@pytest.mark.parametrize("structure", ["union", "intersection"])
+def test_the_count_is_the_adapters_own(make: Any, structure: str) -> None:
+    import torch
+
+    config = config_of("--structure", structure, "--rank", "2", "--core_fraction", "0.3")
+    shapes = target_shapes(config, make())
+    regions = {
+        name: select_core_region(
+            torch.rand(shape.out_features, shape.in_features), element_fraction=0.05, core_fraction=0.3
+        )
+        for name, shape in shapes.items()
+    }
+    adapter = TasoAdapter(regions, structure=structure, rank=2, scaling=1.0, seed=0, dtype=torch.float32)
+    count = count_adapter(config, shapes)
+    assert (count.trainable, count.dense) == (adapter.flat.numel(), adapter.num_dense)
+
+
+# The rest -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_task_is_refused() -> None:
+    with pytest.raises(UserError, match="task: name one"):
+        with_defaults(parse_run_config(["--model_name_or_path", "base"]))
+    with pytest.raises(UserError, match="gguf_file: needs --model_name_or_path"):
+        with_defaults(parse_run_config(["--gguf_file", "x.gguf", "--task", "rte"]))
+
+
+def test_sequences_longer_than_the_model_are_refused() -> None:
+    base = tiny_models.llama(layers=1).config  # 128 positions
+    check_length(config_of("--max_seq_length", "128"), base)
+    with pytest.raises(UserError, match="max_seq_length: 129 exceeds the model's 128 positions"):
+        check_length(config_of("--max_seq_length", "129"), base)
+    with pytest.raises(UserError, match="exceeds the model's 128 positions"):
+        check_length(config_of("--max_seq_length", "129"), tiny_models.gpt2().config)
+
+
+@pytest.mark.parametrize(("task", "labels"), [("rte", 2), ("stsb", 1)])
+def test_a_head_gets_the_tasks_labels(task: str, labels: int) -> None:
+    from taso_ds.data.tasks import get_task
+
+    base = prepare_base_config(
+        tiny_models.bert(num_labels=5).config, get_task(task), tiny_models.byte_tokenizer(), head=True
+    )
+    assert (base.num_labels, base.pad_token_id) == (labels, 0)
+
+
+def test_a_task_without_labels_has_no_head() -> None:
+    from taso_ds.data.tasks import get_task
+
+    with pytest.raises(UserError, match="gsm8k has no labels for a classification head"):
+        prepare_base_config(tiny_models.bert().config, get_task("gsm8k"), tiny_models.byte_tokenizer(), head=True)
+
+
+def test_the_deepspeed_dict_has_the_runs_numbers() -> None:
+    config = config_of("--per_device_train_batch_size", "2", "--global_batch_size", "24", "--no_bf16")
+    resolved, sizes = resolve_deepspeed(config, world_size=4)
+    assert (sizes.micro_batch_size, sizes.grad_accum_steps, sizes.world_size) == (2, 3, 4)
+    assert resolved["train_batch_size"] == sizes.global_batch_size == 24
+    assert resolved["bf16"] == {"enabled": False}
+    assert resolved["zero_optimization"]["stage"] == 3  # the default file
