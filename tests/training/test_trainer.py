@@ -1,0 +1,163 @@
+"""The loop with an engine made of plain torch: what it logs, when it calls its hooks, and how it stops."""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor, nn
+
+from taso_ds.config import BatchSizes, TrainArguments
+from taso_ds.data.collate import collate, empty_row
+from taso_ds.data.encode import EncodedRow
+from taso_ds.data.plan import BatchPlan
+from taso_ds.distributed import comm
+from taso_ds.errors import UserError
+from taso_ds.training.feed import Feed
+from taso_ds.training.optim import Schedule, make_groups, make_optimizer
+from taso_ds.training.trainer import Diverged, Trainer
+
+ROWS = [EncodedRow([3 + n, 4 + n, 5], [-100, 4 + n, 5]) for n in range(7)]  # two supervised tokens each
+SIZES = BatchSizes(2, 2, 1)  # 4 rows a step: an epoch is a step of 4 and a step of 3
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
+
+
+class PlainEngine:
+    """What the trainer uses of a DeepSpeed engine, on one process."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, accumulation: int) -> None:
+        self.optimizer, self.accumulation = optimizer, accumulation
+        self.micro_steps, self.norm, self.rates = 0, math.nan, []
+
+    def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> None:
+        assert not scale_wrt_gas
+        loss.backward()
+
+    def step(self) -> None:
+        self.micro_steps += 1
+        if self.micro_steps % self.accumulation == 0:
+            values = [value for group in self.optimizer.param_groups for value in group["params"]]
+            self.norm = float(torch.nn.utils.clip_grad_norm_(values, 1e9))
+            self.rates.append([group["lr"] for group in self.optimizer.param_groups])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def get_global_grad_norm(self) -> float:
+        return self.norm
+
+
+def run(loss_sum: Any, weight: nn.Parameter, *, steps: int = 4, **changes: Any) -> SimpleNamespace:
+    """Train one weight on whatever ``loss_sum`` says; returns the engine and what the hooks saw."""
+    training = TrainArguments(learning_rate=0.1)
+    groups = make_groups(training, adapter=[weight], head=[], full=[], rho=0.75)
+    engine = PlainEngine(make_optimizer(groups, training), SIZES.grad_accum_steps)
+    seen = SimpleNamespace(engine=engine, logs=[], evals=[])
+    plan = BatchPlan(len(ROWS), SIZES.global_batch_size, seed=0, shuffle=False)
+    options = {"logging_steps": 1, "eval_steps": None} | changes
+    trainer = Trainer(
+        engine,
+        Feed(ROWS, plan, SIZES, partial(collate, pad_id=0), empty_row(0)),
+        loss_sum=loss_sum,
+        groups=groups,
+        schedule=Schedule("linear", steps, 0),
+        on_log=seen.logs.append,
+        on_eval=seen.evals.append,
+        **options,
+    )
+    try:
+        trainer.fit()
+    finally:
+        seen.trainer = trainer
+    return seen
+
+
+def quadratic(weight: nn.Parameter, _engine: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """Each supervised token with label t costs (w - t)² / 2."""
+    labels = batch["labels"][:, 1:]
+    counted = labels != -100
+    return (0.5 * (weight - labels) ** 2 * counted).sum(), int(counted.sum())
+
+
+def test_logs_the_mean_over_supervised_units() -> None:
+    weight = nn.Parameter(torch.zeros(()))
+    seen = run(partial(quadratic, weight), weight, steps=1)
+    # Rows 0 to 3 hold the labels 4, 5 | 5, 5 | 6, 5 | 7, 5: their half squares at w = 0 sum to 113 over 8 units, and
+    # the gradient is minus their mean, 42 / 8.
+    labels = [4, 5, 5, 5, 6, 5, 7, 5]
+    assert seen.logs[0]["loss"] == pytest.approx(sum(label**2 for label in labels) / 2 / 8)
+    assert seen.logs[0]["grad_norm"] == pytest.approx(sum(labels) / 8)
+    assert seen.logs[0]["tokens"] == 12
+    assert seen.logs[0]["learning_rate"] == {"adapter": pytest.approx(0.2)}  # 0.1 · √(1 / 0.25)
+
+
+def test_a_short_last_batch_counts_its_own_units() -> None:
+    weight = nn.Parameter(torch.zeros(()))
+    seen = run(partial(quadratic, weight), weight, steps=2)
+    labels = [8, 5, 9, 5, 10, 5]  # rows 4 to 6: 6 units, not 8
+    moved = 0.2  # Adam's first step is the learning rate, 0.1 · 2
+    assert seen.logs[1]["loss"] == pytest.approx(sum((moved - label) ** 2 for label in labels) / 2 / 6)
+    assert seen.logs[1]["epoch"] == 1.0
+
+
+def test_the_schedule_reaches_the_optimizer_before_each_step() -> None:
+    weight = nn.Parameter(torch.zeros(()))
+    seen = run(partial(quadratic, weight), weight, steps=4)
+    # Linear without warm-up: 1, 3/4, 1/2, 1/4 of 0.2.
+    assert seen.engine.rates == [[pytest.approx(rate)] for rate in (0.2, 0.15, 0.1, 0.05)]
+    assert [line["learning_rate"]["adapter"] for line in seen.logs] == [rate for (rate,) in seen.engine.rates]
+    assert seen.engine.micro_steps == 4 * SIZES.grad_accum_steps
+
+
+def test_hooks_come_when_asked_for() -> None:
+    weight = nn.Parameter(torch.zeros(()))
+    seen = run(partial(quadratic, weight), weight, steps=7, logging_steps=3, eval_steps=2)
+    assert [line["step"] for line in seen.logs] == [3, 6, 7]  # the last step always
+    assert seen.evals == [2, 4, 6]
+    seen = run(partial(quadratic, weight), weight, steps=4, eval_steps=2)
+    assert seen.evals == [2]  # the run evaluates after the last step itself
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows() -> None:
+    weight = nn.Parameter(torch.zeros(()))
+    seen: list[float] = []
+
+    def poisoned(_engine: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        seen.append(weight.item())
+        loss, units = quadratic(weight, None, batch)
+        return (loss * math.nan if (batch["input_ids"][:, 0] == 3 + 5).any() else loss), units
+
+    # Step 2 has the micro-batches [4, 5] and [6]; row 5 starts with token 8.
+    with pytest.raises(Diverged, match=r"the loss of step 2 is nan on training rows \[4, 5\]") as caught:
+        run(poisoned, weight)
+    assert caught.value.good_steps == 1
+    assert weight.item() == seen[-1] == pytest.approx(0.2)  # as step 1 left it
+
+
+def test_a_first_step_that_moves_nothing_is_an_error() -> None:
+    weight = nn.Parameter(torch.zeros(()))
+    with pytest.raises(UserError, match="no gradient reached the trained parameters"):
+        run(lambda _e, batch: (quadratic(weight.detach(), None, batch)[0] + 0.0 * weight, 2), weight)
+
+
+def test_a_gradient_that_is_not_finite_is_an_error() -> None:
+    weight = nn.Parameter(torch.zeros(()))
+    with pytest.raises(UserError, match=r"the gradient norm of step 1 is inf; lower --learning_rate"):
+        run(lambda _e, _b: (torch.sqrt(weight), 2), weight)  # finite at 0, with an infinite slope
+
+
+def test_learns_with_a_real_model() -> None:
+    model = tiny_models.llama()
+    weight = model.lm_head.weight
+    model.requires_grad_(False)
+    weight.requires_grad_(True)
+    from taso_ds.training.loss import loss_sum
+
+    seen = run(lambda _engine, batch: loss_sum(model, batch, head=False), weight, steps=12)
+    assert seen.logs[-1]["loss"] < 0.5 * seen.logs[0]["loss"]
