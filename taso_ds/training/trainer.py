@@ -75,7 +75,7 @@ class Trainer:
         with tqdm(total=total, desc="training", unit="step", disable=not comm.is_main()) as bar:
             for step in range(total):
                 started = time.perf_counter()
-                metrics = self._step(step)
+                metrics = self.step(step)
                 metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - started)
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
@@ -84,7 +84,8 @@ class Trainer:
                 if self.eval_steps and metrics["step"] % self.eval_steps == 0 and metrics["step"] < total:
                     self.on_eval(metrics["step"])
 
-    def _step(self, step: int) -> dict[str, Any]:
+    def step(self, step: int) -> dict[str, Any]:
+        """Run one optimizer step (0-based) and return its metrics."""
         share = self.schedule(step)
         for live, group in zip(engines.optimizer_groups(self.engine), self.groups, strict=True):
             live["lr"] = group.peak * share

@@ -1,0 +1,189 @@
+"""What ``benchmarks/train.py`` launches on every rank: timed training steps, timed scoring, or peak memory."""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
+from taso_ds.config import parse_run_config
+from taso_ds.data.plan import BatchPlan
+from taso_ds.distributed import comm
+from taso_ds.distributed import engine as engines
+from taso_ds.training import calibrate, prepare
+from taso_ds.training.feed import Feed, dealt_batches, on_device
+from taso_ds.training.loss import loss_sum
+from taso_ds.training.optim import Schedule, make_optimizer
+from taso_ds.training.run import Setup, attach, find_regions, join, load_base, set_up
+from taso_ds.training.trainer import Trainer
+
+_COMMON = (
+    "--ds_config zero3.json --task boolq --data_dir embedded --max_train_samples 512 --max_seq_length 256"
+    " --per_device_train_batch_size 4 --calibration_samples 64 --importance magnitude --learning_rate 1e-4"
+)
+
+
+def _setup(flags: Sequence[str]) -> Setup:
+    config = prepare.with_defaults(parse_run_config([*_COMMON.split(), *flags]))
+    join(config)
+    return set_up(config)
+
+
+def _trainer(setup: Setup, steps: int) -> Trainer:
+    """Build one method's engine, as a run does. Regions come from magnitudes: where they lie changes no time."""
+    base, targets, shapes = load_base(setup)
+    method = setup.config.adapter.method
+    found = find_regions(setup, base, targets, shapes) if method == "taso" else None
+    trained = attach(setup, base, shapes, found)
+    engine = engines.training_engine(base.model, make_optimizer(trained.groups, setup.config.training), setup.ds_config)
+    engine.train()
+    plan = BatchPlan(len(setup.rows), setup.sizes.global_batch_size, seed=0)
+    return Trainer(
+        engine,
+        Feed(setup.rows, plan, setup.sizes, setup.collate, setup.filler),
+        loss_sum=partial(loss_sum, head=False),
+        groups=trained.groups,
+        schedule=Schedule("constant", steps, 0),
+        logging_steps=1,
+        eval_steps=None,
+        on_log=lambda metrics: None,
+        on_eval=lambda step: None,
+    )
+
+
+def time_steps(methods: dict[str, list[str]], steps: int) -> dict[str, Any]:
+    """Take the methods' steps in turn and return each one's median."""
+    trainers = {name: _trainer(_setup(flags), steps) for name, flags in methods.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    tokens: dict[str, list[int]] = {name: [] for name in trainers}
+    for step in range(steps + 2):
+        for name, trainer in trainers.items():
+            comm.barrier()
+            started = time.perf_counter()
+            metrics = trainer.step(step)
+            comm.barrier()
+            if step >= 2:
+                seconds[name].append(time.perf_counter() - started)
+                tokens[name].append(metrics["tokens"])
+    return {
+        name: {
+            "median_s": statistics.median(seconds[name]),
+            "tokens": statistics.mean(tokens[name]),
+            "trainable": sum(zero.full_numel(row) for group in trainers[name].groups for row in group.parameters),
+        }
+        for name in trainers
+    }
+
+
+def time_scoring(rounds: int) -> dict[str, Any]:
+    """Score, and run a plain backward with all weight gradients, in turn on the same micro-batches."""
+    setup = _setup(["--importance", "importance"])
+    base, targets, shapes = load_base(setup)
+    rows = prepare.calibration_rows(setup.config, list(setup.rows))
+    dealt = dealt_batches(rows, batch_size=4, collate=setup.collate, filler=setup.filler)
+    batches = [on_device(batch) for _, batch in dealt]
+    settings = calibrate.ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0)
+    losses = partial(loss_sum, head=False)
+    weights: list[Any] = [module.weight for module in targets.values()]
+    plain, scored = [], []
+    extra = 0.0
+    with engines.scoring_engine(base.model, setup.ds_config) as model:
+        for number in range(rounds + 1):
+            seconds = _timed(partial(_plain_backward, model, weights, batches, losses))
+            if number:  # the first round warms up and measures memory: the peak of a process never falls again
+                plain.append(seconds)
+            before = _peak_gb()
+            seconds = _timed(
+                partial(calibrate.score_regions, model, targets, shapes, batches, loss_sum=losses, settings=settings)
+            )
+            if number:
+                scored.append(seconds)
+            else:
+                extra = max(comm.gather_objects(_peak_gb() - before))
+        selecting = _timed(
+            partial(calibrate.score_regions, model, targets, shapes, [], loss_sum=losses, settings=settings)
+        )
+    numels = [shape.numel for shape in shapes.values()]
+    return {
+        "backward_s": statistics.median(plain),
+        "scoring_s": statistics.median(scored),
+        "select_s": selecting,
+        "tokens": sum(len(row.input_ids) for row in rows),
+        "extra_gb": extra,
+        "allowed_gb": (sum(numels) / comm.world_size() + 2 * max(numels)) * 4 / 1e9,
+    }
+
+
+def _plain_backward(model: Any, weights: Sequence[Any], batches: Sequence[dict[str, Tensor]], losses: Any) -> None:
+    """Forward and backward with every target's weight gradient, each dropped as soon as it is whole."""
+    handles = [weight.register_post_accumulate_grad_hook(_drop) for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with calibrate.scoring_mode(model):
+            for batch in batches:
+                losses(model, batch)[0].backward()
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+        for handle in handles:
+            handle.remove()
+
+
+def _drop(weight: Any) -> None:
+    weight.grad = None
+
+
+def _timed(action: Any) -> float:
+    comm.barrier()
+    started = time.perf_counter()
+    action()
+    comm.barrier()
+    return time.perf_counter() - started
+
+
+def _peak_gb() -> float:
+    """Return the largest resident set of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def peak_memory(methods: dict[str, list[str]]) -> dict[str, Any]:
+    """Return the worst rank's peak resident memory of a few steps."""
+    (flags,) = methods.values()
+    trainer = _trainer(_setup(flags), 3)
+    for step in range(3):
+        trainer.step(step)
+    return {"peak_gb": max(comm.gather_objects(_peak_gb()))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--job", choices=("steps", "scoring", "memory"), required=True)
+    parser.add_argument("--methods", type=json.loads, default={})
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--local_rank", type=int)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.job == "steps":
+        found = time_steps(arguments.methods, arguments.steps)
+    elif arguments.job == "scoring":
+        found = time_scoring(arguments.rounds)
+    else:
+        found = peak_memory(arguments.methods)
+    if comm.is_main():
+        arguments.result.write_text(json.dumps(found))
+    comm.close()
+
+
+if __name__ == "__main__":
+    main()
