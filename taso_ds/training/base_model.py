@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from taso_ds.adapters.adapter import ADAPTER_MODULE
 from taso_ds.config import ModelArguments, cache_dir
 from taso_ds.distributed import comm, engine, zero
 from taso_ds.errors import UserError
@@ -30,11 +31,11 @@ class BaseModel:
 
     @property
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the classification head: everything outside the pretrained body."""
+        """Parameters of the classification head: everything outside the pretrained body and an attached adapter."""
         if not self.head:
             return {}
-        prefix = f"{self.model.base_model_prefix}."
-        return {name: value for name, value in self.model.named_parameters() if not name.startswith(prefix)}
+        others = (f"{self.model.base_model_prefix}.", f"{ADAPTER_MODULE}.")
+        return {name: value for name, value in self.model.named_parameters() if not name.startswith(others)}
 
 
 def model_source(arguments: ModelArguments) -> str:
