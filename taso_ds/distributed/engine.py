@@ -91,7 +91,11 @@ def optimizer_groups(engine: Any) -> Sequence[dict[str, Any]]:
     return groups
 
 
-def global_grad_norm(engine: Any) -> float:
-    """Return the gradient norm of the last step before clipping, over all ranks; NaN if the stage keeps none."""
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
+def step(engine: Any) -> float:
+    """Take the optimizer's step and return the norm of its gradient before clipping, over all ranks."""
+    optimizer, norm = engine.optimizer, None
+    if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in fp32, of which DeepSpeed keeps no norm
+        parameters = [value for group in optimizer.param_groups for value in group["params"]]
+        norm = torch.nn.utils.get_total_norm([value.grad for value in parameters if value.grad is not None])
+    engine.step()
+    return float(engine.get_global_grad_norm() if norm is None else norm)

@@ -91,11 +91,10 @@ class Trainer:
             live["lr"] = group.peak * share
         data = self.feed.step(step)
         loss = self._accumulate(step, data)
-        self.engine.step()
-        norm = engines.global_grad_norm(self.engine)
+        norm = engines.step(self.engine)
         if norm == 0.0 and step == 0:
             raise UserError("training: no gradient reached the trained parameters in the first step")
-        if math.isinf(norm):
+        if not math.isfinite(norm):
             raise UserError(f"training: the gradient norm of step {step + 1} is {norm}; lower --learning_rate")
         return {
             "step": step + 1,
