@@ -1,6 +1,7 @@
 """What ``benchmarks/train.py`` launches on every rank: timed training steps, timed scoring, or peak memory."""
 
 import argparse
+import dataclasses
 import json
 import resource
 import statistics
@@ -16,7 +17,7 @@ from torch import Tensor
 from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
 from taso_ds.config import parse_run_config
 from taso_ds.data.plan import BatchPlan
-from taso_ds.distributed import comm
+from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.training import calibrate, prepare
 from taso_ds.training.feed import Feed, dealt_batches, on_device
@@ -108,8 +109,10 @@ def time_scoring(rounds: int) -> dict[str, Any]:
                 scored.append(seconds)
             else:
                 extra = max(comm.gather_objects(_peak_gb() - before))
+        # the same gathering and selecting, without a backward before it
+        weights_only = dataclasses.replace(settings, score="magnitude")
         selecting = _timed(
-            partial(calibrate.score_regions, model, targets, shapes, [], loss_sum=losses, settings=settings)
+            partial(calibrate.score_regions, model, targets, shapes, [], loss_sum=losses, settings=weights_only)
         )
     numels = [shape.numel for shape in shapes.values()]
     return {
@@ -124,9 +127,9 @@ def time_scoring(rounds: int) -> dict[str, Any]:
 
 def _plain_backward(model: Any, weights: Sequence[Any], batches: Sequence[dict[str, Tensor]], losses: Any) -> None:
     """Forward and backward with every target's weight gradient, each dropped as soon as it is whole."""
-    handles = [weight.register_post_accumulate_grad_hook(_drop) for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)
+    handles = [weight.register_post_accumulate_grad_hook(_drop) for weight in weights]
     try:
         with calibrate.scoring_mode(model):
             for batch in batches:

@@ -48,9 +48,9 @@ def tap_gradient(linear: nn.Module, deliver: Deliver) -> RemovableHandle:
     return linear.register_forward_hook(hook)
 
 
-def weight_gradient(inputs: Tensor, grad_output: Tensor) -> Tensor:
-    """Return ``∂L/∂W`` of shape ``(out_features, in_features)`` in the dtype of the two operands."""
-    return grad_output.t() @ inputs.to(grad_output.dtype)
+def weight_gradient(inputs: Tensor, grad_output: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return ``∂L/∂W`` of shape ``(out_features, in_features)`` in the dtype of the output gradient."""
+    return torch.mm(grad_output.t(), inputs.to(grad_output.dtype), out=out)
 
 
 def importance(weight: Tensor, grad: Tensor) -> Tensor:

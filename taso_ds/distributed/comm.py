@@ -109,10 +109,33 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_to_owner(tensor: Tensor, owner: int) -> None:
-    """Add ``tensor`` over all ranks, in place, on the owner only; its content elsewhere is undefined afterwards."""
-    if world_size() > 1:
-        dist.reduce(tensor, owner)
+def reduction_buffer(part: Tensor) -> Tensor:
+    """Return the buffer ``add_on_owner`` needs for parts of up to this size and of this dtype."""
+    return torch.empty_like(part, dtype=part.dtype if world_size() <= 2 else torch.float32)
+
+
+def add_on_owner(total: Tensor | None, part: Tensor, owner: int, *, buffer: Tensor) -> None:
+    """Add every rank's ``part`` to the fp32 ``total``, which only the owner has; parts are added up in fp32.
+
+    Between two ranks the part itself is sent, in its own dtype, which loses nothing and moves half the bytes of an fp32
+    reduction in bf16. More ranks reduce in fp32. ``part`` and ``buffer`` are undefined afterwards.
+    """
+    assert (total is not None) == (rank() == owner)
+    view = buffer.flatten()[: part.numel()].view_as(part)
+    if world_size() == 2:
+        if total is None:
+            dist.send(part, owner)
+            return
+        total.add_(part)
+        dist.recv(view, 1 - owner)
+        total.add_(view)
+        return
+    if world_size() > 2:
+        view.copy_(part)
+        dist.reduce(view, owner)
+        part = view
+    if total is not None:
+        total.add_(part)
 
 
 def sum_everywhere(tensor: Tensor) -> None:

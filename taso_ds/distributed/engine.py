@@ -58,6 +58,8 @@ def scoring_engine(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[nn.M
         yield engine.module
     finally:
         engine.destroy()
+        for handle in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
+            handle.remove()  # they would keep the engine alive
 
 
 def training_engine(

@@ -56,8 +56,13 @@ class GradientSum:
     """
 
     def __init__(self, shapes: Mapping[str, MatrixShape], owners: Mapping[str, int], *, absolute: bool) -> None:
+        self._shapes = shapes
         self._owners = owners
         self._absolute = absolute
+        # The two matrices beside the sums, reused for every gradient: thousands of new ones would fragment memory.
+        self._largest = max(shape.numel for shape in shapes.values())
+        self._product: Tensor | None = None
+        self._travelling = torch.empty(0)
         self.sums = {
             name: torch.zeros(shape.out_features, shape.in_features, device=comm.device())
             for name, shape in shapes.items()
@@ -68,12 +73,15 @@ class GradientSum:
         """Return the callback of one matrix for ``tap_gradient``."""
 
         def deliver(inputs: Tensor, grad_output: Tensor) -> None:
-            gradient = weight_gradient(inputs, grad_output).float()
+            shape = self._shapes[name]
+            if self._product is None:
+                self._product = torch.empty(self._largest, dtype=grad_output.dtype, device=grad_output.device)
+                self._travelling = comm.reduction_buffer(self._product)
+            gradient = self._product[: shape.numel].view(shape.out_features, shape.in_features)
+            weight_gradient(inputs, grad_output, out=gradient)
             if self._absolute:
                 gradient.abs_()
-            comm.sum_to_owner(gradient, self._owners[name])
-            if name in self.sums:
-                self.sums[name] += gradient
+            comm.add_on_owner(self.sums.get(name), gradient, self._owners[name], buffer=self._travelling)
 
         return deliver
 
