@@ -60,7 +60,7 @@ def gpt2(*, seed: int = 0) -> Any:
 
 
 def bert(*, num_labels: int = 2, seed: int = 0) -> Any:
-    """A BERT with a sequence classification head."""
+    """A BERT with a sequence classification head, without dropout."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
@@ -72,6 +72,8 @@ def bert(*, num_labels: int = 2, seed: int = 0) -> Any:
         num_attention_heads=4,
         max_position_embeddings=128,
         initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         num_labels=num_labels,
         pad_token_id=0,
     )

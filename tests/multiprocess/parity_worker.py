@@ -1,0 +1,314 @@
+"""Runs scoring and training with DeepSpeed on however many ranks the launcher started; writes what it saw as JSON.
+
+torchrun parity_worker.py OUT.json LLAMA GPT2 BERT
+"""
+
+import gc
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import parity_case as case
+import torch
+from torch import nn
+
+from taso_ds.adapters.adapter import TasoAdapter
+from taso_ds.adapters.selection import CoreRegion, RegionScores, cut_region
+from taso_ds.config import parse_run_config
+from taso_ds.data.collate import collate, collate_head, empty_row
+from taso_ds.data.encode import EncodedRow
+from taso_ds.data.plan import BatchPlan
+from taso_ds.distributed import comm, zero
+from taso_ds.distributed import engine as engines
+from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.training import calibrate
+from taso_ds.training.base_model import load_config
+from taso_ds.training.calibrate import ScoringSettings, score_regions
+from taso_ds.training.feed import Feed, dealt_batches
+from taso_ds.training.lora_baseline import attach_lora, lora_parameters
+from taso_ds.training.loss import loss_sum
+from taso_ds.training.optim import Group, make_groups, make_optimizer, make_schedule
+from taso_ds.training.run import load_base
+from taso_ds.training.trainer import Trainer
+
+FILLER = empty_row(0)
+COLLATE = partial(collate, pad_id=0)
+COLLATE_HEAD = partial(collate_head, pad_id=0, is_regression=False)
+
+Regions = dict[str, CoreRegion]
+
+
+def ds_config_of(stage: int, split: case.Split, *, bf16: bool = False) -> dict[str, Any]:
+    return resolve_ds_config(
+        read_ds_config(f"zero{stage}.json"),
+        micro_batch_size=split.micro,
+        grad_accum_steps=split.accumulation,
+        world_size=comm.world_size(),
+        bf16=bf16,
+        max_grad_norm=case.MAX_GRAD_NORM,
+    )
+
+
+def load(
+    folder: str, ds_config: dict[str, Any], *, bf16: bool = False, head: bool = False, checkpointing: bool = False
+) -> Any:
+    """The base, its targets and their shapes, as a run loads them."""
+    flags = ["--model_name_or_path", folder, "--task", "sst2", "--bf16" if bf16 else "--no_bf16"]
+    flags += ["--seed", str(case.SEED), *(["--gradient_checkpointing"] if checkpointing else [])]
+    config = parse_run_config(flags)
+    setup: Any = SimpleNamespace(
+        config=config, source=folder, base_config=load_config(config.model, folder), head=head, ds_config=ds_config
+    )
+    return load_base(setup)
+
+
+# Scoring --------------------------------------------------------------------------------------------------------------
+
+
+def as_json(scores: dict[str, RegionScores]) -> dict[str, Any]:
+    found = {}
+    for name, entry in scores.items():
+        region = cut_region(entry, element_fraction=case.ELEMENT_FRACTION, core_fraction=case.CORE_FRACTION)
+        found[name] = {
+            "rows": region.rows.tolist(),
+            "cols": region.cols.tolist(),
+            "row_importance": entry.row_importance.tolist(),
+            "col_importance": entry.col_importance.tolist(),
+        }
+    return found
+
+
+class Watched(calibrate.GradientSum):
+    """Remembers how many accumulator elements this rank held."""
+
+    elements = 0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        assert all(value.dtype == torch.float32 for value in self.sums.values())
+        Watched.elements = sum(value.numel() for value in self.sums.values())
+
+
+def left_behind(model: nn.Module, stage: int) -> list[str]:
+    """What scoring should not have left on this rank."""
+    found = []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found.append(f"{name} has a gradient")
+        if parameter.requires_grad:
+            found.append(f"{name} wants gradients")
+        if stage == 3:
+            shard: Any = parameter
+            if parameter.numel():
+                found.append(f"{name} is whole")
+            if shard.ds_tensor.numel() > -(-zero.full_numel(parameter) // comm.world_size()):
+                found.append(f"{name} has more than its shard")
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            found.append(f"{name} has hooks")
+    return found
+
+
+def score(folder: str, stage: int, runs: Sequence[tuple[str, str, str, int]]) -> tuple[dict[str, Any], Any]:
+    """Score one base several times; ``runs`` are (label, score, reduction, rows per batch)."""
+    ds_config = ds_config_of(stage, case.SPLITS[comm.world_size()][0])
+    base, targets, shapes = load(folder, ds_config)
+    calibrate.GradientSum = Watched  # type: ignore[misc]
+    hooks_before = left_behind(base.model, stage)
+    found: dict[str, Any] = {}
+    with engines.scoring_engine(base.model, ds_config) as scored:
+        for label, kind, reduction, batch_size in runs:
+            batches = dealt_batches(case.CALIBRATION, batch_size=batch_size, collate=COLLATE, filler=FILLER)
+            settings = ScoringSettings(kind, reduction, case.LADDER, case.SEED)
+            scores = score_regions(
+                scored, targets, shapes, [batch for _, batch in batches],
+                loss_sum=partial(loss_sum, head=False), settings=settings,
+            )  # fmt: skip
+            found[label] = as_json(scores)
+    found["left_behind"] = comm.gather_objects(
+        [what for what in left_behind(base.model, stage) if what not in hooks_before]
+    )
+    found["accumulator_elements"] = comm.gather_objects(Watched.elements)
+    found["target_elements"] = sum(shape.numel for shape in shapes.values())
+    found["largest_target"] = max(shape.numel for shape in shapes.values())
+    return found, base
+
+
+def regions_of(scored: dict[str, Any]) -> Regions:
+    return {
+        name: CoreRegion(
+            torch.tensor(entry["rows"]),
+            torch.tensor(entry["cols"]),
+            out_features=len(entry["row_importance"]),
+            in_features=len(entry["col_importance"]),
+        )
+        for name, entry in scored.items()
+    }
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def taso_groups(base: Any, regions: Regions) -> list[Group]:
+    head = list(base.head_parameters.values())
+    adapter = TasoAdapter(regions, structure="union", rank=1, scaling=1.0, seed=case.SEED, dtype=base.model.dtype)
+    adapter.attach(base.model)
+    return make_groups(case.TRAINING, adapter=[adapter.flat], head=head, full=[], rho=case.RHO)
+
+
+def values_of(groups: list[Group]) -> list[list[float]]:
+    """All trained values, gathered. A collective."""
+    return [zero.full_copy(value).float().flatten().tolist() for group in groups for value in group.parameters]
+
+
+def train(
+    base: Any,
+    groups: list[Group],
+    ds_config: dict[str, Any],
+    split: case.Split,
+    *,
+    rows: Sequence[EncodedRow] = case.TRAIN,
+    head: bool = False,
+    after_step: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    sizes = split.sizes(comm.world_size())
+    plan = BatchPlan(len(rows), sizes.global_batch_size, seed=case.SEED)
+    engine = engines.training_engine(base.model, make_optimizer(groups, case.TRAINING), ds_config)
+    found: dict[str, Any] = {"loss": [], "grad_norm": [], "logged_rates": [], "live_rates": []}
+
+    def on_log(metrics: dict[str, Any]) -> None:
+        found["loss"].append(metrics["loss"])
+        found["grad_norm"].append(metrics["grad_norm"])
+        found["logged_rates"].append(list(metrics["learning_rate"].values()))
+        found["live_rates"].append([group["lr"] for group in engines.optimizer_groups(engine)])
+        after_step()
+
+    trainer = Trainer(
+        engine,
+        Feed(rows, plan, sizes, COLLATE_HEAD if head else COLLATE, FILLER),
+        loss_sum=partial(loss_sum, head=head),
+        groups=groups,
+        schedule=make_schedule(case.TRAINING, case.STEPS),
+        logging_steps=1,
+        eval_steps=None,
+        on_log=on_log,
+        on_eval=lambda _step: None,
+    )
+    engine.train()
+    trainer.fit()
+    found["empty_micro_batches"] = comm.gather_objects(
+        sum(not ids for step in range(case.STEPS) for ids in trainer.feed.step(step).micro_batches)
+    )
+    found["values"] = values_of(groups)
+    found["masters"] = masters(engine, groups)
+    engine.destroy()
+    return found
+
+
+def masters(engine: Any, groups: list[Group]) -> list[list[float]] | None:
+    """The fp32 values the optimizer steps on; None at stage 0 in fp32, where they are the parameters."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if engines.zero_stage(engine.config) == 0:
+        wrapped = getattr(engine.optimizer, "fp32_groups", None)
+        if wrapped is None:
+            return None
+        values = [value for group in wrapped for value in group]
+    else:
+        values = [safe_get_full_fp32_param(value) for group in groups for value in group.parameters]
+    assert all(value.dtype == torch.float32 for value in values)
+    return [value.detach().flatten().tolist() for value in values]
+
+
+def train_stage(stage: int, folders: dict[str, str], regions: Regions, scored_base: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"splits": {}}
+    splits = case.SPLITS[comm.world_size()]
+    first = splits[0]
+    for number, split in enumerate(splits):
+        ds_config = ds_config_of(stage, split)
+        base = scored_base if number == 0 else load(folders["llama"], ds_config)[0]  # a run trains the base it scored
+        groups = taso_groups(base, regions)
+        found["splits"][f"{split.micro}x{split.accumulation}"] = train(base, groups, ds_config, split)
+
+    ds_config = ds_config_of(stage, first, bf16=True)
+    base, *_ = load(folders["llama"], ds_config, bf16=True)
+    groups = taso_groups(base, regions)
+    found["bf16"] = train(base, groups, ds_config, first)
+    if comm.world_size() > case.SMALL_WORLD:
+        return found
+
+    if stage in (0, 3):
+        ds_config = ds_config_of(stage, first)
+        base, *_ = load(folders["llama"], ds_config, checkpointing=True)
+        groups = taso_groups(base, regions)
+        forwards: list[int] = []
+        base.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+        found["checkpointed"] = train(base, groups, ds_config, first)
+        found["checkpointed"]["forwards"] = len(forwards)
+
+        base, targets, _ = load(folders["llama"], ds_config)
+        torch.manual_seed(case.SEED)
+        attach_lora(base.model, list(targets), rank=2, scaling=1.0, transposed=False)
+        trained = list(lora_parameters(base.model).values())
+        groups = make_groups(case.TRAINING, adapter=trained, head=[], full=[], rho=0.0)
+        found["lora"] = train(base, groups, ds_config, first)
+        if stage == 3:
+            shards: Any = trained
+            found["lora"]["partitioned"] = all(zero.is_partitioned(value) for value in shards)
+
+    ds_config = ds_config_of(stage, first)
+    base, _, shapes = load(folders["bert"], ds_config, head=True)
+    corner = {
+        name: CoreRegion(torch.arange(4), torch.arange(5), shape.out_features, shape.in_features)
+        for name, shape in shapes.items()
+    }
+    groups = taso_groups(base, corner)
+    values = [values_of(groups)]  # before the first step, and after each
+    found["head"] = train(
+        base, groups, ds_config, first, rows=case.HEAD_TRAIN, head=True,
+        after_step=lambda: values.append(values_of(groups)),
+    )  # fmt: skip
+    found["head"]["first_step"] = values[:2]
+    found["head"]["groups"] = [(group.name, len(group.parameters)) for group in groups]
+    return found
+
+
+def run_stage(stage: int, folders: dict[str, str]) -> dict[str, Any]:
+    every = len(case.CALIBRATION)
+    runs = [
+        ("batches of 2", "importance", "signed_mean", 2),
+        ("batches of 5", "importance", "signed_mean", 5),
+        ("one batch", "importance", "signed_mean", every),
+        ("one batch, absolute", "importance", "per_batch_abs", every),
+        ("batches of 5, absolute", "importance", "per_batch_abs", 5),
+        ("magnitude", "magnitude", "signed_mean", 5),
+        ("gradient", "gradient", "signed_mean", 5),
+        ("random", "random", "signed_mean", 5),
+    ]
+    llama, base = score(folders["llama"], stage, runs)
+    found = {"llama": llama, "train": train_stage(stage, folders, regions_of(llama["batches of 2"]), base)}
+    if comm.world_size() <= case.SMALL_WORLD:
+        found["gpt2"], _ = score(folders["gpt2"], stage, runs[1:2])
+    return found
+
+
+def main() -> None:
+    out, *folders = sys.argv[1:]
+    comm.init(timeout_minutes=3.0)
+    engines.quiet_deepspeed()
+    names = dict(zip(("llama", "gpt2", "bert"), folders, strict=True))
+    results = {}
+    for stage in case.STAGES[comm.world_size()]:
+        results[stage] = run_stage(stage, names)
+        gc.collect()
+    if comm.is_main():
+        Path(out).write_text(json.dumps(results))
+    comm.close()
+
+
+if __name__ == "__main__":
+    main()
