@@ -35,6 +35,10 @@ def _require(condition: bool, name: str, value: Any, valid: str) -> None:
         raise UserError(f"{name}: {value!r} is not {valid}")
 
 
+def _is_positive(value: float) -> bool:
+    return 0.0 < value < math.inf
+
+
 def _one_of(name: str, value: str, valid: Sequence[str]) -> None:
     if value not in valid:
         raise UserError(f"{name}: {value!r} is not one of {', '.join(valid)}{nearest(str(value), list(valid))}")
@@ -120,7 +124,7 @@ class AdapterArguments:
         _one_of("method", self.method, METHODS)
         _one_of("structure", self.structure, list(STRUCTURES))
         _require(self.rank > 0, "rank", self.rank, "a positive number")
-        _require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "positive")
+        _require(self.alpha is None or _is_positive(self.alpha), "alpha", self.alpha, "positive and finite")
         parse_rho(self.rho)
 
     @property
@@ -154,12 +158,8 @@ class TrainArguments:
 
     def __post_init__(self) -> None:
         _one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
-        _require(
-            math.isfinite(self.learning_rate) and self.learning_rate > 0,
-            "learning_rate",
-            self.learning_rate,
-            "positive",
-        )
+        for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
+            _require(_is_positive(getattr(self, name)), name, getattr(self, name), "positive and finite")
         _require(0.0 <= self.warmup_ratio <= 1.0, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "max_new_tokens"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
@@ -167,12 +167,10 @@ class TrainArguments:
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "a positive number")
         for name in ("weight_decay", "max_grad_norm"):
-            _require(getattr(self, name) >= 0.0, name, getattr(self, name), "0 or more")
+            _require(0.0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more and finite")
         for name in ("adam_beta1", "adam_beta2"):
             _require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")
-        _require(self.adam_epsilon > 0.0, "adam_epsilon", self.adam_epsilon, "positive")
         _require(self.max_steps == -1 or self.max_steps > 0, "max_steps", self.max_steps, "positive, or -1")
-        _require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "positive")
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ class RunArguments:
     local_rank: int = arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.")
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
 
 
 GROUPS: tuple[Any, ...] = (
@@ -320,9 +318,7 @@ def parse_groups(
     if not partial:
         file = parse_groups([RunArguments], arguments, description="", partial=True)[0].config
         if file is not None:
-            values = read_yaml(file)
-            _check_types(values, file)
-            parser.set_defaults(**values)
+            parser.set_defaults(**_typed(read_yaml(file), file))
     *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     if unknown and not partial:
         name = unknown[0].lstrip("-").split("=")[0]
@@ -330,23 +326,38 @@ def parse_groups(
     return parsed
 
 
-def _check_types(values: dict[str, Any], file: str) -> None:
-    """Turn YAML values into what the fields hold; ``2e-4`` is a string to YAML and a number to the parser."""
+def _typed(values: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Return YAML values as what the fields hold."""
     hints = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}
+    typed: dict[str, Any] = {}
     for key, value in values.items():
-        kinds = get_args(hints[key]) or (hints[key],)
+        kind, *others = get_args(hints[key]) or (hints[key],)
         if key == "rho" and value is False:  # `off` is a boolean to YAML
-            values[key] = "off"
-        elif isinstance(value, bool) != (bool in kinds) and value is not None:
-            raise UserError(f"config: {file}: {key} is {value!r}, not a {kinds[0].__name__}")
-        elif isinstance(value, (int, float)) and str in kinds:
-            values[key] = str(value)
-        elif isinstance(value, int) and float in kinds:
-            values[key] = float(value)
-        elif isinstance(value, str) and list[str] in kinds:
-            values[key] = [value]
-        elif isinstance(value, (list, dict)) and list[str] not in kinds:
-            raise UserError(f"config: {file}: {key} is {value!r}, not a {kinds[0].__name__}")
+            typed[key] = "off"
+        elif value is None and others:
+            typed[key] = None
+        else:
+            try:
+                typed[key] = _as_kind(value, kind)
+            except (TypeError, ValueError) as error:
+                name = "a list of texts" if kind == list[str] else kind.__name__
+                remedy = "; put it in quotes" if kind is str else ""
+                raise UserError(f"config: {file}: {key} is {value!r}, not {name}{remedy}") from error
+    return typed
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    """Return ``value`` as ``kind``; ``2e-4`` is a text to YAML, and ``2`` no float."""
+    if kind == list[str]:
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise TypeError
+        return items
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (bool, int, float, str)):
+        raise TypeError
+    if kind is int and isinstance(value, float):
+        raise TypeError
+    return kind(value)
 
 
 def cache_dir() -> Path:
