@@ -32,12 +32,14 @@ def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
         raise UserError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            stored = file.metadata() or {}
+            found = stored.get("kind", "none").strip('"')
+            if found != kind:
+                raise UserError(f"{path}: not a {kind} file (its kind is {found!r})")
+            metadata = {key: json.loads(value) for key, value in stored.items()}
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-    if metadata.get("kind") != kind:
-        raise UserError(f"{path}: not a {kind} file (its kind is {metadata.get('kind')!r})")
     return tensors, metadata
 
 
