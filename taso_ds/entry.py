@@ -53,5 +53,5 @@ def _fail(error: UserError) -> NoReturn:
     if "--debug" in sys.argv:
         raise error
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.exit(2)

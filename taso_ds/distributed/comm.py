@@ -29,7 +29,7 @@ def init(timeout_minutes: float = 30.0) -> None:
     """Join the process group on the accelerator's own backend; alone when no launcher set the rank variables.
 
     Raises:
-        UserError: when some, but not all, rank variables are set.
+        UserError: when some, but not all, rank variables are set, or the ranks cannot meet.
     """
     if dist.is_initialized():
         return
@@ -47,11 +47,16 @@ def init(timeout_minutes: float = 30.0) -> None:
     elif "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each use every core of a CPU node slow one another down several times over.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(),
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name(),
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            verbose=False,
+        )
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        first = str(error).splitlines()[0]
+        raise UserError(f"environment: cannot meet at {where}: {first}; choose another --master_port") from error
 
 
 def _free_port() -> int:
