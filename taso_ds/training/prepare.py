@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
 from taso_ds.config import BatchSizes, RunConfig, batch_sizes
 from taso_ds.data.embedded import EMBEDDED, embedded_model, embedded_records
 from taso_ds.data.encode import EncodedRow, encode_examples, pad_token_id
-from taso_ds.data.records import Records, build_examples, load_records
+from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
 from taso_ds.data.tasks import Example, Task, get_task
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.errors import UserError
@@ -82,11 +83,17 @@ def load_task_data(config: RunConfig) -> TaskData:
 def _records(config: RunConfig, task: Task) -> tuple[Records, Records]:
     data = config.data
     if data.data_dir == EMBEDDED_DATA:
-        return embedded_records(task)  # one split for every seed, so that seeds are compared on the same rows
+        return _embedded_part(task, 0, data.train_file), _embedded_part(task, 1, data.eval_file)
     train = load_records(task, "train", data_dir=data.data_dir, file=data.train_file)
     if data.train_file is not None and data.eval_file is None and data.data_dir is None:
         raise UserError("eval_file: --train_file needs --eval_file (or --data_dir) for rows to evaluate on")
     return train, load_records(task, task.eval_split, data_dir=data.data_dir, file=data.eval_file)
+
+
+def _embedded_part(task: Task, part: int, file: str | None) -> Records:
+    if file is not None:
+        return Records(read_jsonl(Path(file)), file)
+    return embedded_records(task)[part]  # one split for every seed, so that seeds are compared on the same rows
 
 
 def encode_training_rows(config: RunConfig, data: TaskData, tokenizer: Any, *, head: bool) -> list[EncodedRow]:
