@@ -85,8 +85,8 @@ def _check_shapes(scores: RegionScores, where: str) -> None:
             raise UserError(f"{where}: counts {tuple(counts.shape)} do not fit importance {tuple(importance.shape)}")
 
 
-def check_region_file(file: RegionFile, targets: Mapping[str, MatrixShape], *, fingerprint: str, source: str) -> None:
-    """Refuse regions of another model: other module names, other shapes, or other weights.
+def check_region_shapes(file: RegionFile, targets: Mapping[str, MatrixShape], *, source: str) -> None:
+    """Refuse regions of other modules or shapes, before any weight is loaded.
 
     Raises:
         UserError: naming the first difference.
@@ -101,5 +101,14 @@ def check_region_file(file: RegionFile, targets: Mapping[str, MatrixShape], *, f
         wanted = (shape.out_features, shape.in_features)
         if found != wanted:
             raise UserError(f"core_regions: {source} has {name} as {found}, the model has {wanted}: another model")
+
+
+def check_region_file(file: RegionFile, targets: Mapping[str, MatrixShape], *, fingerprint: str, source: str) -> None:
+    """Refuse regions of another model: other module names, other shapes, or other weights.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    check_region_shapes(file, targets, source=source)
     if file.fingerprint != fingerprint:
         raise UserError(f"core_regions: {source} was scored on other weights than this base; score again")

@@ -1,13 +1,15 @@
 """The frozen pretrained model and its tokenizer, from a folder, the Hub or a GGUF file."""
 
+import copy
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from taso_ds.adapters.adapter import ADAPTER_MODULE
@@ -84,13 +86,24 @@ def _convert_gguf(arguments: ModelArguments, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def _loading(what: str, load: Callable[[], Loaded]) -> Loaded:
+def _loading(what: str, load: Callable[[], Loaded], *, flag: str = "model_name_or_path") -> Loaded:
     """Turn the many ways a checkpoint can be unreadable into one line."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = " ".join(str(error).split())[:300]
-        raise UserError(f"model_name_or_path: cannot load {what}: {first}") from error
+    except Exception as error:
+        # transformers, tokenizers, safetensors and gguf raise a dozen unrelated types; --debug shows which and where.
+        first = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{flag}: cannot load {what}: {first}") from error
+
+
+def check_weight_files(source: str) -> None:
+    """Refuse a folder with a damaged safetensors file, on every rank, before partitioned loading could hang on it."""
+    for path in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model_name_or_path: {path} is damaged, copy it again ({error})") from error
 
 
 def load_config(arguments: ModelArguments, source: str) -> Any:
@@ -111,10 +124,11 @@ def load_tokenizer(arguments: ModelArguments, source: str) -> Any:
 
     name = arguments.tokenizer_name or source
     return _loading(
-        name,
+        f"a tokenizer from {name}",
         lambda: AutoTokenizer.from_pretrained(
             name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
         ),
+        flag="tokenizer_name",
     )
 
 
@@ -133,9 +147,15 @@ def _model_class(head: bool) -> Any:
 
 def meta_model(arguments: ModelArguments, config: Any, *, head: bool) -> nn.Module:
     """Return the model without weights, for counting."""
-    with torch.device("meta"):
-        model: nn.Module = _model_class(head).from_config(config, trust_remote_code=arguments.trust_remote_code)
-    return model
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            model: nn.Module = _model_class(head).from_config(
+                copy.deepcopy(config), trust_remote_code=arguments.trust_remote_code
+            )
+        return model
+
+    return _loading(str(arguments.model_name_or_path), build)
 
 
 def load_base_model(
@@ -155,9 +175,20 @@ def load_base_model(
     }
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
-    with engine.zero3_loading(ds_config):
-        model = _loading(source, lambda: _model_class(head).from_pretrained(source, **options))
-    if engine.zero_stage(ds_config) == 3:
+    partitioned = engine.zero_stage(ds_config) == 3
+
+    def load() -> tuple[Any, Mapping[str, Any]]:
+        with engine.zero3_loading(ds_config):
+            return _loading(
+                source,
+                lambda: _model_class(head).from_pretrained(
+                    source, output_loading_info=True, ignore_mismatched_sizes=not partitioned, **options
+                ),
+            )
+
+    model, report = _said_by_each_rank(load) if partitioned else comm.together(load)
+    _check_complete(model, report, source, head=head)
+    if partitioned:
         zero.assert_partitioned(model)
     else:
         model.to(comm.device())
@@ -167,3 +198,30 @@ def load_base_model(
     for parameter in base.head_parameters.values():
         parameter.requires_grad_(True)
     return base
+
+
+def _said_by_each_rank(load: Callable[[], Loaded]) -> Loaded:
+    """Run ``load``, which is full of collectives: a rank that fails cannot tell the others, so it tells the user."""
+    try:
+        return load()
+    except UserError as error:
+        if not comm.is_main():  # whose error is printed anyway
+            log.error("rank %d: %s", comm.rank(), error)
+        raise
+
+
+def _check_complete(model: Any, report: Mapping[str, Any], source: str, *, head: bool) -> None:
+    """Refuse a checkpoint that left weights of the model at random values; only a head may start there.
+
+    Encoders are published without their pooler, which then stays random and frozen: that is worth a warning.
+    """
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"model_name_or_path: {source} holds {name} as {tuple(found)}, its config wants {tuple(wanted)}"
+        )
+    body = f"{model.base_model_prefix}."
+    missing = sorted(name for name in report["missing_keys"] if name.startswith(body) or not head)
+    if missing and not head:
+        raise UserError(f"model_name_or_path: {source} lacks {missing[0]} ({len(missing)} of the model's weights)")
+    if missing:
+        log.warning("%s lacks %s (%d weights): they stay at random values", source, missing[0], len(missing))

@@ -18,6 +18,7 @@ from taso_ds.training.base_model import (
     wants_head,
 )
 from taso_ds.training.optim import describe_groups, learning_rate_table, make_groups, make_schedule, total_steps
+from taso_ds.training.regions import read_regions
 from taso_ds.training.run_folder import choose_folder
 
 
@@ -38,6 +39,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     prepare.prepare_base_config(base_config, task, load_tokenizer(config.model, source), head=head)
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
+    read_regions(config, shapes)
     count = prepare.count_adapter(config, shapes)
     heads = list(BaseModel(model, base_config, head).head_parameters.values())
     total = sum(parameter.numel() for parameter in model.parameters())

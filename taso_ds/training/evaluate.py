@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,17 @@ class Evaluator:
     use_chat_template: bool
     synced: bool
 
+    def check(self) -> None:
+        """Encode what can be ill-formed.
+
+        Raises:
+            UserError: a row leaves nothing to score or to continue.
+        """
+        if self.head or self.task.kind != "choice":  # options are never empty
+            _ = self._encoded
+        if self.task.kind == "generation" and not self.head:
+            _ = self._prompts
+
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return ``loss`` (mean over the supervised units), the task's metrics and ``num_examples``."""
         with _inference(model):
@@ -66,7 +78,7 @@ class Evaluator:
         return self.task.metrics[0] if measured else "loss"
 
     def _classify(self, model: nn.Module) -> dict[str, float]:
-        rows = self._encoded()
+        rows = self._encoded
         pad_id = pad_token_id(self.tokenizer)
         outputs: dict[int, tuple[float, float]] = {}
         batches = dealt_batches(
@@ -97,6 +109,7 @@ class Evaluator:
         predictions = [_rating(values) if self.task.is_regression else _argmax(values) for values in likelihoods]
         return {"loss": loss, **compute_metrics(self.task.metrics, predictions, [row.target for row in self.examples])}
 
+    @cached_property
     def _encoded(self) -> list[EncodedRow]:
         return encode_examples(
             self.tokenizer,
@@ -161,7 +174,7 @@ class Evaluator:
     def _lm_loss(self, model: nn.Module) -> dict[str, float]:
         pad_id = pad_token_id(self.tokenizer)
         batches = dealt_batches(
-            self._encoded(),
+            self._encoded,
             batch_size=self.batch_size,
             collate=lambda chosen: collate(chosen, pad_id=pad_id),
             filler=empty_row(pad_id),
@@ -175,12 +188,20 @@ class Evaluator:
         merged = sorted((key, value) for part in comm.gather_objects(sums) for key, value in part.items())
         return {"loss": math.fsum(loss for _, (loss, _) in merged) / sum(units for _, (_, units) in merged)}
 
-    def _generate(self, model: nn.Module) -> dict[str, float]:
-        room = max(2, self.max_seq_length)
-        rows = [
-            encode_prompt(self.tokenizer, example.prompt, max_seq_length=room, use_chat_template=self.use_chat_template)
+    @cached_property
+    def _prompts(self) -> list[EncodedRow]:
+        return [
+            encode_prompt(
+                self.tokenizer,
+                example.prompt,
+                max_seq_length=self.max_seq_length,
+                use_chat_template=self.use_chat_template,
+            )
             for example in self.examples
         ]
+
+    def _generate(self, model: nn.Module) -> dict[str, float]:
+        rows = self._prompts
         pad_id = pad_token_id(self.tokenizer)
         batches = dealt_batches(
             rows,

@@ -2,10 +2,12 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.peft_format import COMPACT_FILE, load_adapter
@@ -44,27 +46,38 @@ def parse_over_run(argv: Sequence[str] | None = None, *, description: str = "") 
     return with_defaults(RunConfig(*groups)), finished
 
 
-def _load(setup: Setup, run: str | None) -> tuple[BaseModel, TasoAdapter | None]:
-    """Load the base, and the run's adapter onto it."""
-    if run is not None and not (Path(run) / ADAPTER / COMPACT_FILE).is_file():
-        raise UserError(f"run: {Path(run) / ADAPTER / COMPACT_FILE} does not exist; only TASO runs can be opened again")
-    base, _, shapes = load_base(setup)
+Adapter = tuple[TasoAdapter, Mapping[str, Tensor]]
+
+
+def _read_adapter(setup: Setup, run: str | None) -> Adapter | None:
+    """Read the run's adapter and its head; UserError when it is damaged or belongs to another base."""
     if run is None:
-        return base, None
-    adapter, head = load_adapter(Path(run) / ADAPTER)
+        return None
+    folder = Path(run) / ADAPTER
+    if not (folder / COMPACT_FILE).is_file():
+        raise UserError(f"run: {folder / COMPACT_FILE} does not exist; only TASO runs can be opened again")
+    adapter, head = load_adapter(folder)
     for name, region in adapter.regions.items():
-        shape = shapes.get(name)
+        shape = setup.shapes.get(name)
         if shape is None or (shape.out_features, shape.in_features) != (region.out_features, region.in_features):
             raise UserError(f"run: the adapter in {run} has {name}, which this base does not have in that shape")
-    adapter.to(comm.device()).attach(base.model)
-    export.load_head(base.model, head)
-    return base, adapter
+    return adapter, head
+
+
+def _load(setup: Setup, found: Adapter | None) -> BaseModel:
+    """Load the base, and the adapter onto it."""
+    base, _, _ = load_base(setup)
+    if found is not None:
+        adapter, head = found
+        adapter.to(comm.device()).attach(base.model)
+        export.load_head(base.model, head)
+    return base
 
 
 def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
     """Return the task's metrics of a run's adapter, or of the base where no run is named."""
     setup = comm.together(lambda: set_up(config))
-    base, _ = _load(setup, run)
+    base = _load(setup, comm.together(lambda: _read_adapter(setup, run)))
     base.model.requires_grad_(False)
     with scoring_engine(base.model, setup.ds_config) as model:
         scores = setup.evaluator(model)
@@ -81,8 +94,9 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
         raise UserError("export: runs in one process; start it with plain python")
     whole = dataclasses.replace(config, run=dataclasses.replace(config.run, ds_config="zero0.json"))  # no partitions
     setup, folder = set_up(whole), RunFolder(Path(run))
-    base, adapter = _load(setup, run)
-    assert adapter is not None
+    found = _read_adapter(setup, run)
+    assert found is not None
+    base, adapter = _load(setup, found), found[0]
     base.model.eval()
     rows = export.probe_rows(setup.rows)
     live = probe_logits(base.model, rows)

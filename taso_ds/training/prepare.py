@@ -47,6 +47,14 @@ def with_defaults(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=model, data=data)
 
 
+def check_flags(config: RunConfig, world_size: int) -> None:
+    """Refuse an unknown task, an unreadable DeepSpeed JSON and batch numbers that do not multiply."""
+    assert config.data.task is not None
+    get_task(config.data.task)
+    read_ds_config(config.run.ds_config)
+    batch_sizes(config.training, world_size)
+
+
 @dataclass(frozen=True, eq=False)
 class TaskData:
     """Examples of both splits and where they come from."""

@@ -9,13 +9,20 @@ from typing import Any
 
 from torch import nn
 
-from taso_ds.adapters.region_file import RegionFile, check_region_file, load_region_file, save_region_file
+from taso_ds.adapters.region_file import (
+    RegionFile,
+    check_region_file,
+    check_region_shapes,
+    load_region_file,
+    save_region_file,
+)
 from taso_ds.adapters.selection import CoreRegion, concentration, ladder_with
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
-from taso_ds.distributed import zero
+from taso_ds.distributed import comm, zero
 from taso_ds.distributed.engine import scoring_engine
+from taso_ds.errors import UserError
 from taso_ds.training.calibrate import ScoringSettings, score_regions
 from taso_ds.training.feed import Collate, dealt_batches, on_device
 from taso_ds.training.loss import loss_sum
@@ -54,12 +61,15 @@ def fingerprint(targets: Mapping[str, nn.Module]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def read_regions(config: RunConfig) -> RegionFile | None:
+def read_regions(config: RunConfig, shapes: Mapping[str, MatrixShape]) -> RegionFile | None:
     """Read ``--core_regions`` before anything heavy loads; None when regions are to be scored."""
     path = config.calibration.core_regions
     if path is None:
         return None
+    if config.adapter.method != "taso":
+        raise UserError(f"core_regions: --method {config.adapter.method} has none; drop --core_regions")
     file = load_region_file(Path(path))
+    check_region_shapes(file, shapes, source=path)
     _cut(config, file)
     return file
 
@@ -69,7 +79,8 @@ def reuse_regions(
 ) -> Regions:
     """Check that a region file belongs to this base and cut it at this run's fractions."""
     source = str(config.calibration.core_regions)
-    check_region_file(file, shapes, fingerprint=fingerprint(targets), source=source)
+    digest = fingerprint(targets)
+    comm.together(lambda: check_region_file(file, shapes, fingerprint=digest, source=source))
     log.info("core regions: read from %s, cut at p = %s", source, config.calibration.core_fraction)
     return Regions(file, _cut(config, file), rows=[])
 

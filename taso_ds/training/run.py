@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from taso_ds.errors import UserError
 from taso_ds.training import export, prepare, regions
 from taso_ds.training.base_model import (
     BaseModel,
+    check_weight_files,
     load_base_model,
     load_config,
     load_tokenizer,
+    meta_model,
     model_source,
     wants_head,
 )
@@ -63,6 +65,7 @@ class Setup:
     base_config: Any
     head: bool
     rows: Sequence[EncodedRow]
+    shapes: Mapping[str, MatrixShape]
     region_file: regions.RegionFile | None
 
     @property
@@ -76,7 +79,7 @@ class Setup:
             return partial(collate_head, pad_id=pad_id, is_regression=self.data.task.is_regression)
         return partial(collate, pad_id=pad_id)
 
-    @property
+    @cached_property
     def evaluator(self) -> Evaluator:
         training, data = self.config.training, self.config.data
         return Evaluator(
@@ -96,32 +99,38 @@ class Setup:
 def join(config: RunConfig) -> None:
     """Convert a GGUF base if that has not been done, then join the process group.
 
-    In this order: inside a group transformers saves a model on rank 0 only, and waiting ranks could time out.
+    In this order: inside a group transformers saves a model on rank 0 only, and waiting ranks could time out. What is
+    cheap to check comes first, for a conversion takes its time.
     """
+    prepare.check_flags(config, comm.launched_world_size())
     model_source(config.model)
     comm.init()
     engines.quiet_deepspeed()
 
 
 def set_up(config: RunConfig) -> Setup:
-    """Check and read everything that is cheap; the process group exists already.
+    """Check and read everything that needs no weights; the process group exists already.
 
     Raises:
         UserError: on every rank, before any weight is loaded.
     """
     ds_config, sizes = prepare.resolve_deepspeed(config, comm.world_size())
-    region_file = regions.read_regions(config) if config.adapter.method == "taso" else None
     data = prepare.load_task_data(config)
     source = model_source(config.model)
     base_config = load_config(config.model, source)
+    check_weight_files(source)
     prepare.check_length(config, base_config)
     head = wants_head(config.model, base_config)
     tokenizer = load_tokenizer(config.model, source)
     prepare.prepare_base_config(base_config, data.task, tokenizer, head=head)
+    shapes = prepare.target_shapes(config, meta_model(config.model, base_config, head=head))
+    region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
+    setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
+    setup.evaluator.check()
     log.info("train: %d rows from %s", len(rows), data.train_source)
     log.info("evaluation: %d rows from %s", len(data.evaluation), data.eval_source)
-    return Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, region_file)
+    return setup
 
 
 def load_base(setup: Setup) -> tuple[BaseModel, dict[str, nn.Module], dict[str, MatrixShape]]:
