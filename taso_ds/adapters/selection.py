@@ -56,36 +56,57 @@ def ladder_with(element_fraction: float) -> tuple[float, ...]:
     return tuple(sorted({*ELEMENT_FRACTION_LADDER, element_fraction}))
 
 
+_NUM_BUCKETS = 1 << 15
+
+
+def _at_or_above(bucket: Tensor) -> Tensor:
+    """Return how many elements lie in the highest bucket, the two highest, and so on."""
+    return torch.bincount(bucket, minlength=_NUM_BUCKETS).flip(0).cumsum(0)
+
+
 def _kth_largest(values: Tensor, ks: Sequence[int]) -> list[float]:
     """Return the k-th largest of non-negative fp32 ``values`` for each k, exactly.
 
     Non-negative floats order like their bits, so a histogram of the upper 16 bits finds the bucket and only that
     bucket is sorted: linear time, where ``topk`` sorts the whole tail.
     """
-    bits = values.flatten().view(torch.int32)
+    bits = values.view(torch.int32)
     bucket = bits >> 16
-    above = torch.bincount(bucket, minlength=1 << 15).flip(0).cumsum(0)  # elements in this bucket or a higher one
+    above = _at_or_above(bucket)
     thresholds = []
     for k in ks:
         position = int(torch.searchsorted(above, k))
         higher = int(above[position - 1]) if position else 0
-        candidates = bits[bucket == (1 << 15) - 1 - position].sort(descending=True).values
+        candidates = bits[bucket == _NUM_BUCKETS - 1 - position].sort(descending=True).values
         thresholds.append(candidates[k - higher - 1 : k - higher].view(torch.float32).item())
     return thresholds
 
 
 def core_elements(importance: Tensor, element_fraction: float) -> Tensor:
     """Return the boolean element mask ``S``: exactly ``share(element_fraction)`` elements, ties to the lower index."""
-    count = share(element_fraction, importance.numel())
-    return _mask_above(importance, _kth_largest(importance, [count])[0], count)
-
-
-def _mask_above(importance: Tensor, threshold: float, count: int) -> Tensor:
-    mask = importance > threshold
-    missing = count - int(mask.sum())
-    ties = (importance.flatten() == threshold).nonzero().flatten()[:missing]
-    mask.view(-1)[ties] = True
+    mask = torch.zeros_like(importance, dtype=torch.bool)
+    ((rows, cols),) = _core_positions(importance, [share(element_fraction, importance.numel())])
+    mask[rows, cols] = True
     return mask
+
+
+def _core_positions(importance: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Return rows and columns of the ``count`` most important elements, for each count; ties go to the lower index."""
+    values = importance.flatten()
+    # One histogram of the whole matrix leaves the part that can matter, in index order.
+    bucket = values.view(torch.int32) >> 16
+    lowest = _NUM_BUCKETS - 1 - int(torch.searchsorted(_at_or_above(bucket), max(counts)))
+    positions = (bucket >= lowest).nonzero().flatten()
+    values = values[positions]
+    thresholds = _kth_largest(values, counts)
+    rows, cols = positions // importance.shape[1], positions % importance.shape[1]
+    found = []
+    for threshold, count in zip(thresholds, counts, strict=True):
+        chosen = values > threshold
+        ties = (values == threshold).nonzero().flatten()
+        chosen[ties[: count - int(chosen.sum())]] = True
+        found.append((rows[chosen], cols[chosen]))
+    return found
 
 
 def score_rows_and_cols(importance: Tensor, ladder: Sequence[float]) -> RegionScores:
@@ -94,18 +115,14 @@ def score_rows_and_cols(importance: Tensor, ladder: Sequence[float]) -> RegionSc
     Raises:
         FloatingPointError: when the importance holds NaN or infinity.
     """
-    if not torch.isfinite(importance).all():
+    if not torch.isfinite(importance.amax()):  # NaN propagates
         raise FloatingPointError("importance is not finite")
-    importance = importance.contiguous()
-    counts = [share(fraction, importance.numel()) for fraction in ladder]
-    masks = [
-        _mask_above(importance, threshold, count)
-        for threshold, count in zip(_kth_largest(importance, counts), counts, strict=True)
-    ]
+    num_rows, num_cols = importance.shape
+    core = _core_positions(importance, [share(fraction, importance.numel()) for fraction in ladder])
     return RegionScores(
         ladder=tuple(ladder),
-        row_counts=torch.stack([mask.sum(1, dtype=torch.int32) for mask in masks]).cpu(),
-        col_counts=torch.stack([mask.sum(0, dtype=torch.int32) for mask in masks]).cpu(),
+        row_counts=torch.stack([rows.bincount(minlength=num_rows).int() for rows, _ in core]).cpu(),
+        col_counts=torch.stack([cols.bincount(minlength=num_cols).int() for _, cols in core]).cpu(),
         row_importance=importance.sum(1, dtype=torch.float64).float().cpu(),
         col_importance=importance.sum(0, dtype=torch.float64).float().cpu(),
     )
