@@ -16,15 +16,7 @@ from taso_ds.errors import UserError
 
 _TRAIN = Path(__file__).with_name("train.py")
 _LAUNCH = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", str(_TRAIN)]
-_FLAGS = {
-    "ds_config": "zero3.json",
-    "max_steps": "20",
-    "per_device_train_batch_size": "16",
-    "per_device_eval_batch_size": "32",
-    "learning_rate": "1e-3",
-    "warmup_ratio": "0.05",
-    "calibration_samples": "64",
-}
+_FLAGS = ["--ds_config", "zero3.json", "--overwrite_output_dir"]
 _RUNS = {
     "TASO union": ("runs/demo", []),
     "LoRA r=1": ("runs/demo-lora-r1", ["--method", "lora", "--rank", "1"]),
@@ -33,8 +25,7 @@ _RUNS = {
 
 def _demo() -> str:
     for title, (folder, flags) in _RUNS.items():
-        common = [word for name, value in _FLAGS.items() for word in (f"--{name}", value)]
-        command = [*_LAUNCH, *common, *flags, "--overwrite_output_dir", "--output_dir", folder]
+        command = [*_LAUNCH, *_FLAGS, *flags, "--output_dir", folder]
         print(f"\n=== {title}: deepspeed --num_gpus 2 launch/train.py {' '.join(command[6:])}\n", flush=True)
         if subprocess.run(command, check=False).returncode:
             raise UserError(f"demo: {title} failed; its message stands above")

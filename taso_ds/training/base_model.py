@@ -118,6 +118,16 @@ def load_config(arguments: ModelArguments, source: str) -> Any:
     )
 
 
+def read_config(arguments: ModelArguments) -> Any:
+    """Return the configuration from the checkpoint as it is: of a GGUF file only the header is read."""
+    name, file = str(arguments.model_name_or_path), arguments.gguf_file
+    if file is None:
+        return load_config(arguments, name)
+    from transformers import AutoConfig
+
+    return _loading(f"{name}/{file}", lambda: AutoConfig.from_pretrained(name, gguf_file=file))
+
+
 def load_tokenizer(arguments: ModelArguments, source: str) -> Any:
     """Return the tokenizer, the base's own unless another is named."""
     from transformers import AutoTokenizer
@@ -136,6 +146,8 @@ def wants_head(arguments: ModelArguments, config: Any) -> bool:
     """Say whether the base gets a classification head: asked for, or it has no language-model head."""
     if arguments.head != "auto":
         return arguments.head == "classification"
+    if arguments.gguf_file is not None:
+        return False  # the format holds language models, and does not name their class
     return not any(name.endswith(_LM_SUFFIXES) for name in (config.architectures or [""]))
 
 

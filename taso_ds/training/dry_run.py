@@ -9,14 +9,7 @@ from taso_ds.config import RunConfig
 from taso_ds.data.plan import BatchPlan
 from taso_ds.data.tasks import get_task
 from taso_ds.training import prepare
-from taso_ds.training.base_model import (
-    BaseModel,
-    load_config,
-    load_tokenizer,
-    meta_model,
-    model_source,
-    wants_head,
-)
+from taso_ds.training.base_model import BaseModel, meta_model, read_config, wants_head
 from taso_ds.training.optim import describe_groups, learning_rate_table, make_groups, make_schedule, total_steps
 from taso_ds.training.regions import read_regions
 from taso_ds.training.run_folder import choose_folder
@@ -32,11 +25,10 @@ def describe(config: RunConfig, world_size: int) -> str:
     task = get_task(config.data.task)
     folder = choose_folder(config)
     ds_config, sizes = prepare.resolve_deepspeed(config, world_size)
-    source = model_source(config.model)
-    base_config = load_config(config.model, source)
+    base_config = read_config(config.model)
     prepare.check_length(config, base_config)
     head = wants_head(config.model, base_config)
-    prepare.prepare_base_config(base_config, task, load_tokenizer(config.model, source), head=head)
+    prepare.prepare_labels(base_config, task, head=head)
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
     read_regions(config, shapes)

@@ -12,7 +12,7 @@ from torch import nn
 from taso_ds.adapters.compensation import parse_rho, pruned_share
 from taso_ds.adapters.structure import count_dense, count_parameters
 from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
-from taso_ds.config import BatchSizes, RunConfig, batch_sizes
+from taso_ds.config import BatchSizes, RunConfig, TrainArguments, batch_sizes
 from taso_ds.data.embedded import EMBEDDED, embedded_model, embedded_records
 from taso_ds.data.encode import EncodedRow, encode_examples, pad_token_id
 from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
@@ -24,6 +24,13 @@ log = logging.getLogger(__name__)
 
 EMBEDDED_DATA = "embedded"
 _EMBEDDED_TASK = "sst2"
+_EMBEDDED_TRAINING = {
+    "max_steps": 24,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 1e-3,
+    "warmup_ratio": 0.1,
+}
 
 
 def with_defaults(config: RunConfig) -> RunConfig:
@@ -40,11 +47,30 @@ def with_defaults(config: RunConfig) -> RunConfig:
         model = dataclasses.replace(model, model_name_or_path=folder, gguf_file=file)
         if data.task is None:
             data = dataclasses.replace(data, task=_EMBEDDED_TASK)
+            config = _sized_for_two_cores(config)
         if data.data_dir is None and data.train_file is None and data.task in EMBEDDED:
             data = dataclasses.replace(data, data_dir=EMBEDDED_DATA)
     if data.task is None:
         raise UserError("task: name one with --task (completion for your own prompt/completion JSONL)")
     return dataclasses.replace(config, model=model, data=data)
+
+
+def _sized_for_two_cores(config: RunConfig) -> RunConfig:
+    """Give the run without model and task, a demonstration, what two CPU cores do in minutes; the user's flags stay."""
+
+    def sized(group: Any, values: dict[str, Any]) -> Any:
+        untouched = {entry.name: entry.default for entry in dataclasses.fields(group)}
+        chosen = {name: value for name, value in values.items() if getattr(group, name) == untouched[name]}
+        return dataclasses.replace(group, **chosen)
+
+    training = dict(_EMBEDDED_TRAINING)
+    if config.training.num_train_epochs != TrainArguments.num_train_epochs:
+        del training["max_steps"]
+    return dataclasses.replace(
+        config,
+        training=sized(config.training, training),
+        calibration=sized(config.calibration, {"calibration_samples": 64, "calibration_batch_size": 16}),
+    )
 
 
 def check_flags(config: RunConfig, world_size: int) -> None:
@@ -137,11 +163,17 @@ def num_labels(task: Task) -> int:
 def prepare_base_config(base_config: Any, task: Task, tokenizer: Any, *, head: bool) -> Any:
     """Tell the model's configuration about padding and, for a head, about the labels."""
     base_config.pad_token_id = pad_token_id(tokenizer)
-    if head:
-        if not (task.labels or task.is_regression):
-            raise UserError(f"task {task.name} has no labels for a classification head; use a causal language model")
-        base_config.num_labels = num_labels(task)
+    prepare_labels(base_config, task, head=head)
     return base_config
+
+
+def prepare_labels(base_config: Any, task: Task, *, head: bool) -> None:
+    """Give a classification head its labels; UserError when the task has none."""
+    if not head:
+        return
+    if not (task.labels or task.is_regression):
+        raise UserError(f"task {task.name} has no labels for a classification head; use a causal language model")
+    base_config.num_labels = num_labels(task)
 
 
 def resolve_deepspeed(config: RunConfig, world_size: int) -> tuple[dict[str, Any], BatchSizes]:
