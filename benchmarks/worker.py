@@ -28,7 +28,7 @@ from taso_ds.training.trainer import Trainer
 
 _COMMON = (
     "--ds_config zero3.json --task boolq --data_dir embedded --max_train_samples 512 --max_seq_length 256"
-    " --per_device_train_batch_size 4 --calibration_samples 64 --importance magnitude --learning_rate 1e-4"
+    " --per_device_train_batch_size 4 --calibration_samples 96 --importance magnitude --learning_rate 1e-4"
 )
 
 
@@ -89,7 +89,7 @@ def time_scoring(rounds: int) -> dict[str, Any]:
     setup = _setup(["--importance", "importance"])
     base, targets, shapes = load_base(setup)
     rows = prepare.calibration_rows(setup.config, list(setup.rows))
-    dealt = dealt_batches(rows, batch_size=4, collate=setup.collate, filler=setup.filler)
+    dealt = dealt_batches(rows, batch_size=8, collate=setup.collate, filler=setup.filler)
     batches = [on_device(batch) for _, batch in dealt]
     settings = calibrate.ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0)
     losses = partial(loss_sum, head=False)

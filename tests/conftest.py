@@ -14,6 +14,7 @@ import tiny_models
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
 ROOT = Path(__file__).resolve().parents[1]
 
 RunRanks = Callable[..., str]

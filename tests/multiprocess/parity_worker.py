@@ -3,6 +3,7 @@
 torchrun parity_worker.py OUT.json LLAMA GPT2 BERT
 """
 
+import faulthandler
 import gc
 import json
 import sys
@@ -113,10 +114,12 @@ def left_behind(model: nn.Module, stage: int) -> list[str]:
     return found
 
 
-def score(folder: str, stage: int, runs: Sequence[tuple[str, str, str, int]]) -> tuple[dict[str, Any], Any]:
+def score(
+    folder: str, stage: int, runs: Sequence[tuple[str, str, str, int]], *, bf16: bool = False
+) -> tuple[dict[str, Any], Any]:
     """Score one base several times; ``runs`` are (label, score, reduction, rows per batch)."""
-    ds_config = ds_config_of(stage, case.SPLITS[comm.world_size()][0])
-    base, targets, shapes = load(folder, ds_config)
+    ds_config = ds_config_of(stage, case.SPLITS[comm.world_size()][0], bf16=bf16)
+    base, targets, shapes = load(folder, ds_config, bf16=bf16)
     calibrate.GradientSum = Watched  # type: ignore[misc]
     hooks_before = left_behind(base.model, stage)
     found: dict[str, Any] = {}
@@ -291,6 +294,7 @@ def run_stage(stage: int, folders: dict[str, str]) -> dict[str, Any]:
     ]
     llama, base = score(folders["llama"], stage, runs)
     found = {"llama": llama, "train": train_stage(stage, folders, regions_of(llama["batches of 2"]), base)}
+    found["bf16"], _ = score(folders["llama"], stage, runs[1:2], bf16=True)
     if comm.world_size() <= case.SMALL_WORLD:
         found["gpt2"], _ = score(folders["gpt2"], stage, runs[1:2])
     return found
@@ -298,6 +302,7 @@ def run_stage(stage: int, folders: dict[str, str]) -> dict[str, Any]:
 
 def main() -> None:
     out, *folders = sys.argv[1:]
+    faulthandler.dump_traceback_later(200, exit=True)  # a rank that waits for ever says where
     comm.init(timeout_minutes=3.0)
     engines.quiet_deepspeed()
     names = dict(zip(("llama", "gpt2", "bert"), folders, strict=True))

@@ -180,6 +180,21 @@ def test_ablation_scores(report: Report, llama_folder: Path, ranks: int, stage: 
 
 
 @worlds
+def test_bf16_scores_are_added_up_in_fp32(report: Report, signed: dict[str, Tensor], ranks: int, stage: int) -> None:
+    """Each batch's gradient is rounded to bf16 once, wherever it is computed; what ranks add to it is not."""
+    found = report(ranks, stage)["bf16"]["batches of 5"]
+    alone = report(1, stage)["bf16"]["batches of 5"]
+    for name, importance in signed.items():
+        sums, same, fp32 = (
+            torch.tensor(found[name]["row_importance"]),
+            torch.tensor(alone[name]["row_importance"]),
+            importance.sum(1),
+        )
+        torch.testing.assert_close(sums, same, rtol=1e-4, atol=0)
+        assert 1e-5 < float((sums - fp32).norm() / fp32.norm()) < 0.03  # a few units of bf16, 2^-8 = 0.004 each
+
+
+@worlds
 def test_scoring_leaves_nothing_behind(report: Report, ranks: int, stage: int) -> None:
     """No gradient, nothing that wants one, no hook; at stage 3 nothing but shards."""
     assert report(ranks, stage)["llama"]["left_behind"] == [[]] * ranks
