@@ -90,9 +90,9 @@ def run_ranks() -> RunRanks:
         except subprocess.TimeoutExpired:
             process.terminate()  # the launcher ends its ranks
             output, _ = process.communicate(timeout=60)
-            pytest.fail(f"{script.name} on {n} ranks took more than {timeout:.0f} s:\n{output[-6000:]}")
+            pytest.fail(f"{script.name} on {n} ranks took more than {timeout:.0f} s:\n{output[-12000:]}")
         if process.returncode:
-            pytest.fail(f"{script.name} on {n} ranks failed with {process.returncode}:\n{output[-6000:]}")
+            pytest.fail(f"{script.name} on {n} ranks failed with {process.returncode}:\n{output[-12000:]}")
         return output
 
     return run
