@@ -20,10 +20,10 @@ from taso_ds.data.plan import BatchPlan
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.training import calibrate, prepare
+from taso_ds.training.build import Setup, attach, find_regions, join, load_base, set_up
 from taso_ds.training.feed import Feed, dealt_batches, on_device
 from taso_ds.training.loss import loss_sum
 from taso_ds.training.optim import Schedule, make_optimizer
-from taso_ds.training.run import Setup, attach, find_regions, join, load_base, set_up
 from taso_ds.training.trainer import Trainer
 
 _COMMON = (

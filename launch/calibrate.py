@@ -18,7 +18,8 @@ def _calibrate() -> str:
         from taso_ds.training.dry_run import describe
 
         return describe(config, comm.launched_world_size()) if comm.launched_rank() == 0 else ""
-    from taso_ds.training.run import calibrate, join
+    from taso_ds.training.build import join
+    from taso_ds.training.run import calibrate
 
     join(config)
     return f"RUN {calibrate(config)}"

@@ -11,8 +11,8 @@ from taso_ds.entry import run_script
 
 
 def _evaluate() -> str:
+    from taso_ds.training.build import join
     from taso_ds.training.finished import evaluate, parse_over_run
-    from taso_ds.training.run import join
 
     config, finished = parse_over_run(description=__doc__)
     join(config)

@@ -9,8 +9,8 @@ from taso_ds.entry import run_script
 
 def _export() -> str:
     from taso_ds.errors import UserError
+    from taso_ds.training.build import join
     from taso_ds.training.finished import export_run, parse_over_run
-    from taso_ds.training.run import join
 
     config, finished = parse_over_run(description=__doc__)
     if finished.run is None:

@@ -18,7 +18,8 @@ def _train() -> str:
         from taso_ds.training.dry_run import describe
 
         return describe(config, comm.launched_world_size()) if comm.launched_rank() == 0 else ""
-    from taso_ds.training.run import join, train
+    from taso_ds.training.build import join
+    from taso_ds.training.run import train
 
     join(config)
     return f"RUN {train(config)}"

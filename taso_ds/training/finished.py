@@ -17,9 +17,10 @@ from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
 from taso_ds.training import export
 from taso_ds.training.base_model import BaseModel
+from taso_ds.training.build import Setup, load_base, set_up
 from taso_ds.training.prepare import with_defaults
 from taso_ds.training.prove import probe_logits
-from taso_ds.training.run import Setup, load_base, prove, set_up
+from taso_ds.training.run import prove
 from taso_ds.training.run_folder import ADAPTER, MODEL, RunFolder, read_run
 
 log = logging.getLogger(__name__)

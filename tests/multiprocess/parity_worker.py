@@ -28,12 +28,12 @@ from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.training import calibrate
 from taso_ds.training.base_model import load_config
+from taso_ds.training.build import load_base
 from taso_ds.training.calibrate import ScoringSettings, score_regions
 from taso_ds.training.feed import Feed, dealt_batches
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import loss_sum
 from taso_ds.training.optim import Group, make_groups, make_optimizer, make_schedule
-from taso_ds.training.run import load_base
 from taso_ds.training.trainer import Trainer
 
 FILLER = empty_row(0)

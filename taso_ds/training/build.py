@@ -1,0 +1,200 @@
+"""What a run is made of: everything known before weights are loaded, then the base, its regions, the trained parts."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from taso_ds.adapters.adapter import TasoAdapter
+from taso_ds.adapters.targets import MatrixShape, find_targets
+from taso_ds.config import BatchSizes, RunConfig
+from taso_ds.data.collate import collate, collate_head, empty_row
+from taso_ds.data.encode import EncodedRow, pad_token_id
+from taso_ds.distributed import comm
+from taso_ds.distributed import engine as engines
+from taso_ds.training import prepare, regions
+from taso_ds.training.base_model import (
+    BaseModel,
+    check_weight_files,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+    meta_model,
+    model_source,
+    wants_head,
+)
+from taso_ds.training.evaluate import Evaluator
+from taso_ds.training.feed import Collate
+from taso_ds.training.lora_baseline import attach_lora, lora_parameters
+from taso_ds.training.optim import (
+    Group,
+    make_groups,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """Everything known before weights are loaded."""
+
+    config: RunConfig
+    source: str
+    ds_config: dict[str, Any]
+    sizes: BatchSizes
+    data: prepare.TaskData
+    tokenizer: Any
+    base_config: Any
+    head: bool
+    rows: Sequence[EncodedRow]
+    shapes: Mapping[str, MatrixShape]
+    region_file: regions.RegionFile | None
+
+    @property
+    def filler(self) -> EncodedRow:
+        return empty_row(pad_token_id(self.tokenizer))
+
+    @property
+    def collate(self) -> Collate:
+        pad_id = pad_token_id(self.tokenizer)
+        if self.head:
+            return partial(collate_head, pad_id=pad_id, is_regression=self.data.task.is_regression)
+        return partial(collate, pad_id=pad_id)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        training, data = self.config.training, self.config.data
+        return Evaluator(
+            examples=self.data.evaluation,
+            task=self.data.task,
+            tokenizer=self.tokenizer,
+            head=self.head,
+            source=self.data.eval_source,
+            batch_size=training.per_device_eval_batch_size,
+            max_seq_length=data.max_seq_length,
+            max_new_tokens=training.max_new_tokens,
+            use_chat_template=data.use_chat_template,
+            synced=engines.zero_stage(self.ds_config) == 3 and comm.world_size() > 1,
+        )
+
+
+def join(config: RunConfig) -> None:
+    """Convert a GGUF base if that has not been done, then join the process group.
+
+    In this order: inside a group transformers saves a model on rank 0 only, and waiting ranks could time out. What is
+    cheap to check comes first, for a conversion takes its time.
+    """
+    prepare.check_flags(config, comm.launched_world_size())
+    model_source(config.model)
+    comm.init()
+    engines.quiet_deepspeed()
+
+
+def set_up(config: RunConfig) -> Setup:
+    """Check and read everything that needs no weights; the process group exists already.
+
+    Raises:
+        UserError: on every rank, before any weight is loaded.
+    """
+    ds_config, sizes = prepare.resolve_deepspeed(config, comm.world_size())
+    data = prepare.load_task_data(config)
+    source = model_source(config.model)
+    base_config = load_config(config.model, source)
+    check_weight_files(source)
+    prepare.check_length(config, base_config)
+    head = wants_head(config.model, base_config)
+    tokenizer = load_tokenizer(config.model, source)
+    prepare.prepare_base_config(base_config, data.task, tokenizer, head=head)
+    shapes = prepare.target_shapes(config, meta_model(config.model, base_config, head=head))
+    region_file = regions.read_regions(config, shapes)
+    rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
+    setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
+    setup.evaluator.check()
+    log.info("train: %d rows from %s", len(rows), data.train_source)
+    log.info("evaluation: %d rows from %s", len(data.evaluation), data.eval_source)
+    return setup
+
+
+def load_base(setup: Setup) -> tuple[BaseModel, dict[str, nn.Module], dict[str, MatrixShape]]:
+    """Load the base and find its targets."""
+    config = setup.config
+    base = load_base_model(
+        config.model, setup.source, setup.base_config, head=setup.head, seed=config.run.seed, ds_config=setup.ds_config
+    )
+    if config.training.gradient_checkpointing:
+        # ZeRO-3 empties frozen weights between a block's recomputation and the check of its tensors' shapes, which
+        # would then fail on weights that are gathered again before use; the numbers are covered by a test.
+        check = {"determinism_check": "none"} if engines.zero_stage(setup.ds_config) == 3 else {}
+        base.model.gradient_checkpointing_enable({"use_reentrant": False, **check})  # type: ignore[operator]
+    targets = find_targets(base.model, config.adapter.target_modules)
+    return base, targets, prepare.target_shapes(config, base.model)
+
+
+def find_regions(
+    setup: Setup, base: BaseModel, targets: Mapping[str, nn.Module], shapes: Mapping[str, MatrixShape]
+) -> regions.Regions:
+    """Read or score the core regions."""
+    config = setup.config
+    if setup.region_file is not None:
+        return regions.reuse_regions(config, setup.region_file, targets, shapes)
+    return regions.score_base(
+        config,
+        base.model,
+        targets,
+        shapes,
+        prepare.calibration_rows(config, list(setup.rows)),
+        collate=setup.collate,
+        filler=setup.filler,
+        head=setup.head,
+        ds_config=setup.ds_config,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a method trains: its parameters by role, and how it is saved."""
+
+    adapter: TasoAdapter | None
+    lora_config: Any
+    groups: list[Group]
+
+
+def attach(setup: Setup, base: BaseModel, shapes: Mapping[str, MatrixShape], found: regions.Regions | None) -> Trained:
+    """Make the method's parameters part of the model, trainable beside a task head."""
+    config, model = setup.config, base.model
+    head = list(base.head_parameters.values())
+    count = prepare.count_adapter(config, dict(shapes))
+    adapter, lora_config, trained, full = None, None, [], []
+    if config.adapter.method == "taso":
+        assert found is not None
+        adapter = TasoAdapter(
+            found.cut,
+            structure=config.adapter.structure,
+            rank=config.adapter.rank,
+            scaling=config.adapter.scaling,
+            seed=config.run.seed,
+            dtype=model.dtype,  # type: ignore[arg-type]
+        ).to(comm.device())
+        adapter.attach(model)
+        trained = [adapter.flat]
+        assert adapter.flat.numel() == count.trainable
+    elif config.adapter.method == "lora":
+        torch.manual_seed(config.run.seed)
+        lora_config = attach_lora(
+            model,
+            list(shapes),
+            rank=config.adapter.rank,
+            scaling=config.adapter.scaling,
+            transposed=any(shape.transposed for shape in shapes.values()),
+        )
+        trained = list(lora_parameters(model).values())
+    else:
+        model.requires_grad_(True)
+        heads = {id(parameter) for parameter in head}
+        full = [parameter for parameter in model.parameters() if id(parameter) not in heads]
+    groups = make_groups(config.training, adapter=trained, head=head, full=full, rho=count.rho)
+    return Trained(adapter, lora_config, groups)
