@@ -65,8 +65,11 @@ def _gguf_key(name: str, file: str) -> str:
         if Path(name).is_dir():
             raise UserError(f"gguf_file: {path} does not exist")
         return hashlib.sha256(f"{name}/{file}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def _convert_gguf(arguments: ModelArguments, folder: Path) -> None:
