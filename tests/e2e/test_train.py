@@ -350,7 +350,7 @@ def test_evaluate_repeats_the_recorded_numbers(stage3: Path) -> None:
     finished = call_main("evaluate", ["--run", stage3]).succeeded()
     found = json.loads(finished.lines[-1])
     after = read(stage3 / "results.json")["after"]
-    assert {key: found[key] for key in after} == after
+    assert {key: found[key] for key in after} == pytest.approx(after, rel=1e-6)  # one rank gathers other shards
     assert (found["task"], found["run"]) == ("completion", str(stage3))
     assert files(stage3) == FILES
 
