@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import launching
 import pytest
 
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config, shipped_ds_configs
@@ -94,7 +95,13 @@ def train(name: str, bf16: bool, accumulation: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool, int], dict[str, Any]]:
     report = tmp_path_factory.mktemp("ds_configs") / "report.json"
-    done = subprocess.run([sys.executable, __file__, str(report)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, __file__, str(report)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=launching.environment(),
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(CASES, json.loads(report.read_text()), strict=True))
 

@@ -23,7 +23,7 @@ import transformers
 from launching import Finished, call_main
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sample_rows import write_rows
+from sample_rows import write_rows, write_sentences
 
 from taso_ds.errors import UserError
 
@@ -264,6 +264,10 @@ add(
 )
 add("GGUF without a model", "--gguf_file m.gguf --task sst2", "gguf_file", "--model_name_or_path", alone=True)
 add("GGUF missing", "--gguf_file m.gguf", "gguf_file", "m.gguf does not exist")
+GGUF = "--model_name_or_path . --gguf_file m.gguf"  # which would be converted for minutes
+add("GGUF and an unknown task", f"{GGUF} --task sst3", "unknown task", files={"m.gguf": "GGUF"})
+add("GGUF and a missing JSON", f"{GGUF} --ds_config no.json", "ds_config", files={"m.gguf": "GGUF"})
+add("GGUF and a bad batch", f"{GGUF} --global_batch_size 6", "global_batch_size", files={"m.gguf": "GGUF"})
 add("GGUF broken", "--model_name_or_path . --gguf_file m.gguf", "m.gguf", files={"m.gguf": "GGUF"}, loads=True)
 
 # Core regions ---------------------------------------------------------------------------------------------------------
@@ -549,6 +553,17 @@ def test_a_tokenizer_without_a_pad_token_is_no_mistake(llama_folder: Path, desk:
     tokenizer.save_pretrained(desk / "tokenizer")
     call_main("train", [*GOOD.format(llama=llama_folder).split(), "--tokenizer_name", "tokenizer"]).succeeded()
     assert len((desk / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_an_encoder_without_its_pooler_is_no_mistake_but_said(bert_folder: Path, desk: Path) -> None:
+    folder = shutil.copytree(bert_folder, desk / "bert")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "pooler" not in name and "classifier" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    rows = write_sentences(desk / "sentences.jsonl", 8)
+    flags = [*GOOD.format(llama=folder).split(), "--task", "sst2", "--train_file", rows, "--eval_file", rows]
+    finished = call_main("train", flags).succeeded()
+    assert sum("lacks bert.pooler.dense.bias (2 weights)" in line for line in finished.lines) == 1
 
 
 # Two ranks ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.targets import find_targets, matrix_shape
 from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm
-from taso_ds.training.base_model import BaseModel, load_base_model, load_config, wants_head
+from taso_ds.errors import UserError
+from taso_ds.training.base_model import BaseModel, _said_by_each_rank, load_base_model, load_config, wants_head
 
 STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
 
@@ -69,3 +70,18 @@ def test_a_model_without_an_output_layer_wants_a_head() -> None:
     assert [wants_head(ModelArguments(), config) for config in (llama, bert)] == [False, True]
     assert wants_head(ModelArguments(head="classification"), llama)
     assert not wants_head(ModelArguments(head="lm"), bert)
+
+
+def test_a_rank_that_cannot_tell_the_others_tells_the_user(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load() -> None:
+        raise UserError("no room left")
+
+    with pytest.raises(UserError, match="no room left"):
+        _said_by_each_rank(load)
+    assert not caplog.records  # rank 0, whose error is printed as every error is
+    monkeypatch.setattr(comm, "rank", lambda: 3)
+    with pytest.raises(UserError, match="no room left"):
+        _said_by_each_rank(load)
+    assert [record.getMessage() for record in caplog.records] == ["rank 3: no room left"]
