@@ -16,6 +16,7 @@ from taso_ds.adapters.adapter import ADAPTER_MODULE
 from taso_ds.config import ModelArguments, cache_dir
 from taso_ds.distributed import comm, engine, zero
 from taso_ds.errors import UserError
+from taso_ds.training.load_sharded import LoadReport, build_without_memory, load_sharded, tie_weights, why_not_sharded
 
 log = logging.getLogger(__name__)
 
@@ -183,36 +184,64 @@ def load_base_model(
     """
     torch.manual_seed(seed)  # a new head starts the same at every world size and stage
     options: dict[str, Any] = {
-        "config": config,
         "dtype": torch.bfloat16 if arguments.bf16 else torch.float32,
-        "revision": arguments.model_revision,
         "trust_remote_code": arguments.trust_remote_code,
     }
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
-    partitioned = engine.zero_stage(ds_config) == 3
-
-    def load() -> tuple[Any, Mapping[str, Any]]:
-        with engine.zero3_loading(ds_config):
-            return _loading(
-                source,
-                lambda: _model_class(head).from_pretrained(
-                    source, output_loading_info=True, ignore_mismatched_sizes=not partitioned, **options
-                ),
-            )
-
-    model, report = _said_by_each_rank(load) if partitioned else comm.together(load)
-    _check_complete(model, report, source, head=head)
-    if partitioned:
+    if engine.zero_stage(ds_config) == 3:
+        model, report = _load_partitioned(arguments, source, config, options, head=head, ds_config=ds_config)
         zero.assert_partitioned(model)
     else:
+        model, report = comm.together(
+            lambda: _from_pretrained(arguments, source, config, options, head=head, whole=True)
+        )
         model.to(comm.device())
+    _check_complete(model, report, source, head=head)
     model.config.use_cache = False
     model.requires_grad_(False)
     base = BaseModel(model, config, head)
     for parameter in base.head_parameters.values():
         parameter.requires_grad_(True)
     return base
+
+
+def _from_pretrained(
+    arguments: ModelArguments, source: str, config: Any, options: dict[str, Any], *, head: bool, whole: bool
+) -> tuple[Any, LoadReport]:
+    def load() -> tuple[Any, Mapping[str, Any]]:
+        loaded: tuple[Any, Mapping[str, Any]] = _model_class(head).from_pretrained(
+            source,
+            config=config,
+            revision=arguments.model_revision,
+            output_loading_info=True,
+            ignore_mismatched_sizes=whole,  # reported by name afterwards; ZeRO-3 loading cannot
+            **options,
+        )
+        return loaded
+
+    model, found = _loading(source, load)
+    return model, LoadReport(found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
+
+
+def _load_partitioned(
+    arguments: ModelArguments,
+    source: str,
+    config: Any,
+    options: dict[str, Any],
+    *,
+    head: bool,
+    ds_config: dict[str, Any],
+) -> tuple[Any, LoadReport]:
+    """Load into ZeRO-3 partitions: sharded where the checkpoint allows it, through transformers where not."""
+    model = _loading(source, lambda: build_without_memory(_model_class(head), copy.deepcopy(config), **options))
+    reason = comm.together(lambda: why_not_sharded(source, model))
+    if reason is None:
+        tie_weights(model, source)
+        return model, comm.together(lambda: load_sharded(model, source, ds_config))
+    log.info("loading %s through transformers, rank 0 reads for all: %s", source, reason)
+    with engine.zero3_loading(ds_config):
+        return _said_by_each_rank(lambda: _from_pretrained(arguments, source, config, options, head=head, whole=False))
 
 
 def _said_by_each_rank(load: Callable[[], Loaded]) -> Loaded:
@@ -225,17 +254,20 @@ def _said_by_each_rank(load: Callable[[], Loaded]) -> Loaded:
         raise
 
 
-def _check_complete(model: Any, report: Mapping[str, Any], source: str, *, head: bool) -> None:
+def _check_complete(model: Any, report: LoadReport, source: str, *, head: bool) -> None:
     """Refuse a checkpoint that left weights of the model at random values; only a head may start there.
 
     Encoders are published without their pooler, which then stays random and frozen: that is worth a warning.
     """
-    for name, found, wanted in sorted(report["mismatched_keys"]):
+    for name, found, wanted in sorted(report.mismatched_keys):
         raise UserError(
             f"model_name_or_path: {source} holds {name} as {tuple(found)}, its config wants {tuple(wanted)}"
         )
+    if report.unexpected_keys:
+        name, number = min(report.unexpected_keys), len(report.unexpected_keys)
+        log.warning("%s holds %s (%d tensors in all) that the model has no place for", source, name, number)
     body = f"{model.base_model_prefix}."
-    missing = sorted(name for name in report["missing_keys"] if name.startswith(body) or not head)
+    missing = sorted(name for name in report.missing_keys if name.startswith(body) or not head)
     if missing and not head:
         raise UserError(f"model_name_or_path: {source} lacks {missing[0]} ({len(missing)} of the model's weights)")
     if missing:

@@ -1,0 +1,114 @@
+"""Load a model at ZeRO-3 in shards and through transformers, side by side: time from config to ready, peak memory.
+
+python benchmarks/load.py --sizes 1.1b,3b
+
+Two ranks on this machine; random weights of known shapes in safetensors files, read once before so that they lie in the
+page cache. Each load is a launch of its own, the two ways in turn. A load that would exhaust the machine's memory is
+stopped and reported. The last line is one JSON object, of the last size.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import shapes
+
+WORKER = Path(__file__).with_name("load_worker.py")
+WAYS = ("sharded", "transformers")
+_LEAST_FREE_GB = 0.8
+
+
+def launch(how: str, model: Path) -> list[dict[str, float]] | None:
+    """Return what every rank measured; None when the load was stopped before it exhausted the machine."""
+    with tempfile.TemporaryDirectory(prefix="taso_bench_") as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", str(WORKER)]
+        command += ["--how", how, "--model", str(model), "--result", str(result)]
+        process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
+        while process.poll() is None:
+            if psutil.virtual_memory().available / 1e9 < _LEAST_FREE_GB:
+                _kill(process)
+                return None
+            time.sleep(0.05)
+        if process.returncode:
+            raise SystemExit(f"{how} failed")
+        found: list[dict[str, float]] = json.loads(result.read_text())
+        return found
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def measure(size: str, folder: Path, rounds: int) -> dict[str, Any]:
+    model = shapes.write_model(folder, size)
+    for file in model.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(1 << 24):
+                pass
+    found: dict[str, list[list[dict[str, float]]]] = {how: [] for how in WAYS}
+    fits = dict.fromkeys(WAYS, True)
+    for _ in range(rounds):
+        for how in WAYS:
+            if fits[how]:
+                ranks = launch(how, model)
+                fits[how] = ranks is not None
+                if ranks is not None:
+                    found[how].append(ranks)
+    largest = shapes.largest_tensor(size) * 2 / 1e9
+    row: dict[str, Any] = {"size": size, "parameters": shapes.num_parameters(size)}
+    for how in WAYS:
+        if fits[how]:
+            row[f"{how}_s"] = statistics.median(max(rank["seconds"] for rank in ranks) for ranks in found[how])
+            row[f"{how}_peak_gb"] = max(rank["peak_gb"] for ranks in found[how] for rank in ranks)
+    if fits["sharded"]:
+        ranks = [rank for launch_ in found["sharded"] for rank in launch_]
+        row["shard_gb"] = max(rank["shard_gb"] for rank in ranks)
+        row["peak_over_shard_gb"] = max(rank["peak_gb"] - rank["shard_gb"] - largest for rank in ranks)
+        row["read_share"] = statistics.median(rank["read_gb_per_s"] / rank["sequential_gb_per_s"] for rank in ranks)
+        row["read_gb_per_s"] = statistics.median(rank["read_gb_per_s"] for rank in ranks)
+    if all(fits.values()):
+        row["speedup"] = row["transformers_s"] / row["sharded_s"]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="1.1b", help=f"of {', '.join(shapes.SHAPES)}")
+    parser.add_argument("--rounds", type=int, default=3, help="loads of each kind")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "taso_bench_models")
+    arguments = parser.parse_args()
+    rows = [measure(size, arguments.folder, arguments.rounds) for size in arguments.sizes.split(",")]
+    columns = ("sharded", "transformers", "speedup", "peak/rank", "usual peak", "over shard + largest", "of file speed")
+    print(f"{'shape':<8}" + "".join(f"{column:>22}" for column in columns))
+    for row in rows:
+        cells = [
+            _cell(row, "sharded_s", "{:.2f} s"), _cell(row, "transformers_s", "{:.2f} s"),
+            _cell(row, "speedup", "{:.1f}"), _cell(row, "sharded_peak_gb", "{:.2f} GB"),
+            _cell(row, "transformers_peak_gb", "{:.2f} GB"), _cell(row, "peak_over_shard_gb", "{:+.2f} GB"),
+            _cell(row, "read_share", "{:.0%}"),
+        ]  # fmt: skip
+        print(f"{row['size']:<8}" + "".join(f"{cell:>22}" for cell in cells))
+    print(json.dumps(rows[-1]))
+    if any("sharded_s" not in row for row in rows):
+        raise SystemExit("a sharded load did not fit")
+
+
+def _cell(row: dict[str, Any], key: str, form: str) -> str:
+    return form.format(row[key]) if key in row else "does not fit"
+
+
+if __name__ == "__main__":
+    main()

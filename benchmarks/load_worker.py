@@ -1,0 +1,112 @@
+"""What ``benchmarks/load.py`` launches on every rank: one load at ZeRO-3, timed from config to ready, imports apart."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.models.llama.modeling_llama
+
+from taso_ds.config import ModelArguments
+from taso_ds.distributed import comm, engine, zero
+from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint
+from taso_ds.training.base_model import load_base_model, load_config
+
+
+def resident_gb(field: str) -> float:
+    """Return ``VmRSS`` or its peak ``VmHWM`` of this process, in GB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024 / 1e9
+    raise KeyError(field)
+
+
+def forget_peak() -> None:
+    """Make ``VmHWM`` start again at the present resident size."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class ReadClock:
+    """Seconds spent in file reads of the sharded loader, and the bytes they moved."""
+
+    def __init__(self) -> None:
+        self.seconds, self.bytes = 0.0, 0
+        plain = SafetensorsCheckpoint._read
+
+        def timed(checkpoint: SafetensorsCheckpoint, stored: Any, first: int, out: Any) -> None:
+            started = time.perf_counter()
+            plain(checkpoint, stored, first, out)
+            self.seconds += time.perf_counter() - started
+            self.bytes += out.numel() * out.element_size()
+
+        SafetensorsCheckpoint._read = timed  # type: ignore[method-assign, assignment]
+
+
+def sequential_gb_per_s(folder: Path) -> float:
+    """Read this rank's share of the files from end to end through one small buffer, as ``dd`` does."""
+    files = sorted(folder.glob("*.safetensors"))[comm.rank() :: comm.world_size()]
+    buffer = memoryview(bytearray(1 << 24))
+    comm.barrier()
+    started, total = time.perf_counter(), 0
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                total += count
+    return total / (time.perf_counter() - started) / 1e9
+
+
+def load(how: str, folder: Path) -> dict[str, float]:
+    config = resolve_ds_config(
+        read_ds_config("zero3.json"),
+        micro_batch_size=1,
+        grad_accum_steps=1,
+        world_size=comm.world_size(),
+        bf16=True,
+        max_grad_norm=1.0,
+    )
+    clock = ReadClock()
+    disk = sequential_gb_per_s(folder) if how == "sharded" else 0.0
+    comm.barrier()
+    forget_peak()
+    before, started = resident_gb("VmRSS"), time.perf_counter()
+    if how == "sharded":
+        arguments = ModelArguments(model_name_or_path=str(folder))
+        model = load_base_model(
+            arguments, str(folder), load_config(arguments, str(folder)), head=False, seed=0, ds_config=config
+        ).model
+    else:
+        with engine.zero3_loading(config):
+            model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16)
+    comm.barrier()
+    seconds = time.perf_counter() - started
+    shards = sum(zero.local_shard(value)[0].numel() for value in model.parameters()) * 2 / 1e9
+    return {
+        "seconds": seconds,
+        "peak_gb": resident_gb("VmHWM") - before,
+        "shard_gb": shards,
+        "read_gb_per_s": clock.bytes / clock.seconds / 1e9 if clock.seconds else 0.0,
+        "sequential_gb_per_s": disk,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--how", choices=("sharded", "transformers"), required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--local_rank", type=int)
+    arguments = parser.parse_args()
+    comm.init()
+    engine.quiet_deepspeed()
+    comm.barrier()
+    found = comm.gather_objects(load(arguments.how, arguments.model))
+    if comm.is_main():
+        arguments.result.write_text(json.dumps(found))
+    comm.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Tensors of a safetensors checkpoint, read by element range, so that no rank reads what it does not keep.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header with dtype,
+shape and byte range of every tensor, then the bytes, row-major. A sharded checkpoint has an index that names the file
+of every tensor.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from taso_ds.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+# Bytes read at once where they must be converted or copied to a device on their way.
+_STAGING_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: ``start`` is its first byte in the file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+class SafetensorsCheckpoint:
+    """The tensors of a folder's checkpoint by name; files are opened when first read."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self.tensors = tensors
+        self._files: dict[Path, int] = {}
+        self._staging = torch.empty(0, dtype=torch.uint8)
+        self.bytes_read = 0
+
+    def read_into(self, out: Tensor, name: str, *, first: int = 0) -> None:
+        """Fill the flat ``out`` with the tensor's elements from ``first`` on, in the dtype and on the device it has.
+
+        Raises:
+            UserError: when the file ends early.
+        """
+        stored = self.tensors[name]
+        assert out.dim() == 1
+        assert out.is_contiguous()
+        assert 0 <= first <= stored.numel - out.numel(), f"{name}: {first} + {out.numel()} of {stored.numel}"
+        if out.device.type == "cpu" and out.dtype == stored.dtype:
+            self._read(stored, first, out)
+            return
+        if not self._staging.numel():
+            self._staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8)
+        staging = self._staging.view(stored.dtype)
+        for start in range(0, out.numel(), staging.numel()):
+            part = out[start : start + staging.numel()]
+            self._read(stored, first + start, staging[: part.numel()])
+            part.copy_(staging[: part.numel()])
+
+    def read(self, name: str) -> Tensor:
+        """Return one whole tensor in its stored dtype, on the CPU."""
+        stored = self.tensors[name]
+        found = torch.empty(stored.shape, dtype=stored.dtype)
+        self.read_into(found.view(-1), name)
+        return found
+
+    def _read(self, stored: StoredTensor, first: int, out: Tensor) -> None:
+        if stored.path not in self._files:
+            self._files[stored.path] = os.open(stored.path, os.O_RDONLY)
+        position = stored.start + first * stored.dtype.itemsize
+        view = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+        self.bytes_read += len(view)
+        while len(view):
+            count = os.preadv(self._files[stored.path], [view], position)
+            if count == 0:
+                raise UserError(f"model_name_or_path: {stored.path} ends early, copy it again")
+            view, position = view[count:], position + count
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+        self._staging = torch.empty(0, dtype=torch.uint8)
+
+
+@contextmanager
+def open_checkpoint(folder: Path) -> Iterator[SafetensorsCheckpoint]:
+    """Open a folder's safetensors checkpoint and close its files afterwards.
+
+    Raises:
+        UserError: an unreadable index, an index that names a file that is not there, a damaged header, a file shorter
+            or longer than its header says.
+    """
+    assert sys.byteorder == "little", "safetensors stores little-endian numbers"
+    checkpoint = SafetensorsCheckpoint(_read_index(folder) if (folder / INDEX).is_file() else _header(folder / SINGLE))
+    try:
+        yield checkpoint
+    finally:
+        checkpoint.close()
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Say whether a folder holds a safetensors checkpoint at all."""
+    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+
+
+def _read_index(folder: Path) -> dict[str, StoredTensor]:
+    path = folder / INDEX
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        paths = {name: Path(file) for name, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"model_name_or_path: {path} is not a checkpoint index: copy it again") from error
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for name, relative in paths.items():
+        file = relative.name
+        if str(relative) != file:
+            raise UserError(f"model_name_or_path: {path} names {relative}, which is not a file of its folder")
+        if file not in headers:
+            if not (folder / file).is_file():
+                raise UserError(f"model_name_or_path: {path} names {file}, which is missing: download it")
+            headers[file] = _header(folder / file)
+        if name not in headers[file]:
+            raise UserError(f"model_name_or_path: {path} says {name} is in {file}, which does not hold it")
+    return {name: headers[file.name][name] for name, file in paths.items()}
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(path, framework="pt"):  # checks the header, and the file's length against it
+            pass
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            entries: dict[str, Any] = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path: {path} is damaged, copy it again ({error})") from error
+    tensors = {}
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"model_name_or_path: {path} holds {name} as {entry['dtype']}, which is not supported")
+        dtype, shape = _DTYPES[entry["dtype"]], torch.Size(entry["shape"])
+        begin, end = entry["data_offsets"]
+        assert end - begin == math.prod(shape) * dtype.itemsize
+        tensors[name] = StoredTensor(path, dtype, shape, 8 + length + begin)
+    return tensors

@@ -1,0 +1,106 @@
+"""ZeRO-3 partitions filled directly: every rank allocates and reads its own part of every parameter, and no more.
+
+``deepspeed.zero.Init`` partitions a parameter that exists: rank 0 holds it whole and broadcasts it. Here the parameter
+never exists. It is given DeepSpeed's bookkeeping while its data is one element expanded to the full shape, and its
+partition is filled by the caller.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taso_ds.distributed import comm
+
+# Fills a flat tensor with a parameter's elements from the given one on.
+Fill = Callable[[Tensor, int], None]
+
+
+@contextmanager
+def parameters_without_memory() -> Iterator[None]:
+    """Make modules that are built inside register their parameters on the meta device; buffers become real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class Partitioner:
+    """Turns meta parameters into ZeRO-3 partitions, as the DeepSpeed config places them (device, CPU, NVMe, hpZ)."""
+
+    def __init__(self, ds_config: dict[str, Any]) -> None:
+        import deepspeed
+
+        self._init = deepspeed.zero.Init(config_dict_or_path=ds_config)
+
+    def partition(self, parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
+        """Return the partitioned stand-in for the meta ``parameter``, of its shape and dtype, filled by ``fill``."""
+        from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
+
+        init = self._init
+        data = torch.empty(1, dtype=parameter.dtype, device=comm.device()).expand(parameter.shape)
+        partitioned: Any = nn.Parameter(data, requires_grad=False)
+        init._convert_to_deepspeed_param(partitioned)
+        ranks = init.num_partitions
+        partitioned.ds_numel_aligned = init._aligned_size(partitioned)
+        size = partitioned.ds_numel_aligned // ranks
+        swapped = init.param_swapper is not None and init.param_swapper.swappable_tensor(numel=size)
+        shard = init.param_swapper.get_buffer(partitioned, size) if swapped else self._allocate(parameter.dtype, size)
+        _fill_range(shard, init.get_partition_rank() * size, parameter.numel(), fill)
+        partitioned.ds_tensor = _described(shard, PartitionedParamStatus.AVAILABLE)
+        if init.zero_param_process_group is not None:
+            size = partitioned.ds_numel_aligned // init.num_ranks_in_param_group
+            second = self._allocate(parameter.dtype, size)
+            _fill_range(second, init.rank_in_group * size, parameter.numel(), fill)
+            partitioned.ds_secondary_tensor = _described(second, PartitionedParamStatus.AVAILABLE)
+        free_param(partitioned)
+        if swapped:
+            partitioned.ds_tensor.final_location = "nvme"
+            init.param_swapper.swap_out_and_release([partitioned])
+        result: nn.Parameter = partitioned
+        return result
+
+    def _allocate(self, dtype: torch.dtype, size: int) -> Tensor:
+        init = self._init
+        device = init.local_device if init.remote_device == init.local_device else "cpu"
+        shard = torch.empty(size, dtype=dtype, device=device)
+        if init.pin_memory and device == "cpu":
+            from deepspeed.accelerator import get_accelerator
+
+            shard = get_accelerator().pin_memory(shard)
+        return shard
+
+
+def _fill_range(shard: Tensor, first: int, numel: int, fill: Fill) -> None:
+    """Fill the part of ``shard`` that lies inside the parameter, and zero the padding behind its end."""
+    count = max(0, min(shard.numel(), numel - first))
+    if count:
+        fill(shard[:count], first)
+    shard[count:].zero_()
+
+
+def _described(shard: Any, status: Any) -> Tensor:
+    shard.requires_grad = False
+    shard.ds_numel = shard.numel()
+    shard.status = status
+    shard.final_location = None
+    result: Tensor = shard
+    return result
+
+
+def replace_parameters(model: nn.Module, replacements: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Put each replacement wherever its original is registered, in tied modules too."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter in replacements:
+                module._parameters[name] = replacements[parameter]

@@ -1,0 +1,76 @@
+"""Loads every case of a folder at ZeRO-3 on however many ranks the launcher started and writes what rank 0 saw as JSON.
+
+torchrun load_worker.py OUT.json FOLDER, where FOLDER holds cases.json and the models.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taso_ds.config import parse_run_config
+from taso_ds.distributed import comm, zero
+from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.errors import UserError
+from taso_ds.training.base_model import load_base_model, load_config, wants_head
+
+
+def digest(tensor: Tensor) -> str:
+    bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(bits).hexdigest()}"
+
+
+class Said(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def load(folder: Path, flags: list[str]) -> dict[str, Any]:
+    config = parse_run_config(["--model_name_or_path", str(folder), "--task", "sst2", *flags])
+    raw = read_ds_config("zero3.json")
+    ds_config = resolve_ds_config(
+        raw,
+        micro_batch_size=1,
+        grad_accum_steps=1,
+        world_size=comm.world_size(),
+        bf16=config.model.bf16,
+        max_grad_norm=1.0,
+    )
+    transformers_config = load_config(config.model, str(folder))
+    head = wants_head(config.model, transformers_config)
+    base = load_base_model(config.model, str(folder), transformers_config, head=head, seed=7, ds_config=ds_config)
+    found = {name: digest(zero.full_copy(value)) for name, value in base.model.named_parameters(remove_duplicate=False)}
+    buffers = {name: digest(value) for name, value in base.model.named_buffers()}
+    shards = comm.gather_objects(sum(zero.local_shard(value)[0].numel() for value in base.model.parameters()))
+    return {"parameters": found, "buffers": buffers, "shards": shards, "training": base.model.training}
+
+
+def main(out: str, folder: str) -> None:
+    comm.init()
+    said = Said()
+    logging.getLogger("taso_ds").addHandler(said)
+    logging.getLogger("taso_ds").setLevel(logging.INFO)
+    found = {}
+    for name, case in json.loads((Path(folder) / "cases.json").read_text()).items():
+        said.lines.clear()
+        try:
+            found[name] = load(Path(folder) / case["folder"], case["flags"])
+        except UserError as error:
+            found[name] = {"error": str(error)}
+        found[name]["said"] = list(said.lines)
+    if comm.is_main():
+        Path(out).write_text(json.dumps(found))
+    comm.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,155 @@
+"""ZeRO-3 loading on two and four ranks: every bit of ``from_pretrained``, whatever the checkpoint looks like."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import load_worker
+import pytest
+import tiny_models
+import torch
+from conftest import RunRanks
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
+
+WORKER = Path(load_worker.__file__)
+THROUGH_TRANSFORMERS = "through transformers"
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    save_file(change(tensors), path, metadata={"format": "pt"})
+
+
+def both_tied(scale: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * scale}
+
+
+def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda tensors: {name: value for name, value in tensors.items() if name != key}
+
+
+def odd_llama() -> Any:
+    """A Llama whose matrices do not divide by the ranks: 33 tokens of 30 numbers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=33, hidden_size=30, intermediate_size=7, num_hidden_layers=1, num_attention_heads=3,
+        num_key_value_heads=3, max_position_embeddings=16, attention_bias=True,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    return LlamaForCausalLM(config)
+
+
+def mixtral() -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=33, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(4)
+    return MixtralForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root: Path = tmp_path_factory.mktemp("load")
+    cases: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, model: Any, *flags: str, change: Any = None, **options: Any) -> None:
+        model.save_pretrained(root / name, **options)
+        if change is not None:
+            rewrite(root / name, change)
+        cases[name] = {"folder": name, "flags": list(flags)}
+
+    llama, tied = tiny_models.llama(), tiny_models.llama(tied=True)
+    add("bf16", llama)
+    add("fp32", llama, "--no_bf16")
+    add("stored_bf16", copy.deepcopy(llama).bfloat16())
+    add("widened", copy.deepcopy(llama).bfloat16(), "--no_bf16")
+    add("stored_fp16", copy.deepcopy(llama).half())
+    add("several_files", llama, max_shard_size="20KB")
+    add("odd", odd_llama(), "--no_bf16")
+    add("tied", tied)
+    add("both_tied", tied, change=both_tied(1.0))
+    add("both_differ", tied, "--no_bf16", change=both_tied(2.0))
+    add("gpt2", tiny_models.gpt2())
+    add("bare_body", tiny_models.gpt2().transformer)
+    (root / "bare_body" / "config.json").write_text((root / "gpt2" / "config.json").read_text())
+    add("classifier", tiny_models.bert(), "--head", "classification")
+    add("new_head", llama, "--head", "classification", "--no_bf16")
+    add("encoder", tiny_models.bert().bert, "--head", "classification", "--no_bf16")
+    add("merged_experts", mixtral(), "--no_bf16")
+    add("surplus", llama, change=lambda tensors: tensors | {"model.extra.weight": torch.zeros(3)})
+    add("lacking", llama, change=without("model.layers.0.mlp.up_proj.weight"))
+    add("misshapen", llama, change=lambda tensors: tensors | {"model.norm.weight": torch.zeros(3)})
+    (root / "cases.json").write_text(json.dumps(cases))
+    return root
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request: pytest.FixtureRequest, folder: Path, run_ranks: RunRanks) -> dict[str, Any]:
+    out = folder / f"{request.param}.json"
+    run_ranks(WORKER, request.param, [out, folder])
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def reference(folder: Path, flags: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    model_class: Any = AutoModelForSequenceClassification if "classification" in flags else AutoModelForCausalLM
+    torch.manual_seed(7)
+    dtype = torch.float32 if "--no_bf16" in flags else torch.bfloat16
+    model = model_class.from_pretrained(folder, config=AutoConfig.from_pretrained(folder), dtype=dtype)
+    parameters = {name: load_worker.digest(value) for name, value in model.named_parameters(remove_duplicate=False)}
+    return parameters, {name: load_worker.digest(value) for name, value in model.named_buffers()}
+
+
+SAME = (
+    "bf16", "fp32", "stored_bf16", "widened", "stored_fp16", "several_files", "odd", "tied", "both_tied", "both_differ",
+    "gpt2", "bare_body", "classifier", "new_head", "encoder", "merged_experts", "surplus",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_bit_is_from_pretrained(found: dict[str, Any], folder: Path, name: str) -> None:
+    flags = json.loads((folder / "cases.json").read_text())[name]["flags"]
+    parameters, buffers = reference(folder / name, flags)
+    assert found[name]["parameters"] == parameters
+    assert found[name]["buffers"] == buffers
+    assert not found[name]["training"]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_each_rank_holds_its_share_only(found: dict[str, Any], folder: Path, name: str) -> None:
+    shards = found[name]["shards"]
+    assert max(shards) - min(shards) <= 60 * len(shards)  # the last rank's parts are shorter by less than one each
+    whole = [line for line in found[name]["said"] if THROUGH_TRANSFORMERS in line]
+    assert bool(whole) == (name == "merged_experts"), found[name]["said"]
+
+
+def test_different_tied_tensors_stay_apart_and_are_named(found: dict[str, Any]) -> None:
+    both = found["both_differ"]
+    assert both["parameters"]["lm_head.weight"] != both["parameters"]["model.embed_tokens.weight"]
+    assert any("lm_head.weight" in line and "differ" in line for line in both["said"])
+    assert found["both_tied"]["parameters"]["lm_head.weight"] == found["tied"]["parameters"]["lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lacking", "lacks model.layers.0.mlp.up_proj.weight"),
+        ("misshapen", "holds model.norm.weight as (3,), its config wants (32,)"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named(found: dict[str, Any], name: str, said: str) -> None:
+    assert said in found[name]["error"]
+
+
+def test_surplus_tensors_are_named(found: dict[str, Any]) -> None:
+    assert any("model.extra.weight" in line for line in found["surplus"]["said"])
