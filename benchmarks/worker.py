@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import resource
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import resident
 import torch
 from torch import Tensor
 
@@ -94,24 +94,20 @@ def time_scoring(rounds: int) -> dict[str, Any]:
     settings = calibrate.ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0)
     losses = partial(loss_sum, head=False)
     weights: list[Any] = [module.weight for module in targets.values()]
-    plain, scored = [], []
-    extra = 0.0
+    plain, scored, extra = [], [], []
     with engines.scoring_engine(base.model, setup.ds_config) as model:
-        for number in range(rounds + 1):
-            seconds = _timed(partial(_plain_backward, model, weights, batches, losses))
-            if number:  # the first round warms up and measures memory: the peak of a process never falls again
-                plain.append(seconds)
-            before = _peak_gb()
-            seconds = _timed(
-                partial(calibrate.score_regions, model, targets, shapes, batches, loss_sum=losses, settings=settings)
-            )
-            if number:
-                scored.append(seconds)
-            else:
-                extra = max(comm.gather_objects(_peak_gb() - before))
+        backward = partial(_plain_backward, model, weights, batches, losses)
+        score = partial(calibrate.score_regions, model, targets, shapes, batches, loss_sum=losses, settings=settings)
+        _timed(backward)  # records DeepSpeed's trace
+        for _ in range(rounds):
+            backward_s, backward_gb = _timed(backward)
+            scoring_s, scoring_gb = _timed(score)
+            plain.append(backward_s)
+            scored.append(scoring_s)
+            extra.append(max(comm.gather_objects(scoring_gb - backward_gb)))
         # the same gathering and selecting, without a backward before it
         weights_only = dataclasses.replace(settings, score="magnitude")
-        selecting = _timed(
+        selecting, _ = _timed(
             partial(calibrate.score_regions, model, targets, shapes, [], loss_sum=losses, settings=weights_only)
         )
     numels = [shape.numel for shape in shapes.values()]
@@ -120,7 +116,7 @@ def time_scoring(rounds: int) -> dict[str, Any]:
         "scoring_s": statistics.median(scored),
         "select_s": selecting,
         "tokens": sum(len(row.input_ids) for row in rows),
-        "extra_gb": extra,
+        "extra_gb": statistics.median(extra),
         "allowed_gb": (sum(numels) / comm.world_size() + 2 * max(numels)) * 4 / 1e9,
     }
 
@@ -145,17 +141,14 @@ def _drop(weight: Any) -> None:
     weight.grad = None
 
 
-def _timed(action: Any) -> float:
+def _timed(action: Any) -> tuple[float, float]:
+    """Return the seconds of an action and its peak resident memory above the start, in GB."""
+    before = resident.forget_peak()
     comm.barrier()
     started = time.perf_counter()
     action()
     comm.barrier()
-    return time.perf_counter() - started
-
-
-def _peak_gb() -> float:
-    """Return the largest resident set of this process so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return time.perf_counter() - started, resident.resident_gb("VmHWM") - before
 
 
 def peak_memory(methods: dict[str, list[str]]) -> dict[str, Any]:
@@ -164,7 +157,7 @@ def peak_memory(methods: dict[str, list[str]]) -> dict[str, Any]:
     trainer = _trainer(_setup(flags), 3)
     for step in range(3):
         trainer.step(step)
-    return {"peak_gb": max(comm.gather_objects(_peak_gb()))}
+    return {"peak_gb": max(comm.gather_objects(resident.resident_gb("VmHWM")))}
 
 
 def main() -> None:

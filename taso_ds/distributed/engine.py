@@ -60,6 +60,11 @@ def scoring_engine(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[nn.M
         engine.destroy()
         for handle in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
             handle.remove()  # they would keep the engine alive
+        for module in engine.module.modules():
+            # Kept on the module, they would make the next engine's backward gather through this one's coordinator:
+            # unrecorded, hence never ahead of need.
+            for name in ("pre_bwd_fn", "post_bwd_fn"):
+                module.__dict__.pop(name, None)
 
 
 def training_engine(

@@ -111,6 +111,8 @@ def left_behind(model: nn.Module, stage: int) -> list[str]:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             found.append(f"{name} has hooks")
+        if {"pre_bwd_fn", "post_bwd_fn"} & vars(module).keys():  # the next engine would gather through this one
+            found.append(f"{name} keeps the scoring engine's backward functions")
     return found
 
 
