@@ -40,6 +40,23 @@ def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iter
         yield
 
 
+def gathered_on(parameter: Any, owner: int) -> Tensor | None:
+    """Return the whole parameter, detached, on rank ``owner`` and None elsewhere. A collective.
+
+    The shards travel to the owner only. Where ZeRO has the parameter whole anyway, or keeps shards on NVMe, nothing is
+    sent, or DeepSpeed gathers.
+    """
+    if is_partitioned(parameter):
+        if parameter.nvme_swapper is not None:
+            copy = full_copy(parameter, to_rank=owner)
+            return copy.to(comm.device()) if comm.rank() == owner else None
+        if parameter.ds_status.name != "AVAILABLE":
+            whole = comm.concatenate_on(parameter.ds_tensor.to(comm.device()), owner)
+            return None if whole is None else whole[: parameter.ds_numel].view(parameter.ds_shape)
+    whole = parameter.detach()
+    return whole if comm.rank() == owner else None
+
+
 def full_copy(parameter: nn.Parameter, *, to_rank: int | None = None) -> Tensor:
     """Return a detached CPU copy of the whole parameter on every rank, or on ``to_rank`` (empty elsewhere)."""
     with gathered([parameter]):

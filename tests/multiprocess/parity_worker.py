@@ -84,14 +84,14 @@ def as_json(scores: dict[str, RegionScores]) -> dict[str, Any]:
 
 
 class Watched(calibrate.GradientSum):
-    """Remembers how many accumulator elements this rank held."""
+    """Remembers how many accumulator elements this rank held at once."""
 
     elements = 0
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        assert all(value.dtype == torch.float32 for value in self.sums.values())
-        Watched.elements = sum(value.numel() for value in self.sums.values())
+    def add(self, *args: Any) -> None:
+        super().add(*args)
+        assert all(value.dtype == torch.float32 for value in self._sums.values())
+        Watched.elements = max(Watched.elements, sum(value.numel() for value in self._sums.values()))
 
 
 def left_behind(model: nn.Module, stage: int) -> list[str]:
@@ -124,20 +124,22 @@ def score(
     base, targets, shapes = load(folder, ds_config, bf16=bf16)
     calibrate.GradientSum = Watched  # type: ignore[misc]
     hooks_before = left_behind(base.model, stage)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"held": {}}
     with engines.scoring_engine(base.model, ds_config) as scored:
         for label, kind, reduction, batch_size in runs:
+            Watched.elements = 0
             batches = dealt_batches(case.CALIBRATION, batch_size=batch_size, collate=COLLATE, filler=FILLER)
-            settings = ScoringSettings(kind, reduction, case.LADDER, case.SEED)
+            passes = case.PASSES if "passes" in label else 1
+            settings = ScoringSettings(kind, reduction, case.LADDER, case.SEED, passes=passes, offload=passes > 1)
             scores = score_regions(
                 scored, targets, shapes, [batch for _, batch in batches],
                 loss_sum=partial(loss_sum, head=False), settings=settings,
             )  # fmt: skip
             found[label] = as_json(scores)
+            found["held"][label] = comm.gather_objects(Watched.elements)
     found["left_behind"] = comm.gather_objects(
         [what for what in left_behind(base.model, stage) if what not in hooks_before]
     )
-    found["accumulator_elements"] = comm.gather_objects(Watched.elements)
     found["target_elements"] = sum(shape.numel for shape in shapes.values())
     found["largest_target"] = max(shape.numel for shape in shapes.values())
     return found, base
@@ -287,6 +289,7 @@ def run_stage(stage: int, folders: dict[str, str]) -> dict[str, Any]:
     runs = [
         ("batches of 2", "importance", "signed_mean", 2),
         ("batches of 5", "importance", "signed_mean", 5),
+        ("batches of 5 in passes", "importance", "signed_mean", 5),
         ("one batch", "importance", "signed_mean", every),
         ("one batch, absolute", "importance", "per_batch_abs", every),
         ("batches of 5, absolute", "importance", "per_batch_abs", 5),
