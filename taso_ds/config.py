@@ -96,11 +96,15 @@ class CalibrationArguments:
     importance: str = arg("importance", "Score: importance |W·g|, magnitude |W|, gradient |g|, or random.")
     element_fraction: float = arg(0.05, "Share of a matrix's elements that are core (the paper's k).")
     core_fraction: float = arg(0.10, "Share of rows and of columns in the core region (the paper's p).")
+    calibration_passes: int = arg(1, "Score in this many groups of matrices: less memory, more passes over the rows.")
+    calibration_offload: str = arg("none", "cpu: gradient sums in host memory; none: on the device.")
     core_regions: str | None = arg(None, "Reuse this core_regions.safetensors instead of scoring.")
 
     def __post_init__(self) -> None:
         _one_of("calibration_reduction", self.calibration_reduction, REDUCTIONS)
         _one_of("importance", self.importance, SCORES)
+        _one_of("calibration_offload", self.calibration_offload, ("none", "cpu"))
+        _require(self.calibration_passes > 0, "calibration_passes", self.calibration_passes, "a positive number")
         for name in ("element_fraction", "core_fraction"):
             value = getattr(self, name)
             _require(0.0 < value <= 1.0, name, value, "in (0, 1]")

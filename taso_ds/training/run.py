@@ -196,6 +196,7 @@ def calibrate(config: RunConfig) -> Path:
     if config.calibration.core_regions is not None or config.adapter.method != "taso":
         raise UserError("calibrate: makes core regions; drop --core_regions and --method")
     path = comm.on_main(lambda: choose_folder(config))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path)))
     setup, folder = comm.together(lambda: set_up(config)), RunFolder(path)
     base, targets, shapes = load_base(setup)
     found = find_regions(setup, base, targets, shapes)
