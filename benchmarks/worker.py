@@ -22,7 +22,6 @@ from taso_ds.distributed import engine as engines
 from taso_ds.training import calibrate, prepare
 from taso_ds.training.build import Setup, attach, find_regions, join, load_base, set_up
 from taso_ds.training.feed import Feed, dealt_batches, on_device
-from taso_ds.training.loss import loss_sum
 from taso_ds.training.optim import Schedule, make_optimizer
 from taso_ds.training.trainer import Trainer
 
@@ -50,7 +49,7 @@ def _trainer(setup: Setup, steps: int) -> Trainer:
     return Trainer(
         engine,
         Feed(setup.rows, plan, setup.sizes, setup.collate, setup.filler),
-        loss_sum=partial(loss_sum, head=False),
+        loss_sum=setup.loss_sum,
         groups=trained.groups,
         schedule=Schedule("constant", steps, 0),
         logging_steps=1,
@@ -92,7 +91,7 @@ def time_scoring(rounds: int) -> dict[str, Any]:
     dealt = dealt_batches(rows, batch_size=8, collate=setup.collate, filler=setup.filler)
     batches = [on_device(batch) for _, batch in dealt]
     settings = calibrate.ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0)
-    losses = partial(loss_sum, head=False)
+    losses = setup.loss_sum
     weights: list[Any] = [module.weight for module in targets.values()]
     plain, scored, extra = [], [], []
     with engines.scoring_engine(base.model, setup.ds_config) as model:

@@ -27,9 +27,11 @@ from taso_ds.training.base_model import (
     model_source,
     wants_head,
 )
+from taso_ds.training.chunked_loss import LanguageModelLoss
 from taso_ds.training.evaluate import Evaluator
 from taso_ds.training.feed import Collate
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
+from taso_ds.training.loss import LossSum, loss_sum
 from taso_ds.training.optim import (
     Group,
     make_groups,
@@ -66,6 +68,11 @@ class Setup:
         return partial(collate, pad_id=pad_id)
 
     @cached_property
+    def loss_sum(self) -> LossSum:
+        """One object for scoring, training and evaluation: it looks at the model once."""
+        return partial(loss_sum, head=True) if self.head else LanguageModelLoss(self.shapes)
+
+    @cached_property
     def evaluator(self) -> Evaluator:
         training, data = self.config.training, self.config.data
         return Evaluator(
@@ -73,6 +80,7 @@ class Setup:
             task=self.data.task,
             tokenizer=self.tokenizer,
             head=self.head,
+            loss_sum=self.loss_sum,
             source=self.data.eval_source,
             batch_size=training.per_device_eval_batch_size,
             max_seq_length=data.max_seq_length,
@@ -149,7 +157,7 @@ def find_regions(
         prepare.calibration_rows(config, list(setup.rows)),
         collate=setup.collate,
         filler=setup.filler,
-        head=setup.head,
+        loss_sum=setup.loss_sum,
         ds_config=setup.ds_config,
     )
 

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
 from taso_ds.training.calibrate import ScoringSettings, score_regions
 from taso_ds.training.feed import Collate, dealt_batches, on_device
-from taso_ds.training.loss import loss_sum
+from taso_ds.training.loss import LossSum
 from taso_ds.training.picture import draw_regions
 from taso_ds.training.run_folder import CALIBRATION, PARTIAL, PICTURE, REGIONS, RunFolder
 
@@ -95,7 +94,7 @@ def score_base(
     *,
     collate: Collate,
     filler: EncodedRow,
-    head: bool,
+    loss_sum: LossSum,
     ds_config: dict[str, Any],
 ) -> Regions:
     """Score the frozen base on the calibration rows and cut the core regions. The base stays loaded.
@@ -126,7 +125,7 @@ def score_base(
             targets,
             shapes,
             [on_device(batch) for _, batch in batches],
-            loss_sum=partial(loss_sum, head=head),
+            loss_sum=loss_sum,
             settings=settings,
             done=partial_file.read(),
             on_pass=partial_file.write,

@@ -7,7 +7,9 @@ import faulthandler
 import gc
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from typing import Any
 
 import parity_case as case
 import torch
+from tiny_models import VOCABULARY
 from torch import nn
 
 from taso_ds.adapters.adapter import TasoAdapter
@@ -26,10 +29,11 @@ from taso_ds.data.plan import BatchPlan
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
-from taso_ds.training import calibrate
+from taso_ds.training import calibrate, chunked_loss
 from taso_ds.training.base_model import load_config
 from taso_ds.training.build import load_base
 from taso_ds.training.calibrate import ScoringSettings, score_regions
+from taso_ds.training.chunked_loss import LanguageModelLoss
 from taso_ds.training.feed import Feed, dealt_batches
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import loss_sum
@@ -39,6 +43,8 @@ from taso_ds.training.trainer import Trainer
 FILLER = empty_row(0)
 COLLATE = partial(collate, pad_id=0)
 COLLATE_HEAD = partial(collate_head, pad_id=0, is_regression=False)
+# Chunks of five positions: how many there are differs from rank to rank, and an empty micro-batch has none.
+chunked_loss.CHUNK_BYTES = 5 * 4 * VOCABULARY
 
 Regions = dict[str, CoreRegion]
 
@@ -125,6 +131,7 @@ def score(
     calibrate.GradientSum = Watched  # type: ignore[misc]
     hooks_before = left_behind(base.model, stage)
     found: dict[str, Any] = {"held": {}}
+    language_model_loss = LanguageModelLoss(shapes)
     with engines.scoring_engine(base.model, ds_config) as scored:
         for label, kind, reduction, batch_size in runs:
             Watched.elements = 0
@@ -133,7 +140,7 @@ def score(
             settings = ScoringSettings(kind, reduction, case.LADDER, case.SEED, passes=passes, offload=passes > 1)
             scores = score_regions(
                 scored, targets, shapes, [batch for _, batch in batches],
-                loss_sum=partial(loss_sum, head=False), settings=settings,
+                loss_sum=language_model_loss, settings=settings,
             )  # fmt: skip
             found[label] = as_json(scores)
             found["held"][label] = comm.gather_objects(Watched.elements)
@@ -197,7 +204,7 @@ def train(
     trainer = Trainer(
         engine,
         Feed(rows, plan, sizes, COLLATE_HEAD if head else COLLATE, FILLER),
-        loss_sum=partial(loss_sum, head=head),
+        loss_sum=partial(loss_sum, head=True) if head else LanguageModelLoss(),
         groups=groups,
         schedule=make_schedule(case.TRAINING, case.STEPS),
         logging_steps=1,
@@ -206,7 +213,9 @@ def train(
         on_eval=lambda _step: None,
     )
     engine.train()
-    trainer.fit()
+    with gathers_of(None if head else base.model.lm_head.weight) as gathers:
+        trainer.fit()
+    found["output_layer_gathers"] = comm.gather_objects([gathers["forward"], gathers["backward"]])
     found["empty_micro_batches"] = comm.gather_objects(
         sum(not ids for step in range(case.STEPS) for ids in trainer.feed.step(step).micro_batches)
     )
@@ -214,6 +223,27 @@ def train(
     found["masters"] = masters(engine, groups)
     engine.destroy()
     return found
+
+
+@contextmanager
+def gathers_of(weight: Any) -> Iterator[Counter[str]]:
+    """Count how often ZeRO-3 gathers a weight in forwards and in backwards."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    counts: Counter[str] = Counter()
+    name = "_PartitionedParameterCoordinator__all_gather_params_"
+    gather = getattr(Coordinator, name)
+
+    def counted(self: Any, params: Any, forward: bool, quantize: bool = False) -> None:
+        if any(param is weight and param.ds_status.name == "NOT_AVAILABLE" for param in params):
+            counts["forward" if forward else "backward"] += 1
+        gather(self, params, forward, quantize)
+
+    setattr(Coordinator, name, counted)
+    try:
+        yield counts
+    finally:
+        setattr(Coordinator, name, gather)
 
 
 def masters(engine: Any, groups: list[Group]) -> list[list[float]] | None:

@@ -354,6 +354,15 @@ def test_every_split_of_the_batch_learns_the_same(
     assert max(empty) > 0  # some rank had a micro-batch without any row
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_output_layer_is_gathered_once_per_forward_whatever_a_rank_has(report: Report, ranks: int) -> None:
+    """ZeRO-3 gathers it on ranks without a row too, and not again for backward."""
+    splits = report(ranks, 3)["train"]["splits"]
+    for split, found in zip(case.SPLITS[ranks], splits.values(), strict=True):
+        forwards = case.STEPS * split.accumulation + 1  # one of them to look at the model
+        assert found["output_layer_gathers"] == [[forwards, 0]] * ranks
+
+
 @small_worlds
 def test_learning_rates_keep_their_ratio_in_a_running_optimizer(
     report: Report, plain_head: dict[str, Any], ranks: int, stage: int
@@ -385,7 +394,8 @@ def test_the_first_step_moves_each_group_by_its_own_rate(report: Report, ranks: 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_gradient_checkpointing_changes_nothing(report: Report, plain: dict[str, Any], ranks: int, stage: int) -> None:
     found = report(ranks, stage)["train"]["checkpointed"]
-    assert found["forwards"] == 2 * case.STEPS  # every block ran twice a step: it was recomputed
+    # Every block ran twice a step, for it was recomputed; and once when the loss looked at the output layer.
+    assert found["forwards"] == 2 * case.STEPS + 1
     assert_same_run(found, plain)
 
 
