@@ -21,6 +21,7 @@ from taso_ds.adapters.structure import STRUCTURES
 from taso_ds.errors import UserError, nearest
 
 METHODS = ("taso", "lora", "full")
+IMPORTANCE_WEIGHTS = ("loaded", "original")
 HEADS = ("auto", "lm", "classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -55,11 +56,15 @@ class ModelArguments:
     head: str = arg("auto", "lm, classification, or auto: a classification head if the base has no LM head.")
     attn_implementation: str | None = arg(None, "Attention kernel as transformers names it (sdpa, flash_attention_2).")
     trust_remote_code: bool = arg(False, "Run model code that comes with the checkpoint.")
+    load_in_4bit: bool = arg(False, "Quantize the base as it loads: NF4, statistics quantized too (bitsandbytes).")
+    load_in_8bit: bool = arg(False, "Quantize the base as it loads: LLM.int8() (bitsandbytes).")
     bf16: bool = arg(True, "Train and score in bfloat16; --no_bf16 for fp32.")
     fp16: bool = arg(False, "Not supported; named here to say so.")
 
     def __post_init__(self) -> None:
         _one_of("head", self.head, HEADS)
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("load_in_4bit and load_in_8bit are both on: pass one of them")
         if self.fp16 and self.bf16:
             raise UserError("fp16 and bf16 are both on: pass --bf16 alone, or --no_bf16 for fp32")
         if self.fp16:
@@ -96,11 +101,13 @@ class CalibrationArguments:
     importance: str = arg("importance", "Score: importance |W·g|, magnitude |W|, gradient |g|, or random.")
     element_fraction: float = arg(0.05, "Share of a matrix's elements that are core (the paper's k).")
     core_fraction: float = arg(0.10, "Share of rows and of columns in the core region (the paper's p).")
+    importance_weights: str = arg("loaded", "W of the score: loaded (dequantized) or, if quantized here, original.")
     core_regions: str | None = arg(None, "Reuse this core_regions.safetensors instead of scoring.")
 
     def __post_init__(self) -> None:
         _one_of("calibration_reduction", self.calibration_reduction, REDUCTIONS)
         _one_of("importance", self.importance, SCORES)
+        _one_of("importance_weights", self.importance_weights, IMPORTANCE_WEIGHTS)
         for name in ("element_fraction", "core_fraction"):
             value = getattr(self, name)
             _require(0.0 < value <= 1.0, name, value, "in (0, 1]")
@@ -213,6 +220,13 @@ class RunConfig:
     adapter: AdapterArguments
     training: TrainArguments
     run: RunArguments
+
+    def __post_init__(self) -> None:
+        flags = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(self.model, name)]
+        if flags and self.adapter.method == "full":
+            raise UserError(f"{flags[0]}: quantized weights cannot be trained; drop --method full or --{flags[0]}")
+        if self.calibration.importance_weights == "original" and not flags:
+            raise UserError("importance_weights: original is for --load_in_4bit and --load_in_8bit; drop it")
 
     def flags(self) -> dict[str, Any]:
         """Return every argument under its flag's name, those that only say how the run was started left out."""
