@@ -222,10 +222,8 @@ class RunConfig:
     run: RunArguments
 
     def __post_init__(self) -> None:
-        flags = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(self.model, name)]
-        if flags and self.adapter.method == "full":
-            raise UserError(f"{flags[0]}: quantized weights cannot be trained; drop --method full or --{flags[0]}")
-        if self.calibration.importance_weights == "original" and not flags:
+        quantizes = self.model.load_in_4bit or self.model.load_in_8bit
+        if self.calibration.importance_weights == "original" and not quantizes:
             raise UserError("importance_weights: original is for --load_in_4bit and --load_in_8bit; drop it")
 
     def flags(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from taso_ds.adapters.importance import needs_gradient, score_matrix, tap_gradie
 from taso_ds.adapters.selection import RegionScores, score_rows_and_cols
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.distributed import comm, zero
+from taso_ds.distributed.quantized import weight_of
 from taso_ds.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,12 +31,17 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How importance is computed and reduced."""
+    """How importance is computed and reduced.
+
+    Attributes:
+        original_weight: returns the weight of a target before it was quantized; None to score with the model's own.
+    """
 
     score: str
     reduction: str
     ladder: tuple[float, ...]
     seed: int
+    original_weight: Callable[[str], Tensor] | None = None
 
 
 def assign_owners(shapes: Mapping[str, MatrixShape], world_size: int) -> dict[str, int]:
@@ -190,9 +196,12 @@ def _score_owned(
     for number, (name, module) in enumerate(modules.items()):
         shape = shapes[name]
         needs_weight = settings.score in ("importance", "magnitude")
-        with zero.gathered([module.weight] if needs_weight else []):
+        original = settings.original_weight
+        with zero.gathered([module.weight] if needs_weight and original is None else []):
             if owners[name] == comm.rank():
-                weight = module.weight.detach() if needs_weight else None
+                weight = None
+                if needs_weight:
+                    weight = weight_of(module) if original is None else original(name)
                 if weight is not None and shape.transposed:
                     weight = weight.t()
                 importances[name] = score_matrix(
