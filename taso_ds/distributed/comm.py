@@ -158,6 +158,12 @@ def sum_everywhere(tensor: Tensor) -> None:
         dist.all_reduce(tensor)
 
 
+def largest_everywhere(tensor: Tensor) -> None:
+    """Take each element's maximum over all ranks, in place, everywhere."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+
 def broadcast(tensor: Tensor, source: int) -> None:
     """Copy ``tensor`` from ``source`` to all ranks, in place."""
     if world_size() > 1:

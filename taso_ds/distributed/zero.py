@@ -92,16 +92,21 @@ def assert_partitioned(model: nn.Module) -> None:
 def checksum(parameters: Sequence[Tensor]) -> list[int]:
     """Return one integer per parameter from its bf16 bits: equal for every sharding and for fp32 and bf16 loads.
 
-    Each element's bits are weighted by its position, so permuted weights differ too.
+    Each element's bits are weighted by its position, so permuted weights differ too. A collective.
     """
     sums = torch.zeros(len(parameters), dtype=torch.int64)
     chunk = 1 << 22
     for number, parameter in enumerate(parameters):
         shard, offset = local_shard(parameter)
         for start in range(0, shard.numel(), chunk):
-            bits = shard[start : start + chunk].to(torch.bfloat16).view(torch.int16).long()
-            positions = torch.arange(offset + start, offset + start + len(bits), device=bits.device)
-            sums[number] += (bits * (positions % 65521 + 1)).sum().cpu()
+            sums[number] += weighted_bits(shard[start : start + chunk], offset + start)
     on_device = sums.to(comm.device())
     comm.sum_everywhere(on_device)
     return [int(value) for value in on_device]
+
+
+def weighted_bits(part: Tensor, first: int) -> Tensor:
+    """Return a flat tensor's contribution to the checksum of a parameter in which it begins at ``first``."""
+    bits = part.to(torch.bfloat16).view(torch.int16).long()
+    positions = torch.arange(first, first + len(bits), device=bits.device)
+    return (bits * (positions % 65521 + 1)).sum().cpu()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -36,6 +37,7 @@ from taso_ds.training.optim import (
     Group,
     make_groups,
 )
+from taso_ds.training.stored_weights import StoredWeights, stored_weights
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +116,7 @@ def set_up(config: RunConfig) -> Setup:
     base_config = load_config(config.model, source)
     check_weight_files(source)
     prepare.check_length(config, base_config)
+    prepare.check_quantization(config, base_config, ds_config)
     head = wants_head(config.model, base_config)
     tokenizer = load_tokenizer(config.model, source)
     prepare.prepare_base_config(base_config, data.task, tokenizer, head=head)
@@ -147,19 +150,28 @@ def find_regions(
 ) -> regions.Regions:
     """Read or score the core regions."""
     config = setup.config
-    if setup.region_file is not None:
-        return regions.reuse_regions(config, setup.region_file, targets, shapes)
-    return regions.score_base(
-        config,
-        base.model,
-        targets,
-        shapes,
-        prepare.calibration_rows(config, list(setup.rows)),
-        collate=setup.collate,
-        filler=setup.filler,
-        loss_sum=setup.loss_sum,
-        ds_config=setup.ds_config,
-    )
+    with _stored(setup, base) as stored:
+        if setup.region_file is not None:
+            return regions.reuse_regions(config, setup.region_file, targets, shapes, stored=stored)
+        return regions.score_base(
+            config,
+            base.model,
+            targets,
+            shapes,
+            prepare.calibration_rows(config, list(setup.rows)),
+            collate=setup.collate,
+            filler=setup.filler,
+            loss_sum=setup.loss_sum,
+            ds_config=setup.ds_config,
+            stored=stored,
+        )
+
+
+def _stored(setup: Setup, base: BaseModel) -> AbstractContextManager[StoredWeights | None]:
+    """Open the checkpoint of a quantized base; the weights of any other are all in the model."""
+    if base.quantization is None:
+        return nullcontext()
+    return stored_weights(base.model, setup.source, setup.shapes, revision=setup.config.model.model_revision)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,19 +26,25 @@ from taso_ds.adapters.importance import needs_gradient, needs_weight, score_matr
 from taso_ds.adapters.selection import RegionScores, score_rows_and_cols
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.distributed import comm, zero
+from taso_ds.distributed.quantized import weight_of
 from taso_ds.errors import UserError
+from taso_ds.training.loss import LossSum
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
-LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 # What backward brings: module name, inputs (tokens, in), output gradient (tokens, out).
 Deliver = Callable[[str, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How importance is computed and reduced; ``offload`` keeps accumulators in host memory."""
+    """How importance is computed and reduced.
+
+    Attributes:
+        offload: keep accumulators in host memory.
+        original_weight: returns the weight of a target before it was quantized; None to score with the model's own.
+    """
 
     score: str
     reduction: str
@@ -46,6 +52,7 @@ class ScoringSettings:
     seed: int
     passes: int = 1
     offload: bool = False
+    original_weight: Callable[[str], Tensor] | None = None
 
 
 def assign_owners(shapes: Mapping[str, MatrixShape], world_size: int) -> dict[str, int]:
@@ -261,9 +268,14 @@ class _Pass:
         """Score one matrix on its owner. A collective: its weight is gathered to the owner."""
         self._selected.add(name)
         score, shape, owner = self._settings.score, self._shapes[name], self.owners[name]
-        weight = zero.gathered_on(self.targets[name].weight, owner) if needs_weight(score) else None
+        original = self._settings.original_weight
+        wanted = needs_weight(score)
+        stored = zero.gathered_on(self.targets[name].weight, owner) if wanted and original is None else None
         if comm.rank() != owner:
             return
+        weight = weight_of(self.targets[name], stored) if stored is not None else None
+        if wanted and original is not None:
+            weight = original(name).to(comm.device())
         grad = self._gradients.take(name)
         if grad is not None:
             grad.div_(float(self._units))

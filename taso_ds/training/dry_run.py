@@ -27,6 +27,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     ds_config, sizes = prepare.resolve_deepspeed(config, world_size)
     base_config = read_config(config.model)
     prepare.check_length(config, base_config)
+    prepare.check_quantization(config, base_config, ds_config)
     head = wants_head(config.model, base_config)
     prepare.prepare_labels(base_config, task, head=head)
     model = meta_model(config.model, base_config, head=head)

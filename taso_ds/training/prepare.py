@@ -19,6 +19,10 @@ from taso_ds.data.records import Records, build_examples, load_records, read_jso
 from taso_ds.data.tasks import Example, Task, get_task
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.errors import UserError
+from taso_ds.training.quantized_base import quantization_of
+
+# Ways to move partitions that compute with them on the way.
+_ALTERS_BITS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "use_all_reduce_for_fetch_params")
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +158,17 @@ def check_length(config: RunConfig, base_config: Any) -> None:
     limit = getattr(base_config, "max_position_embeddings", None) or getattr(base_config, "n_positions", None)
     if limit is not None and config.data.max_seq_length > limit:
         raise UserError(f"max_seq_length: {config.data.max_seq_length} exceeds the model's {limit} positions")
+
+
+def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str, Any]) -> None:
+    """Refuse what a quantized base cannot do."""
+    if quantization_of(config.model, base_config) is None:
+        return
+    if config.adapter.method == "full":
+        raise UserError("method: full trains all weights, which quantized ones do not allow; use taso or lora")
+    for name in _ALTERS_BITS:
+        if ds_config["zero_optimization"].get(name):
+            raise UserError(f"{config.run.ds_config}: zero_optimization.{name} alters the bits of quantized weights")
 
 
 def num_labels(task: Task) -> int:

@@ -4,12 +4,13 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from taso_ds.adapters.region_file import (
     RegionFile,
@@ -30,6 +31,7 @@ from taso_ds.training.feed import Collate, dealt_batches, on_device
 from taso_ds.training.loss import LossSum
 from taso_ds.training.picture import draw_regions
 from taso_ds.training.run_folder import CALIBRATION, PARTIAL, PICTURE, REGIONS, RunFolder
+from taso_ds.training.stored_weights import StoredWeights
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +53,17 @@ class Regions:
         }
 
 
-def fingerprint(targets: Mapping[str, nn.Module]) -> str:
-    """Return a digest of the target weights that does not depend on sharding or on fp32/bf16 loading. A collective."""
-    weights: list[Any] = [module.weight for module in targets.values()]
-    lines = [
-        f"{name} {tuple(zero.full_shape(weight))} {value}"
-        for name, weight, value in zip(targets, weights, zero.checksum(weights), strict=True)
-    ]
+def fingerprint(targets: Mapping[str, nn.Module], stored: StoredWeights | None = None) -> str:
+    """Return a digest of the target weights that does not depend on sharding or on fp32/bf16 loading. A collective.
+
+    Of a quantized base it is the digest of what is ``stored``: the same whether a run quantizes the base or not.
+    """
+    if stored is None:
+        weights: list[Any] = [module.weight for module in targets.values()]
+        shapes, sums = [zero.full_shape(weight) for weight in weights], zero.checksum(weights)
+    else:
+        shapes, sums = [stored.stored_shape(name) for name in targets], stored.checksums()
+    lines = [f"{name} {tuple(shape)} {value}" for name, shape, value in zip(targets, shapes, sums, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -75,11 +81,16 @@ def read_regions(config: RunConfig, shapes: Mapping[str, MatrixShape]) -> Region
 
 
 def reuse_regions(
-    config: RunConfig, file: RegionFile, targets: Mapping[str, nn.Module], shapes: Mapping[str, MatrixShape]
+    config: RunConfig,
+    file: RegionFile,
+    targets: Mapping[str, nn.Module],
+    shapes: Mapping[str, MatrixShape],
+    *,
+    stored: StoredWeights | None = None,
 ) -> Regions:
     """Check that a region file belongs to this base and cut it at this run's fractions."""
     source = str(config.calibration.core_regions)
-    digest = fingerprint(targets)
+    digest = fingerprint(targets, stored)
     comm.together(lambda: check_region_file(file, shapes, fingerprint=digest, source=source))
     log.info("core regions: read from %s, cut at p = %s", source, config.calibration.core_fraction)
     return Regions(file, _cut(config, file), rows=[])
@@ -96,11 +107,18 @@ def score_base(
     filler: EncodedRow,
     loss_sum: LossSum,
     ds_config: dict[str, Any],
+    stored: StoredWeights | None = None,
 ) -> Regions:
     """Score the frozen base on the calibration rows and cut the core regions. The base stays loaded.
 
     Scored in several passes, the output folder keeps the scores of the finished ones, and a run that was interrupted
     goes on after them.
+
+    Args:
+        stored: the checkpoint's weights, when the base is quantized.
+
+    Raises:
+        UserError: when ``--importance_weights original`` asks for weights that the checkpoint does not hold.
     """
     calibration = config.calibration
     settings = ScoringSettings(
@@ -110,6 +128,7 @@ def score_base(
         seed=config.run.seed,
         passes=calibration.calibration_passes,
         offload=calibration.calibration_offload == "cpu",
+        original_weight=_original_weight(config, stored),
     )
     batches = dealt_batches(
         rows,
@@ -117,7 +136,7 @@ def score_base(
         collate=collate,
         filler=filler,
     )
-    digest, made_of = fingerprint(targets), _describe(config, rows)
+    digest, made_of = fingerprint(targets, stored), _describe(config, rows)
     partial_file = _PartialScores(config, RegionFile({}, made_of, digest))
     with scoring_engine(model, ds_config) as scored:
         scores = score_regions(
@@ -150,6 +169,9 @@ def _describe(config: RunConfig, rows: Sequence[EncodedRow]) -> dict[str, Any]:
         "model_name_or_path": config.model.model_name_or_path,
         "gguf_file": config.model.gguf_file,
         "dtype": "bfloat16" if config.model.bf16 else "float32",
+        "load_in_4bit": config.model.load_in_4bit,
+        "load_in_8bit": config.model.load_in_8bit,
+        "importance_weights": calibration.importance_weights,
         "seed": config.run.seed,
     }
 
@@ -183,6 +205,18 @@ class _PartialScores:
     def _write(self, scores: dict[str, RegionScores]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         save_region_file(self._path, dataclasses.replace(self._empty, scores=scores))
+
+
+def _original_weight(config: RunConfig, stored: StoredWeights | None) -> Callable[[str], Tensor] | None:
+    if config.calibration.importance_weights == "loaded":
+        return None
+    if stored is None:
+        raise UserError(
+            f"importance_weights: {config.model.model_name_or_path} has no safetensors files with the targets one by"
+            " one; drop original"
+        )
+    found, dtype = stored, torch.bfloat16 if config.model.bf16 else torch.float32
+    return lambda name: found.read(name).to(dtype)
 
 
 def _cut(config: RunConfig, file: RegionFile) -> dict[str, CoreRegion]:
