@@ -40,7 +40,7 @@ def resolve_offload(zero: dict[str, Any], nvme_path: str | None, source: str) ->
             raise UserError(f"{source}: {path}device nvme needs {path}nvme_path")
         if section["nvme_path"] == keys.AUTO:
             if nvme_path is None:
-                raise UserError(f"nvme_path: {source} offloads to NVMe: pass --nvme_path, a folder on a local disk")
+                raise UserError(f"{source}: {path}nvme_path is not known: pass --nvme_path, a folder on a local disk")
             section["nvme_path"] = nvme_path
 
 
