@@ -189,6 +189,7 @@ class RunArguments:
     """The run itself."""
 
     ds_config: str = arg("zero3.json", "DeepSpeed JSON: a path, or the name of a shipped one.")
+    nvme_path: str | None = arg(None, "Folder on each node's local NVMe disk, for zero3_nvme.json.")
     output_dir: str | None = arg(None, "Run folder; default: runs/<method>-<task>, numbered.")
     overwrite_output_dir: bool = arg(False, "Replace a different run in output_dir.")
     seed: int = arg(0, "Seed of data order, initial adapters and new heads.")
@@ -211,7 +212,9 @@ GROUPS: tuple[Any, ...] = (
     RunArguments,
 )
 # How a run is started, not what it computes: two runs that differ only here are the same run.
-_NOT_RECORDED = ("dry_run", "debug", "config", "local_rank", "overwrite_output_dir", "verify_export", "output_dir")
+_NOT_RECORDED = (
+    "dry_run", "debug", "config", "local_rank", "overwrite_output_dir", "verify_export", "output_dir", "nvme_path",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def local_shard(parameter: Any) -> tuple[Tensor, int]:
     """
     total = full_numel(parameter)
     if is_partitioned(parameter):
-        shard = parameter.ds_tensor.flatten()
+        shard = _read_shard(parameter)
         offset = shard.numel() * comm.rank()
         return shard[: max(0, min(shard.numel(), total - offset))], offset
     size = -(-total // comm.world_size())
@@ -80,13 +80,25 @@ def local_shard(parameter: Any) -> tuple[Tensor, int]:
     return parameter.detach().flatten()[offset : offset + size], offset
 
 
+def _read_shard(parameter: Any) -> Tensor:
+    """Return this rank's padded shard, read back if it was offloaded to NVMe."""
+    shard: Tensor = parameter.ds_tensor
+    if shard.status.name == "AVAILABLE":
+        return shard.flatten()
+    parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    shard = parameter.ds_tensor.flatten().clone()
+    parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
+    return shard
+
+
 def assert_partitioned(model: nn.Module) -> None:
     """Fail if ZeRO-3 left a parameter of ``model`` whole on this rank: then it was built outside ``zero.Init``."""
     whole = [name for name, parameter in model.named_parameters() if not is_partitioned(parameter)]
     assert not whole, f"ZeRO-3 did not partition {whole[:3]} and {len(whole)} parameters in all"
-    for name, parameter in model.named_parameters():
-        shard, _ = local_shard(parameter)
-        assert shard.numel() <= -(-full_numel(parameter) // comm.world_size()), f"{name} is not partitioned"
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        share = -(-full_numel(parameter) // comm.world_size())
+        assert parameter.ds_tensor.ds_numel <= share, f"{name} is not partitioned"
 
 
 def checksum(parameters: Sequence[Tensor]) -> list[int]:

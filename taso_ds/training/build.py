@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from taso_ds.adapters.adapter import TasoAdapter
+from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.targets import MatrixShape, find_targets
 from taso_ds.config import BatchSizes, RunConfig
 from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow, pad_token_id
-from taso_ds.distributed import comm
+from taso_ds.distributed import comm, placement, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.training import prepare, regions
 from taso_ds.training.base_model import (
@@ -111,6 +112,7 @@ def set_up(config: RunConfig) -> Setup:
         UserError: on every rank, before any weight is loaded.
     """
     ds_config, sizes = prepare.resolve_deepspeed(config, comm.world_size())
+    placement.check_nvme(ds_config)
     data = prepare.load_task_data(config)
     source = model_source(config.model)
     base_config = load_config(config.model, source)
@@ -120,13 +122,17 @@ def set_up(config: RunConfig) -> Setup:
     head = wants_head(config.model, base_config)
     tokenizer = load_tokenizer(config.model, source)
     prepare.prepare_base_config(base_config, data.task, tokenizer, head=head)
-    shapes = prepare.target_shapes(config, meta_model(config.model, base_config, head=head))
+    model = meta_model(config.model, base_config, head=head)
+    shapes = prepare.target_shapes(config, model)
     region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
     setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
     setup.evaluator.check()
     log.info("train: %d rows from %s", len(rows), data.train_source)
     log.info("evaluation: %d rows from %s", len(data.evaluation), data.eval_source)
+    experts = find_experts(model)
+    if experts.sizes and config.adapter.method != "full":
+        log.info(experts.in_words())
     return setup
 
 
@@ -141,6 +147,8 @@ def load_base(setup: Setup) -> tuple[BaseModel, dict[str, nn.Module], dict[str, 
         # would then fail on weights that are gathered again before use; the numbers are covered by a test.
         check = {"determinism_check": "none"} if engines.zero_stage(setup.ds_config) == 3 else {}
         base.model.gradient_checkpointing_enable({"use_reentrant": False, **check})  # type: ignore[operator]
+    if engines.zero_stage(setup.ds_config) == 3:
+        engines.set_leaf_modules(base.model, find_experts(base.model, shape_of=zero.full_shape).blocks)
     targets = find_targets(base.model, config.adapter.target_modules)
     return base, targets, prepare.target_shapes(config, base.model)
 
