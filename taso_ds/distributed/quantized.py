@@ -122,7 +122,7 @@ class Int8(Format):
 
     def dequantize(self, packed: Tensor, module: "QuantizedLinear") -> Tensor:
         # As bitsandbytes does in its backward: rounded once, to the dtype it computes in.
-        return self._rows(packed, module).to(module.compute_dtype).mul_(module.statistics[:, None] / 127.0)
+        return self._rows(packed, module).to(module.compute_dtype).mul_(module.statistics[:, None] * (1.0 / 127.0))
 
     def product(self, inputs: Tensor, packed: Tensor, module: "QuantizedLinear") -> Tensor:
         state = _bitsandbytes().MatmulLtState()

@@ -141,13 +141,15 @@ def _main(spec_file: str) -> None:
     live = [value for _, value in sorted(load_file(spec["live"]).items(), key=lambda item: int(item[0]))]
     before = probe_logits(base, spec["rows"])
     opened = PeftModel.from_pretrained(base, spec["adapter"], autocast_adapter_dtype=False).eval()
+    adapted = [parameter for name, parameter in opened.named_parameters() if ".lora_" in name]
+    for parameter in adapted:
+        parameter.data = parameter.data.to(options["dtype"])  # peft takes fp32 where it sees int8 weights
     stored = load_file(Path(spec["adapter"]) / "adapter_model.safetensors")
     held = get_peft_model_state_dict(opened, save_embedding_layers=False)
     different = [name for name in {*stored, *held} if not _same(stored.get(name), held.get(name))]
     after = probe_logits(opened, spec["rows"])
-    for name, parameter in opened.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
+    for parameter in adapted:
+        parameter.data = parameter.data.float()
     found = {
         "error": relative_distance(after, live),
         "effect": relative_distance(before, live),

@@ -117,7 +117,8 @@ def quantization_of(arguments: ModelArguments, config: Any) -> Quantization | No
         return None if asked is None else Quantization(asked, dtype)
     if not isinstance(stored, dict):
         stored = stored.to_dict()
-    method = str(stored.get("quant_method", "unknown"))
+    method = stored.get("quant_method", "unknown")
+    method = getattr(method, "value", method)
     if asked is not None:
         raise UserError(f"load_in_{asked}bit: {arguments.model_name_or_path} is quantized already; drop the flag")
     if method != "bitsandbytes":
@@ -150,6 +151,7 @@ def replace_linears(model: nn.Module, quantization: Quantization) -> dict[nn.Par
             format=quantization.format,
             storage=quantization.dtype,
         )
+        replacement.train(module.training)
         model.set_submodule(name, replacement)
         found[replacement.get_parameter("weight")] = Replaced(replacement, shape.transposed)
     return found
@@ -172,6 +174,7 @@ def adopt_linears(model: nn.Module, quantization: Quantization) -> None:
         packed = theirs.weight.data.contiguous().view(-1).view(torch.uint8)
         assert packed.numel() == replacement.num_bytes, name
         replacement.weight = nn.Parameter(packed.view(quantization.dtype)[:, None], requires_grad=False)
+        replacement.train(theirs.training)
         replacement.statistics = theirs.weight.quant_state if kind == "Linear4bit" else theirs.weight.SCB
         model.set_submodule(name, replacement)
 
