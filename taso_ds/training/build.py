@@ -29,6 +29,7 @@ from taso_ds.training.base_model import (
 )
 from taso_ds.training.evaluate import Evaluator
 from taso_ds.training.feed import Collate
+from taso_ds.training.forecast import check_this_host
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.optim import (
     Group,
@@ -109,9 +110,11 @@ def set_up(config: RunConfig) -> Setup:
     head = wants_head(config.model, base_config)
     tokenizer = load_tokenizer(config.model, source)
     prepare.prepare_base_config(base_config, data.task, tokenizer, head=head)
-    shapes = prepare.target_shapes(config, meta_model(config.model, base_config, head=head))
+    counted = meta_model(config.model, base_config, head=head)
+    shapes = prepare.target_shapes(config, counted)
     region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
+    check_this_host(config, counted, base_config, shapes, rows, ds_config=ds_config)
     setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
     setup.evaluator.check()
     log.info("train: %d rows from %s", len(rows), data.train_source)
