@@ -1,28 +1,29 @@
 """Bytes one rank holds at the peak of each phase of a run, by cause.
 
-Symbols: ``P`` base parameters, ``w`` bytes of each (bf16 2, fp32 4), ``N`` ranks, ``n`` ranks of a node, ``t`` trainable
-parameters, ``T = rows × tokens`` of a micro-batch, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions, and the
-widths ``h a v f`` of ``ModelShape``.
+Symbols: ``P`` base parameters, ``w`` bytes of each (bf16 2, fp32 4), ``N`` ranks, ``n`` ranks of a node, ``t``
+trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions of a micro-batch, and the widths
+``h a v f`` of ``ModelShape``.
 
-- **Weights.** ``w·P``; stage 3 ``w·P/N``; hpZ adds a second partition, ``w·P/n`` (ZeRO++, arXiv 2306.10209). NF4 (QLoRA,
-  arXiv 2305.14314): the linears of the blocks at 1/2 byte, an 8-bit scale per 64 and an fp32 one per 64·256 of them,
-  the rest at ``w``; ZeRO-3 partitions the half bytes, every rank keeps all scales.
-- **Gathered** (stage 3; DeepSpeed ``partitioned_param_coordinator.py``). Once a forward and backward have been recorded, a
-  parameter stays gathered after use if its next use is less than ``max_reuse_distance`` parameters away. Behind the
-  last ``d`` parameters of the model lie ``d`` of forward and ``d`` of backward, so the last ``reuse/2`` are still there
-  when backward starts (``reuse/3`` with checkpointing: the recomputation lies in between). The input embedding is not used in
-  backward. ``max_live_parameters`` stops fetching ahead, it releases nothing. On top lies one prefetch bucket
-  twice, as it arrived and cut into parameters. Before the recording is complete only the largest tensor is there.
-- **Activations** per token and block, saved for backward with adapters on every linear, ``e`` bytes per element:
-  norm inputs ``2·4·h`` (RMSNorm works in fp32; else ``2·e·h``), norm outputs ``2·e·h``, queries, keys, values and attention
-  output ``e·(2a+2v)``, its log-sum-exp ``4·heads``, gate, activation, up and product ``4·e·f`` (ungated: ``2·e·f``).
-  ``tests/planning/test_memory.py`` counts what autograd saves. Checkpointing keeps ``e·h`` per block instead and one block whole.
-- **Loss.** Logits at the ``K`` supervised positions only. In backward fp32 log-probabilities and two fp32 gradients of them
-  are alive: ``12·K·V``; a classification head has none.
+- **Weights.** ``w·P``; stage 3 ``w·P/N``; hpZ adds a second partition, ``w·P/n`` (ZeRO++, arXiv 2306.10209). NF4
+  (QLoRA, arXiv 2305.14314): the linears of the blocks at 1/2 byte, an 8-bit scale per 64 and an fp32 one per 64·256 of
+  them, the rest at ``w``; ZeRO-3 partitions the half bytes, every rank keeps all scales.
+- **Gathered** (stage 3; DeepSpeed ``partitioned_param_coordinator.py``). Once a forward and backward have been
+  recorded, a parameter stays gathered after use if its next use is less than ``max_reuse_distance`` parameters away.
+  Behind the last ``d`` parameters of the model lie ``d`` of forward and ``d`` of backward, so the last ``reuse/2`` are
+  still there when backward starts (``reuse/3`` with checkpointing: the recomputation lies in between). The input
+  embedding is not used in backward. ``max_live_parameters`` stops fetching ahead, it releases nothing. On top lies one
+  prefetch bucket twice, as it arrived and cut into parameters. Before the recording is complete only the largest
+  tensor is there.
+- **Activations** per token and block, saved for backward with adapters on every linear, ``e`` bytes per element: norm
+  inputs ``2·4·h`` (RMSNorm works in fp32; else ``2·e·h``), norm outputs ``2·e·h``, queries, keys, values and attention
+  output ``e·(2a+2v)``, its log-sum-exp ``4·heads``, gate, activation, up and product ``4·e·f`` (ungated: ``2·e·f``). A
+  test counts what autograd saves. Checkpointing keeps ``e·h`` per block instead, and one block whole.
+- **Loss.** Logits at the ``K`` supervised positions only. In backward fp32 log-probabilities and two fp32 gradients of
+  them are alive: ``12·K·V``; a classification head has none.
 - **Accumulators** (scoring). One fp32 number per target parameter, divided over the ranks; each gradient and its
-  travelling copy, two largest matrices. Selecting needs three largest matrices more in fp32 and int64 (see below).
-- **Trained state**, ``t`` over ``N`` ranks at stages 1-3: fp32 master and two moments ``12·t``, gradients ``4·t``; the bf16 parameter
-  and its expanded form ``2·(t + dense)`` are whole on every rank. The reduction bucket is reserved in full.
+  travelling copy, two largest matrices.
+- **Trained state**, ``t`` over ``N`` ranks at stages 1-3: fp32 master and two moments ``12·t``, gradients ``4·t``; the
+  bf16 parameter and its expanded form ``2·(t + dense)`` are whole on every rank. The reduction bucket is reserved.
 """
 
 from collections.abc import Mapping

@@ -46,14 +46,17 @@ class Candidate:
         return max(usage.host_bytes for usage in self.usage.values())
 
 
-def strategies(work: Workload, *, limits: Limits, quantized: Sequence[bool] = (False, True)) -> list[Strategy]:
+def strategies(
+    work: Workload, *, limits: Limits, quantized: Sequence[bool] = (False, True), offloads: bool = True
+) -> list[Strategy]:
     """Return all combinations that are different: offload and hpZ exist at stage 3, hpZ on more than one node."""
     found = []
     for load_in_4bit in quantized:
         for checkpointing in (False, True):
             base = Strategy(0, load_in_4bit=load_in_4bit, gradient_checkpointing=checkpointing, limits=limits)
             found += [replace(base, stage=stage) for stage in (0, 1, 2, 3)]
-            found.append(replace(base, stage=3, offload=True))
+            if offloads:
+                found.append(replace(base, stage=3, offload=True))
             if work.nodes > 1 and work.gpus_per_node > 1:
                 found.append(replace(base, stage=3, hpz=True))
     return found

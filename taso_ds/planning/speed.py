@@ -13,12 +13,12 @@ Bytes into one rank per step, ``N`` ranks, ``G`` per node, ``P`` base parameters
 
     stages 0-2:  gradient all-reduce in fp32, 2·(N−1)/N · 4·t; at stages 1-2 also the updated parameters, 2·t
     stage 3:     2 gathers of the base per micro-batch, 2·(N−1)/N · w·P, less what stayed gathered in between
-    stage 3 hpZ: the same bytes inside each node. ZeRO++ keeps a second partition per node, and DeepSpeed expires it only
-                 when the weights change: a frozen base is never fetched across nodes, in forward or in backward.
+    stage 3 hpZ: the same bytes inside each node. ZeRO++ keeps a second partition per node, and DeepSpeed expires it
+                 only when weights change: a frozen base is never fetched across nodes, in forward or in backward.
 
 A ring passes those bytes once through each node's adapters, so gathering takes ``max(bytes / link, bytes / node
-network)``. Gathers overlap with compute on an accelerator (prefetch) and do not on a CPU. What is not modelled: stragglers,
-switch contention, data loading, the optimizer (microseconds for a few million parameters), evaluation.
+network)``. Gathers overlap with compute on an accelerator (prefetch) and not on a CPU. What is not modelled:
+stragglers, switch contention, data loading, the optimizer (microseconds for a few million parameters), evaluation.
 """
 
 from dataclasses import dataclass

@@ -133,8 +133,8 @@ def make_forecast(config: RunConfig, plan: PlanArguments) -> Forecast:
         reduce_bucket=int(ZERO_AUTO["reduce_bucket_size"]),
     )
     quantized = (False,) if config.adapter.method == "full" else (False, True)
-    found = [assess(shape, one, work, hardware) for one in strategies(work, limits=limits, quantized=quantized)]
-    return Forecast(config, shape, work, hardware, found)
+    ways = strategies(work, limits=limits, quantized=quantized, offloads=not device.is_host)
+    return Forecast(config, shape, work, hardware, [assess(shape, way, work, hardware) for way in ways])
 
 
 def _workload(
@@ -162,7 +162,7 @@ def describe_forecast(forecast: Forecast) -> str:
     best = forecast.best
     lines = [
         f"model: {shape.parameters:,} frozen parameters, {shape.trainable:,} trainable in {shape.num_targets} matrices",
-        f"hardware: {work.nodes} × {work.gpus_per_node} {hardware.device.name} with {hardware.device.memory_gb:g} GB each,"
+        f"hardware: {work.nodes} × {work.gpus_per_node} {hardware.device.name} with {hardware.device.memory_gb:g} GB,"
         f" {hardware.host_memory_gb:g} GB per node, {hardware.network.name} between nodes",
         f"work: {work.micro_batch_size} rows × {work.max_seq_length} tokens per rank and micro-batch,"
         f" {work.grad_accum_steps} micro-batches per step; {work.scoring_batches} scoring micro-batches per rank",
