@@ -195,6 +195,7 @@ class RunArguments:
     seed: int = arg(0, "Seed of data order, initial adapters and new heads.")
     verify_export: bool = arg(True, "Re-open the exported adapter in a fresh process and compare logits.")
     dry_run: bool = arg(False, "Print what would be done, without loading weights, and exit.")
+    force: bool = arg(False, "Start even where the plan says that host memory is too small.")
     debug: bool = arg(False, "Print tracebacks of errors.")
     config: str | None = arg(None, "YAML file of these arguments; flags override it.")
     local_rank: int = arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.")
@@ -213,8 +214,16 @@ GROUPS: tuple[Any, ...] = (
 )
 # How a run is started, not what it computes: two runs that differ only here are the same run.
 _NOT_RECORDED = (
-    "dry_run", "debug", "config", "local_rank", "overwrite_output_dir", "verify_export", "output_dir", "nvme_path",
-)  # fmt: skip
+    "dry_run",
+    "force",
+    "debug",
+    "config",
+    "local_rank",
+    "overwrite_output_dir",
+    "verify_export",
+    "output_dir",
+    "nvme_path",
+)
 
 
 @dataclass(frozen=True)

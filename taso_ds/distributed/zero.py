@@ -43,16 +43,11 @@ def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iter
 def gathered_on(parameter: Any, owner: int) -> Tensor | None:
     """Return the whole parameter, detached, on rank ``owner`` and None elsewhere. A collective.
 
-    The shards travel to the owner only. Where ZeRO has the parameter whole anyway, or keeps shards on NVMe, nothing is
-    sent, or DeepSpeed gathers.
+    The shards travel to the owner only, and not at all where ZeRO has the parameter whole at the moment.
     """
-    if is_partitioned(parameter):
-        if parameter.nvme_swapper is not None:
-            copy = full_copy(parameter, to_rank=owner)
-            return copy.to(comm.device()) if comm.rank() == owner else None
-        if parameter.ds_status.name != "AVAILABLE":
-            whole = comm.concatenate_on(parameter.ds_tensor.to(comm.device()), owner)
-            return None if whole is None else whole[: parameter.ds_numel].view(parameter.ds_shape)
+    if is_partitioned(parameter) and parameter.ds_status.name != "AVAILABLE":
+        whole = comm.concatenate_on(_read_shard(parameter).to(comm.device()), owner)
+        return None if whole is None else whole[: parameter.ds_numel].view(parameter.ds_shape)
     whole = parameter.detach()
     return whole if comm.rank() == owner else None
 
@@ -82,9 +77,9 @@ def local_shard(parameter: Any) -> tuple[Tensor, int]:
 
 def _read_shard(parameter: Any) -> Tensor:
     """Return this rank's padded shard, read back if it was offloaded to NVMe."""
-    shard: Tensor = parameter.ds_tensor
-    if shard.status.name == "AVAILABLE":
-        return shard.flatten()
+    if parameter.ds_tensor.status.name == "AVAILABLE":
+        shard: Tensor = parameter.ds_tensor.flatten()
+        return shard
     parameter.nvme_swapper.swap_in([parameter], async_op=False)
     shard = parameter.ds_tensor.flatten().clone()
     parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])

@@ -32,6 +32,7 @@ from taso_ds.training.base_model import (
 from taso_ds.training.chunked_loss import LanguageModelLoss
 from taso_ds.training.evaluate import Evaluator
 from taso_ds.training.feed import Collate
+from taso_ds.training.forecast import check_this_host
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import LossSum, loss_sum
 from taso_ds.training.optim import (
@@ -126,6 +127,7 @@ def set_up(config: RunConfig) -> Setup:
     shapes = prepare.target_shapes(config, model)
     region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
+    check_this_host(config, model, base_config, shapes, rows, ds_config=ds_config)
     setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
     setup.evaluator.check()
     log.info("train: %d rows from %s", len(rows), data.train_source)
