@@ -16,6 +16,7 @@ from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.training import regions
 from taso_ds.training.calibrate import split_passes
+from taso_ds.training.loss import loss_sum
 from taso_ds.training.run_folder import PARTIAL, choose_folder
 
 PASSES, STAGE_0 = 3, {"zero_optimization": {"stage": 0}}
@@ -44,7 +45,7 @@ def score(config: RunConfig, model: Any, *, calibration: list[EncodedRow] | None
     shapes = {name: shape for name, module in targets.items() if (shape := matrix_shape(module)) is not None}
     return regions.score_base(
         config, model, targets, shapes, calibration or rows(), collate=partial(collate, pad_id=0), filler=empty_row(0),
-        head=False, ds_config=STAGE_0,
+        loss_sum=partial(loss_sum, head=False), ds_config=STAGE_0,
     )  # fmt: skip
 
 
