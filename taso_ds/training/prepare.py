@@ -161,10 +161,12 @@ def check_length(config: RunConfig, base_config: Any) -> None:
         raise UserError(f"max_seq_length: {config.data.max_seq_length} exceeds the model's {limit} positions")
 
 
-def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str, Any]) -> None:
-    """Refuse what a quantized base cannot do."""
-    if quantization_of(config.model, base_config) is None:
+def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str, Any], model: nn.Module) -> None:
+    """Refuse what a quantized base cannot do, and a base (without weights) that cannot be quantized."""
+    quantization = quantization_of(config.model, base_config)
+    if quantization is None:
         return
+    quantization.names(model)
     if config.adapter.method == "full":
         raise UserError("method: full trains all weights, which quantized ones do not allow; use taso or lora")
     for name in _ALTERS_BITS:

@@ -91,15 +91,10 @@ class Quantization:
         return found
 
     def options(self, model: nn.Module) -> dict[str, Any]:
-        """Return what ``from_pretrained`` needs to quantize as it loads, onto this rank's device.
-
-        Raises:
-            UserError: as ``names``.
-        """
+        """Return what ``from_pretrained`` needs to quantize as it loads, onto this rank's device."""
         from transformers import BitsAndBytesConfig
 
         settings = self.settings(model)
-        self.names(model)  # refuses what cannot be packed
         found: dict[str, Any] = {"device_map": {"": str(comm.device())}}
         return found if settings is None else found | {"quantization_config": BitsAndBytesConfig(**settings)}
 
