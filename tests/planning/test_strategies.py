@@ -4,7 +4,7 @@ import shlex
 from dataclasses import replace
 
 import pytest
-from test_memory import counted, llama
+from counted_models import counted, llama
 
 from taso_ds.config import parse_run_config
 from taso_ds.errors import UserError
