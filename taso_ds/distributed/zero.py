@@ -65,12 +65,13 @@ def local_shard(parameter: Any) -> tuple[Tensor, int]:
 
 def _read_shard(parameter: Any) -> Tensor:
     """Return this rank's padded shard, read back if it was offloaded to NVMe."""
-    shard: Tensor = parameter.ds_tensor
-    if shard.status.name == "AVAILABLE":
-        return shard.flatten()
-    parameter.nvme_swapper.swap_in([parameter], async_op=False)
-    shard = parameter.ds_tensor.flatten().clone()
-    parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
+    on_disk = parameter.ds_tensor.status.name != "AVAILABLE"
+    if on_disk:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    shard: Tensor = parameter.ds_tensor.flatten()
+    if on_disk:
+        shard = shard.clone()
+        parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
     return shard
 
 
