@@ -42,6 +42,10 @@ def resolve_offload(zero: dict[str, Any], nvme_path: str | None, source: str) ->
             if nvme_path is None:
                 raise UserError(f"{source}: {path}nvme_path is not known: pass --nvme_path, a folder on a local disk")
             section["nvme_path"] = nvme_path
+        # DeepSpeed 0.19 reads ahead every use of a frozen parameter it will meet, those of the coming backward too: at
+        # the turn it finds one twice and stops with "already assigned swap buffer".
+        if zero.setdefault("stage3_prefetch_bucket_size", 0) != 0:
+            raise UserError(f"{source}: zero_optimization.stage3_prefetch_bucket_size must be 0 with {path}device nvme")
 
 
 def resolve_secondary_shards(zero: dict[str, Any], world_size: int, ranks_per_node: int, source: str) -> None:

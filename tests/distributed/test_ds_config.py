@@ -266,6 +266,17 @@ def test_unsupported_keys_are_refused_when_they_are_on(key: str) -> None:
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, {}, "needs stage 1 or more"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}, {}, "not one of none, cpu, nvme"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "needs .*nvme_path"),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "stage3_prefetch_bucket_size": 9,
+                    "offload_param": {"device": "nvme", "nvme_path": "/disk"},
+                }
+            },
+            {},
+            "stage3_prefetch_bucket_size must be 0",
+        ),
         (read_ds_config("zero3_nvme.json"), {}, "pass --nvme_path, a folder on a local disk"),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}},
