@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_models
 import variants_worker
+from launching import HAS_NVME, NO_NVME
 from sample_rows import write_rows
 
 from taso_ds.distributed.ds_config import read_ds_config, shipped_ds_configs
@@ -19,6 +20,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 STEPS = 2
 # The last is not shipped as such: one node of two ranks, each with a secondary shard of its own.
 VARIANTS = [*(file.name for file in shipped_ds_configs()), "one_node_hpz.json"]
+on_nvme = pytest.mark.skipif(not HAS_NVME, reason=NO_NVME)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: Any) -> Path:
     ]
     cases = []
     for name in VARIANTS:
+        if "nvme" in name and not HAS_NVME:
+            continue
         ds_config = path / name if (path / name).is_file() else name
         cases.append([str(flag) for flag in (*flags, "--ds_config", ds_config, "--output_dir", path / "runs" / name)])
     (path / "cases.json").write_text(json.dumps(cases))
@@ -53,7 +57,7 @@ def learned(run: Path) -> dict[str, Any]:
     return found | {when: results[when]["loss"] for when in ("before", "after")}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[on_nvme] * ("nvme" in name)) for name in VARIANTS])
 def test_every_variant_learns_what_stage_1_learns(runs: Path, name: str) -> None:
     expected, found = learned(runs / "zero1.json"), learned(runs / name)
     assert len(expected["loss"]) == STEPS
@@ -62,6 +66,7 @@ def test_every_variant_learns_what_stage_1_learns(runs: Path, name: str) -> None
         assert found[key] == pytest.approx(value, rel=1e-5), key
 
 
+@on_nvme
 def test_the_base_was_on_the_disk(runs: Path) -> None:
     """Three MLP matrices of 2 MB in fp32, half of each on each rank, and nothing else as large."""
     written = sorted((runs.parent / "disk").rglob("*.swp"))

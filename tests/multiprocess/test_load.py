@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from conftest import RunRanks
+from launching import HAS_NVME, NO_NVME
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -118,8 +119,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("lacking", llama, change=without("model.layers.0.mlp.up_proj.weight"))
     add("misshapen", llama, change=lambda tensors: tensors | {"model.norm.weight": torch.zeros(3)})
     add("cpu", odd_llama(), "--no_bf16", ds_config="zero3_offload.json")
-    add("nvme", wide_llama(), "--no_bf16", ds_config="zero3_nvme.json")
-    add("nvme_too_small", wide_llama(), "--no_bf16", ds_config=str(changed(root, "zero3_nvme", buffer_size=1000)))
+    if HAS_NVME:
+        add("nvme", wide_llama(), "--no_bf16", ds_config="zero3_nvme.json")
+        add("nvme_too_small", wide_llama(), "--no_bf16", ds_config=str(changed(root, "zero3_nvme", buffer_size=1000)))
     add("nodes_of_two", odd_llama(), "--no_bf16", ds_config=str(changed(root, "zero3_hpz", zero_hpz_partition_size=2)))
     (root / "cases.json").write_text(json.dumps(cases))
     return root
@@ -143,10 +145,11 @@ def reference(folder: Path, flags: list[str]) -> dict[str, Any]:
     return {"parameters": parameters, "buffers": buffers, "checksum": zero.checksum(list(model.parameters()))}
 
 
+on_nvme = pytest.mark.skipif(not HAS_NVME, reason=NO_NVME)
 SAME = (
     "bf16", "fp32", "stored_bf16", "widened", "stored_fp16", "several_files", "odd", "tied", "both_tied", "both_differ",
-    "gpt2", "bare_body", "classifier", "new_head", "encoder", "merged_experts", "surplus", "cpu", "nvme",
-    "nodes_of_two",
+    "gpt2", "bare_body", "classifier", "new_head", "encoder", "merged_experts", "surplus", "cpu",
+    "nodes_of_two", pytest.param("nvme", marks=on_nvme),
 )  # fmt: skip
 
 
@@ -166,17 +169,23 @@ def test_each_rank_holds_its_share_only(found: dict[str, Any], folder: Path, nam
     assert bool(whole) == (name == "merged_experts"), found[name]["said"]
 
 
-def test_partitions_are_where_the_config_places_them(found: dict[str, Any]) -> None:
-    nvme, nodes = found["nvme"], found["nodes_of_two"]
+@on_nvme
+def test_large_partitions_are_on_the_disk(found: dict[str, Any]) -> None:
+    nvme = found["nvme"]
     ranks = len(nvme["shards"])
     assert nvme["on_disk"] == [64 * 16400 // ranks] * 3  # smaller ones stay on the CPU, as DeepSpeed has it
     assert not any(nvme["secondary"])
+
+
+def test_partitions_are_where_the_config_places_them(found: dict[str, Any]) -> None:
+    nodes = found["nodes_of_two"]
     # Half of each parameter on each of the two ranks of a node, rounded up to what all ranks divide.
     assert sum(nodes["secondary"]) >= sum(nodes["shards"]) / 2
     assert all(size > 0 for size in nodes["secondary"])
     assert found["cpu"]["on_disk"] == nodes["on_disk"] == []
 
 
+@on_nvme
 def test_a_buffer_too_small_for_a_partition_is_named(found: dict[str, Any]) -> None:
     assert "buffer_size is 1000, but a rank's share of the (16400, 64) parameter" in found["nvme_too_small"]["error"]
 
