@@ -12,7 +12,6 @@ import parity_case as case
 import pytest
 import tiny_models
 import torch
-from conftest import RunRanks
 from test_parity import assert_regions, gradients, load, weights
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
@@ -28,7 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def found(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> dict[str, Any]:
+def found(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, run_ranks: Any) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("moe") / "out.json"
     run_ranks(Path(moe_worker.__file__), 2, [out, *(f"{name}={folder}" for name, folder in folders.items())])
     results: dict[str, Any] = json.loads(out.read_text())
