@@ -15,10 +15,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import shapes
 
 from taso_ds.config import RunConfig, parse_run_config
@@ -32,6 +34,7 @@ from taso_ds.training.forecast import count_model
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 RANKS = 2
+_LEAST_FREE = 1.5e9
 
 
 def run_flags(model: Path, rows: Path, stage: int, arguments: argparse.Namespace) -> list[str]:
@@ -55,12 +58,18 @@ def measure(flags: list[str], folder: Path, *, keep_heap: bool) -> dict[str, dic
     result = folder / "result.json"
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(RANKS), str(WORKER)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if keep_heap else {"MALLOC_MMAP_THRESHOLD_": "65536"})
-    subprocess.run(
-        [*command, "--result", str(result), *flags],
-        check=True,
-        env=environment,
-        stdout=sys.stderr,
+    process = subprocess.Popen(
+        [*command, "--result", str(result), *flags], env=environment, stdout=sys.stderr, start_new_session=True
     )
+    while process.poll() is None:
+        if psutil.virtual_memory().available < _LEAST_FREE:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            raise SystemExit("stopped before it exhausted this machine's memory")
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit("the run failed")
     found: dict[str, dict[str, float]] = json.loads(result.read_text())
     return found
 

@@ -34,7 +34,8 @@ from taso_ds.planning.model_shape import ModelShape
 
 _NF4_VALUE = 0.5
 _NF4_SCALES = 1.0 / 64 + 4.0 / (64 * 256)
-PHASES = ("load", "score", "train", "checkpoint", "export")
+# bitsandbytes quantizes this many weights at once, and needs up to so many bytes for each meanwhile.
+_QUANTIZING_CHUNK, _QUANTIZING_BYTES = 1 << 22, 20.0
 
 
 @dataclass(frozen=True)
@@ -211,14 +212,14 @@ def _finish(device: Device, work: Workload, on_device: dict[str, float], per_ran
 
 
 def load_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
-    """Loading: ZeRO-3 reads partitions in place, other stages read the whole base into host memory, then move it."""
+    """Loading: ZeRO-3 reads partitions in place, other stages read the whole base into host memory, then move it.
+
+    With NF4 every rank quantizes the range it keeps, a chunk at a time.
+    """
     weights = resident_weights(shape, strategy, work)
     on_device, host = _spread(strategy, device, weights)
     if strategy.load_in_4bit:
-        # bitsandbytes quantizes on the device, tensor by tensor; ZeRO-3 partitions afterwards.
-        on_device["weights"] = weight_bytes(shape, strategy, work.element).total
-        on_device["unquantized"] = float(work.element * shape.largest_tensor)
-        host["checkpoint"] = float(work.element * shape.largest_tensor)
+        on_device["quantizing"] = _QUANTIZING_BYTES * min(_QUANTIZING_CHUNK, shape.largest_block_linear)
     elif strategy.stage < 3 and not device.is_host:
         host["checkpoint"] = float(work.element * shape.parameters)
     return _finish(device, work, on_device, host)
