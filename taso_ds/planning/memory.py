@@ -143,26 +143,31 @@ def resident_weights(shape: ModelShape, strategy: Strategy, work: Workload) -> f
     return held + weights.replicated
 
 
-def kept_gathered(shape: ModelShape, strategy: Strategy) -> float:
-    """Parameters that are still gathered from forward when backward needs them."""
+def kept_gathered(shape: ModelShape, strategy: Strategy, element: int = 2) -> float:
+    """Bytes of base weights that are still gathered from forward when backward needs them.
+
+    DeepSpeed counts elements as stored: four NF4 weights are one element of bf16.
+    """
     if strategy.stage < 3:
         return 0.0
     uses = 3.0 if strategy.gradient_checkpointing else 2.0
     idle = 0 if shape.is_tied else shape.embedding
-    return min(float(shape.parameters - idle), strategy.limits.max_reuse_distance / uses)
+    used = weight_bytes(shape, strategy, element).partitioned - element * idle
+    return min(used, element * strategy.limits.max_reuse_distance / uses)
 
 
 def gathered_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, recorded: bool) -> float:
     """Bytes of gathered base weights at the peak, the rank's own partitions not counted."""
     if strategy.stage < 3 or work.world_size == 1:
         return 0.0
-    per_parameter = weight_bytes(shape, strategy, work.element).partitioned / shape.parameters
-    largest = work.element * shape.largest_tensor
+    element = work.element
+    largest = float(element * shape.largest_tensor)
     if not recorded:
-        return float(largest)
-    bucket = min(strategy.limits.prefetch_bucket, shape.parameters)
-    whole = min(float(shape.parameters), kept_gathered(shape, strategy) + bucket)
-    return max(float(largest), per_parameter * (whole + bucket))
+        return largest
+    partitioned = weight_bytes(shape, strategy, element).partitioned
+    bucket = min(float(element * strategy.limits.prefetch_bucket), partitioned)
+    whole = min(partitioned, kept_gathered(shape, strategy, element) + bucket)
+    return max(largest, whole + bucket)
 
 
 def dequantized_bytes(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
