@@ -3,8 +3,9 @@
 python benchmarks/load.py --sizes 1.1b,3b
 
 Two ranks on this machine; random weights of known shapes in safetensors files, read once before so that they lie in the
-page cache. Each load is a launch of its own, the two ways in turn. A load that would exhaust the machine's memory is
-stopped and reported. The last line is one JSON object, of the last size.
+page cache. With --load_in_4bit both quantize to NF4; transformers then holds the whole model on every rank. Each load
+is a launch of its own, the two ways in turn. A load that would exhaust the machine's memory is stopped and reported.
+The last line is one JSON object, of the last size.
 """
 
 import argparse
@@ -27,12 +28,12 @@ WAYS = ("sharded", "transformers")
 _LEAST_FREE_GB = 0.8
 
 
-def launch(how: str, model: Path) -> list[dict[str, float]] | None:
+def launch(how: str, model: Path, flags: list[str]) -> list[dict[str, float]] | None:
     """Return what every rank measured; None when the load was stopped before it exhausted the machine."""
     with tempfile.TemporaryDirectory(prefix="taso_bench_") as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", str(WORKER)]
-        command += ["--how", how, "--model", str(model), "--result", str(result)]
+        command += ["--how", how, "--model", str(model), "--result", str(result), *flags]
         process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
         while process.poll() is None:
             if psutil.virtual_memory().available / 1e9 < _LEAST_FREE_GB:
@@ -52,7 +53,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def measure(size: str, folder: Path, rounds: int) -> dict[str, Any]:
+def measure(size: str, folder: Path, rounds: int, flags: list[str]) -> dict[str, Any]:
     model = shapes.write_model(folder, size)
     for file in model.glob("*.safetensors"):
         with file.open("rb", buffering=0) as stream:
@@ -63,7 +64,7 @@ def measure(size: str, folder: Path, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for how in WAYS:
             if fits[how]:
-                ranks = launch(how, model)
+                ranks = launch(how, model, flags)
                 fits[how] = ranks is not None
                 if ranks is not None:
                     found[how].append(ranks)
@@ -89,8 +90,10 @@ def main() -> None:
     parser.add_argument("--sizes", default="1.1b", help=f"of {', '.join(shapes.SHAPES)}")
     parser.add_argument("--rounds", type=int, default=3, help="loads of each kind")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "taso_bench_models")
+    parser.add_argument("--load_in_4bit", action="store_true", help="quantize to NF4 on the way")
     arguments = parser.parse_args()
-    rows = [measure(size, arguments.folder, arguments.rounds) for size in arguments.sizes.split(",")]
+    flags = ["--load_in_4bit"] if arguments.load_in_4bit else []
+    rows = [measure(size, arguments.folder, arguments.rounds, flags) for size in arguments.sizes.split(",")]
     columns = ("sharded", "transformers", "speedup", "peak/rank", "usual peak", "over shard + largest", "of file speed")
     print(f"{'shape':<8}" + "".join(f"{column:>22}" for column in columns))
     for row in rows:

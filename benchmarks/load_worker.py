@@ -58,7 +58,7 @@ def sequential_gb_per_s(folder: Path) -> float:
     return total / (time.perf_counter() - started) / 1e9
 
 
-def load(how: str, folder: Path) -> dict[str, float]:
+def load(how: str, folder: Path, *, load_in_4bit: bool) -> dict[str, float]:
     config = resolve_ds_config(
         read_ds_config("zero3.json"),
         micro_batch_size=1,
@@ -73,16 +73,22 @@ def load(how: str, folder: Path) -> dict[str, float]:
     forget_peak()
     before, started = resident_gb("VmRSS"), time.perf_counter()
     if how == "sharded":
-        arguments = ModelArguments(model_name_or_path=str(folder))
+        arguments = ModelArguments(model_name_or_path=str(folder), load_in_4bit=load_in_4bit)
         model = load_base_model(
             arguments, str(folder), load_config(arguments, str(folder)), head=False, seed=0, ds_config=config
         ).model
+    elif load_in_4bit:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.bfloat16, quantization_config=nf4()
+        )
     else:
         with engine.zero3_loading(config):
             model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16)
     comm.barrier()
     seconds = time.perf_counter() - started
-    shards = sum(zero.local_shard(value)[0].numel() for value in model.parameters()) * 2 / 1e9
+    whole = how == "transformers" and load_in_4bit
+    held = [value.detach() if whole else zero.local_shard(value)[0] for value in model.parameters()]
+    shards = sum(value.numel() * value.dtype.itemsize for value in held) / 1e9
     return {
         "seconds": seconds,
         "peak_gb": resident_gb("VmHWM") - before,
@@ -92,17 +98,28 @@ def load(how: str, folder: Path) -> dict[str, float]:
     }
 
 
+def nf4() -> transformers.BitsAndBytesConfig:
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--how", choices=("sharded", "transformers"), required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--load_in_4bit", action="store_true")
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     comm.init()
     engine.quiet_deepspeed()
     comm.barrier()
-    found = comm.gather_objects(load(arguments.how, arguments.model))
+    found = comm.gather_objects(load(arguments.how, arguments.model, load_in_4bit=arguments.load_in_4bit))
     if comm.is_main():
         arguments.result.write_text(json.dumps(found))
     comm.close()

@@ -44,7 +44,8 @@ def run_flags(model: Path, rows: Path, stage: int, arguments: argparse.Namespace
         "--per_device_train_batch_size", str(arguments.rows), "--max_steps", str(arguments.steps),
         "--calibration_samples", str(2 * RANKS * arguments.rows),
     ]  # fmt: skip
-    return flags + ["--gradient_checkpointing"] * arguments.gradient_checkpointing
+    flags += ["--gradient_checkpointing"] * arguments.gradient_checkpointing
+    return flags + ["--load_in_4bit"] * arguments.load_in_4bit
 
 
 def write_rows(path: Path, length: int) -> None:
@@ -78,7 +79,11 @@ def predict(config: RunConfig, base_config: Any, stage: int) -> dict[str, Usage]
     """Return the plan of one rank for the same run."""
     model = meta_model(config.model, base_config, head=False)
     shape = count_model(config, model, base_config, prepare.target_shapes(config, model))
-    strategy = Strategy(stage, gradient_checkpointing=config.training.gradient_checkpointing)
+    strategy = Strategy(
+        stage,
+        load_in_4bit=config.model.load_in_4bit,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
     rows = config.training.per_device_train_batch_size
     work = Workload(
         gpus_per_node=RANKS,
@@ -208,6 +213,7 @@ def main() -> None:
         "--steps", type=int, default=2, help="training steps; gathering is as planned from the second on"
     )
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--load_in_4bit", action="store_true")
     parser.add_argument("--keep_heap", action="store_true", help="let the C library keep freed blocks")
     parser.add_argument("--published", action="store_true", help="compare with published figures; runs nothing")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "taso_bench_models")

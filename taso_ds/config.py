@@ -21,6 +21,7 @@ from taso_ds.adapters.structure import STRUCTURES
 from taso_ds.errors import UserError, nearest
 
 METHODS = ("taso", "lora", "full")
+IMPORTANCE_WEIGHTS = ("loaded", "original")
 HEADS = ("auto", "lm", "classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -55,11 +56,15 @@ class ModelArguments:
     head: str = arg("auto", "lm, classification, or auto: a classification head if the base has no LM head.")
     attn_implementation: str | None = arg(None, "Attention kernel as transformers names it (sdpa, flash_attention_2).")
     trust_remote_code: bool = arg(False, "Run model code that comes with the checkpoint.")
+    load_in_4bit: bool = arg(False, "Quantize the base as it loads: NF4, statistics quantized too (bitsandbytes).")
+    load_in_8bit: bool = arg(False, "Quantize the base as it loads: LLM.int8() (bitsandbytes).")
     bf16: bool = arg(True, "Train and score in bfloat16; --no_bf16 for fp32.")
     fp16: bool = arg(False, "Not supported; named here to say so.")
 
     def __post_init__(self) -> None:
         _one_of("head", self.head, HEADS)
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("load_in_4bit and load_in_8bit are both on: pass one of them")
         if self.fp16 and self.bf16:
             raise UserError("fp16 and bf16 are both on: pass --bf16 alone, or --no_bf16 for fp32")
         if self.fp16:
@@ -96,11 +101,17 @@ class CalibrationArguments:
     importance: str = arg("importance", "Score: importance |W·g|, magnitude |W|, gradient |g|, or random.")
     element_fraction: float = arg(0.05, "Share of a matrix's elements that are core (the paper's k).")
     core_fraction: float = arg(0.10, "Share of rows and of columns in the core region (the paper's p).")
+    calibration_passes: int = arg(1, "Score in this many groups of matrices: less memory, more passes over the rows.")
+    calibration_offload: str = arg("none", "cpu: gradient sums in host memory; none: on the device.")
+    importance_weights: str = arg("loaded", "W of the score: loaded (dequantized) or, if quantized here, original.")
     core_regions: str | None = arg(None, "Reuse this core_regions.safetensors instead of scoring.")
 
     def __post_init__(self) -> None:
         _one_of("calibration_reduction", self.calibration_reduction, REDUCTIONS)
         _one_of("importance", self.importance, SCORES)
+        _one_of("calibration_offload", self.calibration_offload, ("none", "cpu"))
+        _require(self.calibration_passes > 0, "calibration_passes", self.calibration_passes, "a positive number")
+        _one_of("importance_weights", self.importance_weights, IMPORTANCE_WEIGHTS)
         for name in ("element_fraction", "core_fraction"):
             value = getattr(self, name)
             _require(0.0 < value <= 1.0, name, value, "in (0, 1]")
@@ -178,6 +189,7 @@ class RunArguments:
     """The run itself."""
 
     ds_config: str = arg("zero3.json", "DeepSpeed JSON: a path, or the name of a shipped one.")
+    nvme_path: str | None = arg(None, "Folder on each node's local NVMe disk, for zero3_nvme.json.")
     output_dir: str | None = arg(None, "Run folder; default: runs/<method>-<task>, numbered.")
     overwrite_output_dir: bool = arg(False, "Replace a different run in output_dir.")
     seed: int = arg(0, "Seed of data order, initial adapters and new heads.")
@@ -210,6 +222,7 @@ _NOT_RECORDED = (
     "overwrite_output_dir",
     "verify_export",
     "output_dir",
+    "nvme_path",
 )
 
 
@@ -223,6 +236,11 @@ class RunConfig:
     adapter: AdapterArguments
     training: TrainArguments
     run: RunArguments
+
+    def __post_init__(self) -> None:
+        quantizes = self.model.load_in_4bit or self.model.load_in_8bit
+        if self.calibration.importance_weights == "original" and not quantizes:
+            raise UserError("importance_weights: original is for --load_in_4bit and --load_in_8bit; drop it")
 
     def flags(self) -> dict[str, Any]:
         """Return every argument under its flag's name, those that only say how the run was started left out."""

@@ -45,6 +45,10 @@ class StoredTensor:
     def numel(self) -> int:
         return self.shape.numel()
 
+    @property
+    def as_bytes(self) -> "StoredTensor":
+        return StoredTensor(self.path, torch.uint8, torch.Size((self.numel * self.dtype.itemsize,)), self.start)
+
 
 class SafetensorsCheckpoint:
     """The tensors of a folder's checkpoint by name; files are opened when first read."""
@@ -55,13 +59,15 @@ class SafetensorsCheckpoint:
         self._staging = torch.empty(0, dtype=torch.uint8)
         self.bytes_read = 0
 
-    def read_into(self, out: Tensor, name: str, *, first: int = 0) -> None:
+    def read_into(self, out: Tensor, name: str, *, first: int = 0, as_bytes: bool = False) -> None:
         """Fill the flat ``out`` with the tensor's elements from ``first`` on, in the dtype and on the device it has.
+
+        With ``as_bytes`` the elements are the tensor's bytes, whatever its dtype.
 
         Raises:
             UserError: when the file ends early.
         """
-        stored = self.tensors[name]
+        stored = self.tensors[name].as_bytes if as_bytes else self.tensors[name]
         assert out.dim() == 1
         assert out.is_contiguous()
         assert 0 <= first <= stored.numel - out.numel(), f"{name}: {first} + {out.numel()} of {stored.numel}"

@@ -18,10 +18,13 @@ trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions
   inputs ``2·4·h`` (RMSNorm works in fp32; else ``2·e·h``), norm outputs ``2·e·h``, queries, keys, values and attention
   output ``e·(2a+2v)``, its log-sum-exp ``4·heads``, gate, activation, up and product ``4·e·f`` (ungated: ``2·e·f``). A
   test counts what autograd saves. Checkpointing keeps ``e·h`` per block instead, and one block whole.
-- **Loss.** Logits at the ``K`` supervised positions only. In backward fp32 log-probabilities and two fp32 gradients of
-  them are alive: ``12·K·V``; a classification head has none.
-- **Accumulators** (scoring). One fp32 number per target parameter, divided over the ranks; each gradient and its
-  travelling copy, two largest matrices.
+- **Loss.** The output layer runs on chunks of positions whose fp32 logits take 64 MB, inside the forward, when all
+  activations are there. Of ``c`` positions at a time there are bf16 logits, fp32 log-probabilities that become their
+  gradient in place, and it in bf16: ``(2e + 4)·c·V``; hidden states of the ``K`` supervised positions and their gradient
+  stay: ``2·e·K·h``. A classification head has none.
+- **Accumulators** (scoring). One fp32 number per target parameter, divided over the ranks and the passes (on the host
+  with ``--calibration_offload cpu``); none where each rank has a single micro-batch. Each gradient and its travelling
+  copy, two largest matrices.
 - **Trained state**, ``t`` over ``N`` ranks at stages 1-3: fp32 master and two moments ``12·t``, gradients ``4·t``; the
   bf16 parameter and its expanded form ``2·(t + dense)`` are whole on every rank. The reduction bucket is reserved.
 """
@@ -34,6 +37,7 @@ from taso_ds.planning.model_shape import ModelShape
 
 _NF4_VALUE = 0.5
 _NF4_SCALES = 1.0 / 64 + 4.0 / (64 * 256)
+_LOSS_CHUNK_BYTES = 64 << 20
 # bitsandbytes quantizes this many weights at once, and needs up to so many bytes for each meanwhile.
 _QUANTIZING_CHUNK, _QUANTIZING_BYTES = 1 << 22, 20.0
 
@@ -78,6 +82,8 @@ class Workload:
     grad_accum_steps: int = 1
     calibration_samples: int = 128
     calibration_batch_size: int = 4
+    calibration_passes: int = 1
+    calibration_offload: bool = False
     supervised_share: float = 1.0
     bf16: bool = True
     scores: bool = True
@@ -193,10 +199,13 @@ def activation_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, r
 
 
 def loss_bytes(shape: ModelShape, work: Workload, *, rows: int) -> float:
-    """Bytes of logits, log-probabilities and their gradients."""
+    """Bytes of one chunk's logits and gradients, and of the supervised hidden states."""
     if not shape.output:
         return 0.0
-    return 12.0 * shape.vocabulary * rows * work.max_seq_length * work.supervised_share
+    positions = rows * work.max_seq_length * work.supervised_share
+    chunk = min(positions, max(1, _LOSS_CHUNK_BYTES // (4 * shape.vocabulary)))
+    kept = 2 * work.element * positions * shape.hidden
+    return chunk * shape.vocabulary * (2.0 * work.element + 4.0) + kept
 
 
 def _spread(strategy: Strategy, device: Device, weights: float) -> tuple[dict[str, float], dict[str, float]]:
@@ -235,12 +244,19 @@ def score_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: D
     on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
     rows = work.calibration_batch_size
     travelling = 0 if work.world_size == 1 else work.element if work.world_size == 2 else 4
+    at_once = work.scoring_batches == 1  # each gradient is selected from as it arrives
+    sums = 4.0 * (shape.largest_target if at_once else shape.targets / work.world_size / work.calibration_passes)
+    offloaded = work.calibration_offload and not device.is_host
+    if offloaded:
+        host["accumulators"] = sums
     on_device |= {
-        "gathered": gathered_bytes(shape, strategy, work, recorded=work.scoring_batches > 1),
+        "gathered": gathered_bytes(
+            shape, strategy, work, recorded=work.scoring_batches > 1 or work.calibration_passes > 1
+        ),
         "dequantized": dequantized_bytes(shape, strategy, work),
         "activations": activation_bytes(shape, strategy, work, rows=rows),
         "loss": loss_bytes(shape, work, rows=rows),
-        "accumulators": 4.0 * shape.targets / work.world_size,
+        "accumulators": 4.0 * shape.largest_target if offloaded else sums,
         "gradients": float((work.element + travelling) * shape.largest_target),
     }
     return _finish(device, work, on_device, host)

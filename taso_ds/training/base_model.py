@@ -16,7 +16,16 @@ from taso_ds.adapters.adapter import ADAPTER_MODULE
 from taso_ds.config import ModelArguments, cache_dir
 from taso_ds.distributed import comm, engine, zero
 from taso_ds.errors import UserError
-from taso_ds.training.load_sharded import LoadReport, build_without_memory, load_sharded, tie_weights, why_not_sharded
+from taso_ds.training.load_quantized import QuantizedLoad
+from taso_ds.training.load_sharded import (
+    LoadReport,
+    build_without_memory,
+    load_sharded,
+    partition_whole,
+    tie_weights,
+    why_not_sharded,
+)
+from taso_ds.training.quantized_base import Quantization, adopt_linears, quantization_of
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +40,7 @@ class BaseModel:
     model: nn.Module
     config: Any
     head: bool
+    quantization: Quantization | None = None
 
     @property
     def head_parameters(self) -> dict[str, nn.Parameter]:
@@ -189,21 +199,40 @@ def load_base_model(
     }
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
+    quantization = quantization_of(arguments, config)
     if engine.zero_stage(ds_config) == 3:
-        model, report = _load_partitioned(arguments, source, config, options, head=head, ds_config=ds_config)
+        model, report = _load_partitioned(
+            arguments, source, config, options, head=head, ds_config=ds_config, quantization=quantization
+        )
         zero.assert_partitioned(model)
     else:
-        model, report = comm.together(
-            lambda: _from_pretrained(arguments, source, config, options, head=head, whole=True)
-        )
-        model.to(comm.device())
+        model, report = _load_whole(arguments, source, config, options, head=head, quantization=quantization)
     _check_complete(model, report, source, head=head)
     model.config.use_cache = False
     model.requires_grad_(False)
-    base = BaseModel(model, config, head)
+    base = BaseModel(model, config, head, quantization)
     for parameter in base.head_parameters.values():
         parameter.requires_grad_(True)
     return base
+
+
+def _load_whole(
+    arguments: ModelArguments,
+    source: str,
+    config: Any,
+    options: dict[str, Any],
+    *,
+    head: bool,
+    quantization: Quantization | None,
+) -> tuple[Any, LoadReport]:
+    """Load through transformers, a whole model on every rank's device."""
+    if quantization is not None:
+        options = options | quantization.options(meta_model(arguments, config, head=head))
+    model, report = comm.together(lambda: _from_pretrained(arguments, source, config, options, head=head, whole=True))
+    if quantization is not None:
+        adopt_linears(model, quantization)
+    model.to(comm.device())
+    return model, report
 
 
 def _from_pretrained(
@@ -232,13 +261,23 @@ def _load_partitioned(
     *,
     head: bool,
     ds_config: dict[str, Any],
+    quantization: Quantization | None,
 ) -> tuple[Any, LoadReport]:
     """Load into ZeRO-3 partitions: sharded where the checkpoint allows it, through transformers where not."""
     model = _loading(source, lambda: build_without_memory(_model_class(head), copy.deepcopy(config), **options))
     reason = comm.together(lambda: why_not_sharded(source, model))
     if reason is None:
         tie_weights(model, source)
-        return model, comm.together(lambda: load_sharded(model, source, ds_config))
+        loads = comm.together(lambda: QuantizedLoad(quantization, model))
+        report = comm.together(lambda: load_sharded(model, source, ds_config, loads))
+        loads.finish()
+        return model, report
+    if quantization is not None:
+        # transformers quantizes whole matrices, after which nothing is left for ZeRO to partition on the way.
+        log.info("loading %s whole on every rank, to partition it then: %s", source, reason)
+        model, report = _load_whole(arguments, source, config, options, head=head, quantization=quantization)
+        partition_whole(model, ds_config)
+        return model, report
     log.info("loading %s through transformers, rank 0 reads for all: %s", source, reason)
     with engine.zero3_loading(ds_config):
         return _said_by_each_rank(lambda: _from_pretrained(arguments, source, config, options, head=head, whole=False))

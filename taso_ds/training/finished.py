@@ -94,15 +94,22 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
     if comm.world_size() > 1:
         raise UserError("export: runs in one process; start it with plain python")
     whole = dataclasses.replace(config, run=dataclasses.replace(config.run, ds_config="zero0.json"))  # no partitions
+    if merge and (config.model.load_in_4bit or config.model.load_in_8bit):
+        log.info("merging into the base as it was before the run quantized it")
+        unquantized = dataclasses.replace(config.model, load_in_4bit=False, load_in_8bit=False)
+        scoring = dataclasses.replace(config.calibration, importance_weights="loaded")
+        whole = dataclasses.replace(whole, model=unquantized, calibration=scoring)
     setup, folder = set_up(whole), RunFolder(Path(run))
     found = _read_adapter(setup, run)
     assert found is not None
     base, adapter = _load(setup, found), found[0]
+    if merge and base.quantization is not None:
+        raise UserError(f"merge: {config.model.model_name_or_path} is quantized; merge into the base it was made from")
     base.model.eval()
     rows = export.probe_rows(setup.rows)
     live = probe_logits(base.model, rows)
     if not merge:
-        proof = prove(setup, folder, rows, live)
+        proof = prove(setup, folder, base, rows, live)
         log.info("opened with peft: logits differ by %.1e, the adapter moves them by %.1e", proof.error, proof.effect)
         return folder.path / ADAPTER
     adapter.detach(base.model)

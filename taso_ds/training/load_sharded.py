@@ -18,6 +18,8 @@ from tqdm import tqdm
 from taso_ds.distributed import comm
 from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint, has_checkpoint, open_checkpoint
 from taso_ds.distributed.sharded import Fill, Partitioner, parameters_without_memory, replace_parameters
+from taso_ds.errors import UserError
+from taso_ds.training.load_quantized import QuantizedLoad
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def build_without_memory(model_class: Any, config: Any, **options: Any) -> nn.Mo
 def tie_weights(model: Any, source: str) -> None:
     """Tie what the config ties, unless the checkpoint holds both tensors and they differ. A collective."""
     with open_checkpoint(Path(source)) as checkpoint:
-        stored = _stored_keys(model, checkpoint)
+        stored = stored_keys(model, checkpoint)
         pairs = [pair for pair in model.all_tied_weights_keys.items() if all(name in stored for name in pair)]
         different = [pair for pair in pairs if not _equal_ranges(checkpoint, stored[pair[0]], stored[pair[1]])]
     for target, other in sorted({pair for found in comm.gather_objects(different) for pair in found}):
@@ -61,11 +63,14 @@ def tie_weights(model: Any, source: str) -> None:
     model.tie_weights(recompute_mapping=False)
 
 
-def load_sharded(model: Any, source: str, ds_config: dict[str, Any]) -> LoadReport:
+def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: QuantizedLoad) -> LoadReport:
     """Fill a model of ``build_without_memory`` from its checkpoint, every parameter as a ZeRO-3 partition.
 
     A parameter that the checkpoint lacks, or has in another shape, is reported and initialized as the model does it,
     from torch's seed, alike on every rank.
+
+    Raises:
+        UserError: when a weight that ``loads`` quantizes is not there in its shape.
     """
     report = LoadReport()
     aliases: dict[nn.Parameter, list[str]] = {}
@@ -74,16 +79,19 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any]) -> LoadRepo
     partitioner = Partitioner(ds_config)
     replacements = {}
     with open_checkpoint(Path(source)) as checkpoint, _progress(aliases) as bar:
-        stored = _stored_keys(model, checkpoint)
-        report.unexpected_keys = {key for name, key in stored.items() if name not in model.state_dict()}
+        stored = stored_keys(model, checkpoint)
+        own = model.state_dict()
+        report.unexpected_keys = loads.without_statistics(key for name, key in stored.items() if name not in own)
         for parameter, names in aliases.items():
             key = next((stored[name] for name in names if name in stored), None)
-            if key is not None and checkpoint.tensors[key].shape != parameter.shape:
-                report.mismatched_keys.add((names[0], checkpoint.tensors[key].shape, parameter.shape))
-                key = None
-            elif key is None:
+            if key is None:
                 report.missing_keys.update(names)
-            fill = _from_checkpoint(checkpoint, key) if key else _from_tensor(_initialized(model, names[0]))
+            elif (shape := checkpoint.tensors[key].shape) != (wanted := loads.shape(parameter, checkpoint, key)):
+                report.mismatched_keys.add((names[0], shape, wanted))
+                key = None
+            if key is None and parameter in loads:
+                raise UserError(f"model_name_or_path: {source} lacks {names[0]} in the model's shape")
+            fill = loads.fill(parameter, checkpoint, key) if key else _from_tensor(_initialized(model, names[0]))
             replacements[parameter] = partitioner.partition(parameter, fill)
             bar.update(_share_of(parameter))
         replace_parameters(model, replacements)
@@ -91,6 +99,14 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any]) -> LoadRepo
     model._adjust_missing_and_unexpected_keys(report)
     model.eval()
     return report
+
+
+def partition_whole(model: nn.Module, ds_config: dict[str, Any]) -> None:
+    """Turn a model that every rank holds whole into ZeRO-3 partitions, one parameter after the other."""
+    partitioner = Partitioner(ds_config)
+    for parameter in dict.fromkeys(model.parameters()):
+        partition = partitioner.partition(parameter, _from_tensor(parameter.detach().flatten()))
+        replace_parameters(model, {parameter: partition})
 
 
 def _translated(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
@@ -111,7 +127,7 @@ def _translated(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
     return found
 
 
-def _stored_keys(model: nn.Module, checkpoint: SafetensorsCheckpoint) -> dict[str, str]:
+def stored_keys(model: nn.Module, checkpoint: SafetensorsCheckpoint) -> dict[str, str]:
     """Return the checkpoint's key of each name the model would give it."""
     return {name: key for key, (name, _) in _translated(model, checkpoint.tensors).items()}
 
@@ -129,10 +145,6 @@ def _equal_ranges(checkpoint: SafetensorsCheckpoint, one: str, other: str) -> bo
         checkpoint.read_into(part, key, first=start)
         parts.append(part)
     return torch.equal(parts[0], parts[1])
-
-
-def _from_checkpoint(checkpoint: SafetensorsCheckpoint, key: str) -> Fill:
-    return lambda out, first: checkpoint.read_into(out, key, first=first)
 
 
 def _from_tensor(flat: Tensor) -> Fill:

@@ -17,8 +17,13 @@ from taso_ds.data.embedded import EMBEDDED, embedded_model, embedded_records
 from taso_ds.data.encode import EncodedRow, encode_examples, pad_token_id
 from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
 from taso_ds.data.tasks import Example, Task, get_task
+from taso_ds.distributed import comm
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.errors import UserError
+from taso_ds.training.quantized_base import quantization_of
+
+# Ways to move partitions that compute with them on the way.
+_ALTERS_BITS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "use_all_reduce_for_fetch_params")
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +161,19 @@ def check_length(config: RunConfig, base_config: Any) -> None:
         raise UserError(f"max_seq_length: {config.data.max_seq_length} exceeds the model's {limit} positions")
 
 
+def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str, Any], model: nn.Module) -> None:
+    """Refuse what a quantized base cannot do, and a base (without weights) that cannot be quantized."""
+    quantization = quantization_of(config.model, base_config)
+    if quantization is None:
+        return
+    quantization.names(model)
+    if config.adapter.method == "full":
+        raise UserError("method: full trains all weights, which quantized ones do not allow; use taso or lora")
+    for name in _ALTERS_BITS:
+        if ds_config["zero_optimization"].get(name):
+            raise UserError(f"{config.run.ds_config}: zero_optimization.{name} alters the bits of quantized weights")
+
+
 def num_labels(task: Task) -> int:
     return 1 if task.is_regression else len(task.labels)
 
@@ -186,6 +204,8 @@ def resolve_deepspeed(config: RunConfig, world_size: int) -> tuple[dict[str, Any
         world_size=world_size,
         bf16=config.model.bf16,
         max_grad_norm=config.training.max_grad_norm,
+        ranks_per_node=comm.local_world_size(),
+        nvme_path=config.run.nvme_path,
         source=config.run.ds_config,
     )
     return resolved, sizes

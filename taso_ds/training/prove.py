@@ -69,11 +69,15 @@ def prove_export(
     head: bool,
     num_labels: int,
     dtype: str,
+    quantization: dict[str, Any] | None,
     pad_id: int,
     rows: Sequence[list[int]],
     live: Sequence[Tensor],
 ) -> Proof:
     """Re-open ``adapter`` in a fresh process and compare.
+
+    Args:
+        quantization: what ``BitsAndBytesConfig`` needs to quantize the base as the run did.
 
     Raises:
         UserError: when the process fails, the logits differ by more than rounding, or the adapter does nothing.
@@ -86,7 +90,8 @@ def prove_export(
                 {
                     "adapter": str(adapter.absolute()), "source": source, "revision": revision,
                     "trust_remote_code": trust_remote_code, "head": head, "num_labels": num_labels, "dtype": dtype,
-                    "pad_id": pad_id, "rows": list(rows), "live": str(Path(folder) / "live.safetensors"),
+                    "quantization": quantization, "pad_id": pad_id, "rows": list(rows),
+                    "live": str(Path(folder) / "live.safetensors"),
                 }
             )
         )  # fmt: skip
@@ -115,7 +120,7 @@ def prove_export(
 
 def _main(spec_file: str) -> None:
     from peft import PeftModel, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
     spec = json.loads(Path(spec_file).read_text())
     options: dict[str, Any] = {
@@ -123,20 +128,28 @@ def _main(spec_file: str) -> None:
         "revision": spec["revision"],
         "trust_remote_code": spec["trust_remote_code"],
     }
+    if spec["quantization"]:
+        options["quantization_config"] = BitsAndBytesConfig(**spec["quantization"])
     if spec["head"]:
         options |= {"num_labels": spec["num_labels"], "pad_token_id": spec["pad_id"]}
     model_class: Any = AutoModelForSequenceClassification if spec["head"] else AutoModelForCausalLM
     base = model_class.from_pretrained(spec["source"], **options).eval()
+    for module in base.modules():
+        # bitsandbytes would repack weights for a kernel that rounds more than any other, on some processors only.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     live = [value for _, value in sorted(load_file(spec["live"]).items(), key=lambda item: int(item[0]))]
     before = probe_logits(base, spec["rows"])
     opened = PeftModel.from_pretrained(base, spec["adapter"], autocast_adapter_dtype=False).eval()
+    adapted = [parameter for name, parameter in opened.named_parameters() if ".lora_" in name]
+    for parameter in adapted:
+        parameter.data = parameter.data.to(options["dtype"])  # peft takes fp32 where it sees int8 weights
     stored = load_file(Path(spec["adapter"]) / "adapter_model.safetensors")
     held = get_peft_model_state_dict(opened, save_embedding_layers=False)
     different = [name for name in {*stored, *held} if not _same(stored.get(name), held.get(name))]
     after = probe_logits(opened, spec["rows"])
-    for name, parameter in opened.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
+    for parameter in adapted:
+        parameter.data = parameter.data.float()
     found = {
         "error": relative_distance(after, live),
         "effect": relative_distance(before, live),

@@ -22,7 +22,6 @@ from taso_ds.training.base_model import (
 from taso_ds.training.build import Setup, Trained, attach, find_regions, load_base, set_up
 from taso_ds.training.feed import Feed
 from taso_ds.training.lora_baseline import lora_parameters
-from taso_ds.training.loss import loss_sum
 from taso_ds.training.optim import (
     Group,
     Schedule,
@@ -33,6 +32,7 @@ from taso_ds.training.optim import (
     total_steps,
 )
 from taso_ds.training.prove import Proof, probe_logits, prove_export
+from taso_ds.training.quantized_base import num_parameters
 from taso_ds.training.run_folder import ADAPTER, RESULTS, RUN, RunFolder, choose_folder, versions
 from taso_ds.training.trainer import Diverged, Trainer
 
@@ -68,7 +68,7 @@ def train(config: RunConfig) -> Path:
     trainer = Trainer(
         engine,
         Feed(setup.rows, plan, setup.sizes, setup.collate, setup.filler),
-        loss_sum=partial(loss_sum, head=setup.head),
+        loss_sum=setup.loss_sum,
         groups=trained.groups,
         schedule=schedule,
         logging_steps=config.training.logging_steps,
@@ -113,7 +113,7 @@ def _start(folder: RunFolder, config: RunConfig, record: dict[str, Any], found: 
 def run_record(setup: Setup, model: nn.Module, groups: Sequence[Group], schedule: Schedule) -> dict[str, Any]:
     """Return the content of ``run.json``."""
     trainable = sum(zero.full_numel(value) for group in groups for value in group.parameters)
-    total = sum(zero.full_numel(parameter) for parameter in model.parameters())
+    total = num_parameters(model)
     return {
         "config": setup.config.flags(),
         "deepspeed": setup.ds_config,
@@ -167,10 +167,10 @@ def save(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, liv
     rows = export.probe_rows(setup.rows)
     live.eval()
     logits = probe_logits(live, rows)  # every rank takes part: ZeRO-3 gathers each layer
-    return comm.on_main(lambda: prove(setup, folder, rows, logits))
+    return comm.on_main(lambda: prove(setup, folder, base, rows, logits))
 
 
-def prove(setup: Setup, folder: RunFolder, rows: Sequence[list[int]], live: Sequence[Tensor]) -> Proof:
+def prove(setup: Setup, folder: RunFolder, base: BaseModel, rows: Sequence[list[int]], live: Sequence[Tensor]) -> Proof:
     """Open the run's adapter in a fresh process with peft and compare logits."""
     config = setup.config
     return prove_export(
@@ -181,6 +181,7 @@ def prove(setup: Setup, folder: RunFolder, rows: Sequence[list[int]], live: Sequ
         head=setup.head,
         num_labels=prepare.num_labels(setup.data.task) if setup.head else 0,
         dtype="bfloat16" if config.model.bf16 else "float32",
+        quantization=None if base.quantization is None else base.quantization.settings(base.model),
         pad_id=pad_token_id(setup.tokenizer),
         rows=rows,
         live=live,
@@ -196,6 +197,7 @@ def calibrate(config: RunConfig) -> Path:
     if config.calibration.core_regions is not None or config.adapter.method != "taso":
         raise UserError("calibrate: makes core regions; drop --core_regions and --method")
     path = comm.on_main(lambda: choose_folder(config))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path)))
     setup, folder = comm.together(lambda: set_up(config)), RunFolder(path)
     base, targets, shapes = load_base(setup)
     found = find_regions(setup, base, targets, shapes)

@@ -4,6 +4,7 @@ Every case runs the real ``main()``. Loading weights fails the test, unless the 
 """
 
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -279,6 +280,43 @@ add("GGUF and a missing JSON", f"{GGUF} --ds_config no.json", "ds_config", files
 add("GGUF and a bad batch", f"{GGUF} --global_batch_size 6", "global_batch_size", files={"m.gguf": "GGUF"})
 add("GGUF broken", "--model_name_or_path . --gguf_file m.gguf", "m.gguf", files={"m.gguf": "GGUF"}, loads=True)
 
+# Quantized bases ------------------------------------------------------------------------------------------------------
+
+add("both widths", "--load_in_4bit --load_in_8bit", "load_in_4bit and load_in_8bit are both on", "one of them")
+for bits in (4, 8):
+    add(
+        f"{bits} bits of a quantized model",
+        f"--model_name_or_path {{models}}/quantized --load_in_{bits}bit",
+        f"load_in_{bits}bit",
+        "quantized already",
+        "drop the flag",
+    )
+    add(f"full training in {bits} bits", f"--load_in_{bits}bit --method full", "method: full", "taso or lora")
+add("full training of a quantized model", "--model_name_or_path {models}/quantized --method full", "method: full")
+add("quantized by others", "--model_name_or_path {models}/gptq", "gptq", "not supported", "bitsandbytes")
+add("original weights, not quantized", "--importance_weights original", "importance_weights", "--load_in_4bit")
+add("unknown importance weights", "--importance_weights orginal", "'orginal'", "nearest: 'original'")
+add(
+    "4 bits in a dry run",
+    "--model_name_or_path {models}/quantized --load_in_4bit --dry_run",
+    "load_in_4bit",
+    "quantized already",
+)
+add_json(
+    "alters bits",
+    '{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}',
+    "zero_optimization.zero_quantized_weights",
+    "bits of quantized weights",
+    flags="--load_in_4bit",
+)
+add(
+    "4 bits that are no bytes",
+    "--model_name_or_path {models}/odd --load_in_4bit",
+    "load_in_4bit",
+    "81",
+    "multiple of 8",
+)
+
 # Core regions ---------------------------------------------------------------------------------------------------------
 
 REGIONS = "--core_regions {regions}/"
@@ -394,6 +432,8 @@ def _damage_models(good: Path, models: Path) -> None:
         "no_weights",
         "part",
         "shapes",
+        "quantized",
+        "gptq",
     )
     for name in names:
         shutil.copytree(good, models / name)
@@ -403,6 +443,10 @@ def _damage_models(good: Path, models: Path) -> None:
         file.unlink()
     _truncate(models / "broken_tokenizer" / "tokenizer.json")
     _truncate(models / "truncated" / "model.safetensors")
+    for name, settings in (("quantized", {"quant_method": "bitsandbytes", "load_in_4bit": True}), ("gptq", GPTQ)):
+        file = models / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
+    tiny_models.save(_odd_llama(), models / "odd")
     (models / "no_weights" / "model.safetensors").unlink()
     matrix = "model.layers.1.mlp.down_proj.weight"
     for name in ("part", "shapes"):
@@ -412,6 +456,21 @@ def _damage_models(good: Path, models: Path) -> None:
         if name == "shapes":
             tensors[matrix] = whole[:-1].contiguous()
         save_file(tensors, file, metadata={"format": "pt"})
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4}
+
+
+def _odd_llama() -> object:
+    """A Llama whose MLP matrices have an odd number of weights, which 4 bits each do not fill bytes with."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tiny_models.VOCABULARY, hidden_size=9, head_dim=8, intermediate_size=9, num_hidden_layers=1,
+            num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0,
+        )
+    )  # fmt: skip
 
 
 def _wide_llama() -> object:

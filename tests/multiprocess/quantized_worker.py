@@ -1,0 +1,150 @@
+"""Quantizes, scores and trains with DeepSpeed on the ranks the launcher started; writes what it saw as JSON.
+
+torchrun quantized_worker.py OUT.json BASE STORED4 STORED8, the last two quantized by bitsandbytes already.
+"""
+
+import faulthandler
+import json
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import parity_case as case
+import parity_worker as parity
+import torch
+from load_worker import digest
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from taso_ds.config import parse_run_config
+from taso_ds.data.collate import collate
+from taso_ds.distributed import comm, zero
+from taso_ds.distributed import engine as engines
+from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.distributed.quantized import QuantizedLinear
+from taso_ds.training.base_model import load_config
+from taso_ds.training.build import load_base
+from taso_ds.training.calibrate import ScoringSettings, score_regions
+from taso_ds.training.feed import dealt_batches
+from taso_ds.training.loss import loss_sum
+from taso_ds.training.regions import fingerprint
+from taso_ds.training.stored_weights import stored_weights
+
+STAGES = (0, 2, 3)
+SPLIT = case.Split(4, 1)
+ROWS_PER_BATCH = 5
+
+
+def load(folder: str, stage: int, *flags: str, bf16: bool = False, **zero_options: Any) -> Any:
+    """The base, its targets and their shapes, as a run loads them, and the DeepSpeed configuration."""
+    config = parse_run_config(
+        ["--model_name_or_path", folder, "--task", "sst2", "--bf16" if bf16 else "--no_bf16", *flags]
+    )
+    raw = read_ds_config(f"zero{stage}.json")
+    raw["zero_optimization"] |= zero_options
+    ds_config = resolve_ds_config(
+        raw,
+        micro_batch_size=SPLIT.micro,
+        grad_accum_steps=SPLIT.accumulation,
+        world_size=comm.world_size(),
+        bf16=bf16,
+        max_grad_norm=case.MAX_GRAD_NORM,
+    )
+    setup: Any = SimpleNamespace(
+        config=config, source=folder, base_config=load_config(config.model, folder), head=False, ds_config=ds_config
+    )
+    return *load_base(setup), ds_config
+
+
+def quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def digests(model: nn.Module) -> dict[str, list[str]]:
+    """Bits of every quantized weight and of its statistics."""
+    found = {}
+    for name, module in quantized(model).items():
+        packed, state = zero.full_copy(module.get_parameter("weight")), module.statistics
+        tensors = [state] if isinstance(state, Tensor) else [state.absmax, state.offset, state.state2.absmax]
+        found[name] = [digest(packed.flatten().view(torch.uint8)), *map(digest, tensors)]
+    return found
+
+
+def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
+    base, targets, shapes, ds_config = load(folder, stage, *flags)
+    batches = [
+        batch
+        for _, batch in dealt_batches(
+            case.CALIBRATION, batch_size=ROWS_PER_BATCH, collate=parity.COLLATE, filler=parity.FILLER
+        )
+    ]
+    found: dict[str, Any] = {}
+    with (
+        stored_weights(base.model, folder, shapes, revision="main") as stored,
+        engines.scoring_engine(base.model, ds_config) as scored,
+    ):
+        assert stored is not None
+        found["fingerprint"] = fingerprint(targets, stored)
+        for label, original in (("loaded", None), ("original", stored.read)):
+            settings = ScoringSettings("importance", "signed_mean", case.LADDER, case.SEED, original)
+            scores = score_regions(
+                scored, targets, shapes, batches, loss_sum=partial(loss_sum, head=False), settings=settings
+            )
+            found[label] = parity.as_json(scores)
+    return found
+
+
+def train(folder: str, stage: int, regions: parity.Regions, *flags: str) -> dict[str, Any]:
+    base, _, _, ds_config = load(folder, stage, *flags)
+    found = {"digests": digests(base.model)}
+    return found | parity.train(base, parity.taso_groups(base, regions), ds_config, SPLIT)
+
+
+def kept_for_backward(folder: str, *flags: str) -> list[int]:
+    """Return how many quantized weights a forward gathers, and how many of them it keeps for backward."""
+    # Live parameters are released at once, as they are in a model too large to keep any.
+    options = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    base, _, _, ds_config = load(folder, 3, *flags, **options)
+    batch = collate(case.CALIBRATION[:2], pad_id=0)
+    alive: list[StorageWeakRef] = []
+    with engines.scoring_engine(base.model, ds_config) as scored, ExitStack() as hooks:
+        for module in quantized(base.model).values():
+            hook = module.register_forward_pre_hook(
+                lambda own, _: alive.append(StorageWeakRef(own.weight.data.untyped_storage()))
+            )
+            hooks.callback(hook.remove)
+        base.model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].requires_grad_(True))
+        total, _ = loss_sum(scored, batch, head=False)
+        kept = [len(alive), sum(not storage.expired() for storage in alive)]
+        total.backward()
+    return kept
+
+
+def main() -> None:
+    out, base, *stored = sys.argv[1:]
+    faulthandler.dump_traceback_later(270, exit=True)  # a rank that waits for ever says where
+    comm.init(timeout_minutes=4.0)
+    engines.quiet_deepspeed()
+    found: dict[str, Any] = {}
+    for bits, folder in zip(("4", "8"), stored, strict=True):
+        flag = f"--load_in_{bits}bit"
+        here = found[bits] = {"score": {}, "train": {}, "stored": {}}
+        for stage in STAGES:
+            here["score"][stage] = score(base, stage, flag)
+            regions = parity.regions_of(here["score"][STAGES[0]]["loaded"])
+            here["train"][stage] = train(base, stage, regions, flag)
+            if stage != 2:
+                here["stored"][stage] = train(folder, stage, regions)
+        here["checkpointed"] = train(base, 3, regions, flag, "--gradient_checkpointing")["loss"]
+        here["bf16"] = [digests(load(base, stage, flag, bf16=True)[0].model) for stage in (0, 3)]
+        here["kept"] = kept_for_backward(base, flag)
+    if comm.is_main():
+        Path(out).write_text(json.dumps(found))
+    comm.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Quantized bases on two ranks: bit for bit what one process quantizes, scored and trained alike at every stage."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import parity_case as case
+import pytest
+import quantized_worker
+import tiny_models
+import torch
+import torch.nn.functional as F
+from load_worker import digest
+from test_parity import assert_regions, gradients, weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+from taso_ds.adapters.targets import find_targets
+from taso_ds.data.collate import collate
+from taso_ds.training.regions import fingerprint
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
+
+STAGES = [str(stage) for stage in quantized_worker.STAGES]
+BITS = ["4", "8"]
+bits_and_stages = pytest.mark.parametrize(("bits", "stage"), [(bits, stage) for bits in BITS for stage in STAGES])
+
+
+def uneven_llama() -> Any:
+    """A Llama in which blocks of 64 weights lie across the border of two ranks: q_proj is 24 × 24 = 9 blocks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=tiny_models.VOCABULARY, hidden_size=24, intermediate_size=28, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.2, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def settings(bits: str) -> BitsAndBytesConfig:
+    if bits == "8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def by_bitsandbytes(folder: Path, bits: str, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers and bitsandbytes quantize it in one process."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=settings(bits))
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save(uneven_llama(), tmp_path_factory.mktemp("uneven"))
+
+
+@pytest.fixture(scope="module")
+def found(run_ranks: Any, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    stored = []
+    for bits in BITS:
+        stored.append(tmp_path_factory.mktemp("stored") / bits)
+        by_bitsandbytes(base, bits).save_pretrained(stored[-1])
+    out = stored[0].parent / "found.json"
+    run_ranks(Path(quantized_worker.__file__), 2, [out, base, *stored])
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+# The weights ----------------------------------------------------------------------------------------------------------
+
+
+def whole_digests(folder: Path, bits: str, dtype: torch.dtype) -> dict[str, list[str]]:
+    found = {}
+    for name, module in by_bitsandbytes(folder, bits, dtype=dtype).named_modules():
+        if type(module).__name__ not in ("Linear4bit", "Linear8bitLt"):
+            continue
+        packed, weight = module.weight.data.flatten().view(torch.uint8), module.weight
+        if bits == "8":
+            found[name] = [digest(packed), digest(weight.SCB)]
+        else:
+            state = weight.quant_state
+            found[name] = [digest(packed), digest(state.absmax), digest(state.offset), digest(state.state2.absmax)]
+    return found
+
+
+@bits_and_stages
+def test_every_bit_is_that_of_the_whole_model_quantized(found: Any, base: Path, bits: str, stage: str) -> None:
+    expected = whole_digests(base, bits, torch.float32)
+    assert len(expected) == 2 * len(tiny_models.LLAMA_LINEARS)
+    assert found[bits]["train"][stage]["digests"] == expected
+    if stage != "2":
+        assert found[bits]["stored"][stage]["digests"] == expected
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_bit_in_bf16(found: Any, base: Path, bits: str) -> None:
+    whole, sharded = found[bits]["bf16"]
+    assert whole == sharded == whole_digests(base, bits, torch.bfloat16)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gathered_weights_are_not_kept_for_backward(found: Any, bits: str) -> None:
+    """As bitsandbytes' own layers do: then every rank would hold the whole quantized model between the passes."""
+    assert found[bits]["kept"] == [2 * len(tiny_models.LLAMA_LINEARS), 0]
+
+
+# Scoring --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def products(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Sum ``gᵀx`` of every target while backward runs: what ``weight.grad`` would be."""
+    found: dict[str, Tensor] = {}
+
+    def listen(name: str, module: nn.Module) -> Any:
+        def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            def backward(grad: Tensor) -> None:
+                found[name] = found.get(name, torch.zeros(())) + grad.flatten(0, 1).t() @ args[0].detach().flatten(0, 1)
+
+            output.register_hook(backward)
+
+        return module.register_forward_hook(forward)
+
+    handles = [listen(name, module) for name, module in find_targets(model).items()]
+    handles.append(model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].requires_grad_(True)))
+    yield found
+    for handle in handles:
+        handle.remove()
+
+
+def reference(folder: Path, bits: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Mean signed gradients of the quantized model in one process, and its dequantized weights.
+
+    NF4: plain autograd on a model with the dequantized weights. Int8: bitsandbytes' own layers on the same batches, for
+    they round inputs too, and which inputs are outliers depends on the batch.
+    """
+    model = by_bitsandbytes(folder, bits)
+    dequantized = {
+        name: dequantize_bnb_weight(module.weight, getattr(module, "state", None)).detach().float()
+        for name, module in find_targets(model).items()
+    }
+    if bits == "4":
+        plain: Any = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            for name, weight in dequantized.items():
+                plain.get_submodule(name).weight.copy_(weight)
+        return gradients(plain, case.CALIBRATION), dequantized
+    rows = sorted(case.CALIBRATION, key=lambda row: len(row.input_ids))
+    size, tokens = quantized_worker.ROWS_PER_BATCH, 0
+    model.eval()
+    with products(model) as found:
+        for start in range(0, len(rows), size):
+            batch = collate(rows[start : start + size], pad_id=0)
+            labels = batch["labels"][:, 1:].flatten()
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=-100, reduction="sum").backward()
+            tokens += int((labels != -100).sum())
+    return {name: found[name] / tokens for name in dequantized}, dequantized
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_regions_are_those_of_one_process(found: Any, base: Path, bits: str) -> None:
+    """From the dequantized weights and, when asked for, from the original ones under the same gradients."""
+    grads, dequantized = reference(base, bits)
+    originals = weights(AutoModelForCausalLM.from_pretrained(base))
+    for stage in STAGES:
+        scored = found[bits]["score"][stage]
+        assert_regions(scored["loaded"], {name: (dequantized[name] * grad).abs() for name, grad in grads.items()})
+        assert_regions(scored["original"], {name: (originals[name] * grad).abs() for name, grad in grads.items()})
+
+
+def overlap(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Share of core rows and columns that two scorings have in common."""
+    kept = [(set(one[name][side]), set(other[name][side])) for name in one for side in ("rows", "cols")]
+    return sum(len(a & b) for a, b in kept) / sum(len(a) for a, _ in kept)
+
+
+@pytest.mark.parametrize(("bits", "least"), [("4", 0.8), ("8", 0.97)])
+def test_original_and_dequantized_weights_score_much_alike(found: Any, bits: str, least: float) -> None:
+    """NF4 moves weights by some percent, int8 by some tenths: most of the region stays."""
+    scored = found[bits]["score"]["3"]
+    share = overlap(scored["loaded"], scored["original"])
+    print(f"{bits} bits: {share:.1%} of the core rows and columns in common")
+    assert least <= share <= 1.0
+    assert scored["loaded"] != scored["original"]
+
+
+@bits_and_stages
+def test_the_base_is_recognized_quantized_or_not(found: Any, base: Path, bits: str, stage: str) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert found[bits]["score"][stage]["fingerprint"] == fingerprint(find_targets(plain))
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@bits_and_stages
+def test_training_is_the_same_at_every_stage(found: Any, bits: str, stage: str) -> None:
+    losses = torch.tensor(found[bits]["train"][stage]["loss"])
+    torch.testing.assert_close(losses, torch.tensor(found[bits]["train"]["0"]["loss"]), rtol=1e-5, atol=0)
+    assert losses.unique().numel() == case.STEPS  # something is learned
+    if stage == "3":
+        torch.testing.assert_close(torch.tensor(found[bits]["checkpointed"]), losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("stage", ["0", "3"])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_quantized_checkpoint_trains_as_one_quantized_here(found: Any, bits: str, stage: str) -> None:
+    losses = torch.tensor(found[bits]["stored"][stage]["loss"])
+    torch.testing.assert_close(losses, torch.tensor(found[bits]["train"]["0"]["loss"]), rtol=1e-5, atol=0)
