@@ -15,10 +15,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import shapes
 
 from taso_ds.config import RunConfig, parse_run_config
@@ -32,6 +34,7 @@ from taso_ds.training.forecast import count_model
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 RANKS = 2
+_LEAST_FREE = 1.5e9
 
 
 def run_flags(model: Path, rows: Path, stage: int, arguments: argparse.Namespace) -> list[str]:
@@ -41,7 +44,8 @@ def run_flags(model: Path, rows: Path, stage: int, arguments: argparse.Namespace
         "--per_device_train_batch_size", str(arguments.rows), "--max_steps", str(arguments.steps),
         "--calibration_samples", str(2 * RANKS * arguments.rows),
     ]  # fmt: skip
-    return flags + ["--gradient_checkpointing"] * arguments.gradient_checkpointing
+    flags += ["--gradient_checkpointing"] * arguments.gradient_checkpointing
+    return flags + ["--load_in_4bit"] * arguments.load_in_4bit
 
 
 def write_rows(path: Path, length: int) -> None:
@@ -55,12 +59,18 @@ def measure(flags: list[str], folder: Path, *, keep_heap: bool) -> dict[str, dic
     result = folder / "result.json"
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(RANKS), str(WORKER)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if keep_heap else {"MALLOC_MMAP_THRESHOLD_": "65536"})
-    subprocess.run(
-        [*command, "--result", str(result), *flags],
-        check=True,
-        env=environment,
-        stdout=sys.stderr,
+    process = subprocess.Popen(
+        [*command, "--result", str(result), *flags], env=environment, stdout=sys.stderr, start_new_session=True
     )
+    while process.poll() is None:
+        if psutil.virtual_memory().available < _LEAST_FREE:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            raise SystemExit("stopped before it exhausted this machine's memory")
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit("the run failed")
     found: dict[str, dict[str, float]] = json.loads(result.read_text())
     return found
 
@@ -69,7 +79,11 @@ def predict(config: RunConfig, base_config: Any, stage: int) -> dict[str, Usage]
     """Return the plan of one rank for the same run."""
     model = meta_model(config.model, base_config, head=False)
     shape = count_model(config, model, base_config, prepare.target_shapes(config, model))
-    strategy = Strategy(stage, gradient_checkpointing=config.training.gradient_checkpointing)
+    strategy = Strategy(
+        stage,
+        load_in_4bit=config.model.load_in_4bit,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
     rows = config.training.per_device_train_batch_size
     work = Workload(
         gpus_per_node=RANKS,
@@ -199,6 +213,7 @@ def main() -> None:
         "--steps", type=int, default=2, help="training steps; gathering is as planned from the second on"
     )
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--load_in_4bit", action="store_true")
     parser.add_argument("--keep_heap", action="store_true", help="let the C library keep freed blocks")
     parser.add_argument("--published", action="store_true", help="compare with published figures; runs nothing")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "taso_bench_models")

@@ -7,7 +7,6 @@ everything was imported, the ranks had met and the data was read.
 import argparse
 import json
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from taso_ds.training import prepare
 from taso_ds.training.build import Setup, attach, find_regions, join, load_base, set_up
 from taso_ds.training.export import save_taso
 from taso_ds.training.feed import Feed
-from taso_ds.training.loss import loss_sum
 from taso_ds.training.optim import Schedule, make_optimizer
 from taso_ds.training.run_folder import RunFolder
 from taso_ds.training.trainer import Trainer
@@ -66,7 +64,7 @@ def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
             setup.collate,
             setup.filler,
         ),
-        loss_sum=partial(loss_sum, head=False),
+        loss_sum=setup.loss_sum,
         groups=trained.groups,
         schedule=Schedule("constant", steps, 0),
         logging_steps=steps,

@@ -18,10 +18,13 @@ trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions
   inputs ``2·4·h`` (RMSNorm works in fp32; else ``2·e·h``), norm outputs ``2·e·h``, queries, keys, values and attention
   output ``e·(2a+2v)``, its log-sum-exp ``4·heads``, gate, activation, up and product ``4·e·f`` (ungated: ``2·e·f``). A
   test counts what autograd saves. Checkpointing keeps ``e·h`` per block instead, and one block whole.
-- **Loss.** Logits at the ``K`` supervised positions only. In backward fp32 log-probabilities and two fp32 gradients of
-  them are alive: ``12·K·V``; a classification head has none.
-- **Accumulators** (scoring). One fp32 number per target parameter, divided over the ranks; each gradient and its
-  travelling copy, two largest matrices.
+- **Loss.** The output layer runs on chunks of positions whose fp32 logits take 64 MB, inside the forward, when all
+  activations are there. Of ``c`` positions at a time there are bf16 logits, fp32 log-probabilities that become their
+  gradient in place, and it in bf16: ``(2e + 4)·c·V``; hidden states of the ``K`` supervised positions and their gradient
+  stay: ``2·e·K·h``. A classification head has none.
+- **Accumulators** (scoring). One fp32 number per target parameter, divided over the ranks and the passes (on the host
+  with ``--calibration_offload cpu``); none where each rank has a single micro-batch. Each gradient and its travelling
+  copy, two largest matrices.
 - **Trained state**, ``t`` over ``N`` ranks at stages 1-3: fp32 master and two moments ``12·t``, gradients ``4·t``; the
   bf16 parameter and its expanded form ``2·(t + dense)`` are whole on every rank. The reduction bucket is reserved.
 """
@@ -34,7 +37,9 @@ from taso_ds.planning.model_shape import ModelShape
 
 _NF4_VALUE = 0.5
 _NF4_SCALES = 1.0 / 64 + 4.0 / (64 * 256)
-PHASES = ("load", "score", "train", "checkpoint", "export")
+_LOSS_CHUNK_BYTES = 64 << 20
+# bitsandbytes quantizes this many weights at once, and needs up to so many bytes for each meanwhile.
+_QUANTIZING_CHUNK, _QUANTIZING_BYTES = 1 << 22, 20.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Workload:
     grad_accum_steps: int = 1
     calibration_samples: int = 128
     calibration_batch_size: int = 4
+    calibration_passes: int = 1
+    calibration_offload: bool = False
     supervised_share: float = 1.0
     bf16: bool = True
     scores: bool = True
@@ -142,26 +149,31 @@ def resident_weights(shape: ModelShape, strategy: Strategy, work: Workload) -> f
     return held + weights.replicated
 
 
-def kept_gathered(shape: ModelShape, strategy: Strategy) -> float:
-    """Parameters that are still gathered from forward when backward needs them."""
+def kept_gathered(shape: ModelShape, strategy: Strategy, element: int = 2) -> float:
+    """Bytes of base weights that are still gathered from forward when backward needs them.
+
+    DeepSpeed counts elements as stored: four NF4 weights are one element of bf16.
+    """
     if strategy.stage < 3:
         return 0.0
     uses = 3.0 if strategy.gradient_checkpointing else 2.0
     idle = 0 if shape.is_tied else shape.embedding
-    return min(float(shape.parameters - idle), strategy.limits.max_reuse_distance / uses)
+    used = weight_bytes(shape, strategy, element).partitioned - element * idle
+    return min(used, element * strategy.limits.max_reuse_distance / uses)
 
 
 def gathered_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, recorded: bool) -> float:
     """Bytes of gathered base weights at the peak, the rank's own partitions not counted."""
     if strategy.stage < 3 or work.world_size == 1:
         return 0.0
-    per_parameter = weight_bytes(shape, strategy, work.element).partitioned / shape.parameters
-    largest = work.element * shape.largest_tensor
+    element = work.element
+    largest = float(element * shape.largest_tensor)
     if not recorded:
-        return float(largest)
-    bucket = min(strategy.limits.prefetch_bucket, shape.parameters)
-    whole = min(float(shape.parameters), kept_gathered(shape, strategy) + bucket)
-    return max(float(largest), per_parameter * (whole + bucket))
+        return largest
+    partitioned = weight_bytes(shape, strategy, element).partitioned
+    bucket = min(float(element * strategy.limits.prefetch_bucket), partitioned)
+    whole = min(partitioned, kept_gathered(shape, strategy, element) + bucket)
+    return max(largest, whole + bucket)
 
 
 def dequantized_bytes(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
@@ -187,10 +199,13 @@ def activation_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, r
 
 
 def loss_bytes(shape: ModelShape, work: Workload, *, rows: int) -> float:
-    """Bytes of logits, log-probabilities and their gradients."""
+    """Bytes of one chunk's logits and gradients, and of the supervised hidden states."""
     if not shape.output:
         return 0.0
-    return 12.0 * shape.vocabulary * rows * work.max_seq_length * work.supervised_share
+    positions = rows * work.max_seq_length * work.supervised_share
+    chunk = min(positions, max(1, _LOSS_CHUNK_BYTES // (4 * shape.vocabulary)))
+    kept = 2 * work.element * positions * shape.hidden
+    return chunk * shape.vocabulary * (2.0 * work.element + 4.0) + kept
 
 
 def _spread(strategy: Strategy, device: Device, weights: float) -> tuple[dict[str, float], dict[str, float]]:
@@ -211,14 +226,14 @@ def _finish(device: Device, work: Workload, on_device: dict[str, float], per_ran
 
 
 def load_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
-    """Loading: ZeRO-3 reads partitions in place, other stages read the whole base into host memory, then move it."""
+    """Loading: ZeRO-3 reads partitions in place, other stages read the whole base into host memory, then move it.
+
+    With NF4 every rank quantizes the range it keeps, a chunk at a time.
+    """
     weights = resident_weights(shape, strategy, work)
     on_device, host = _spread(strategy, device, weights)
     if strategy.load_in_4bit:
-        # bitsandbytes quantizes on the device, tensor by tensor; ZeRO-3 partitions afterwards.
-        on_device["weights"] = weight_bytes(shape, strategy, work.element).total
-        on_device["unquantized"] = float(work.element * shape.largest_tensor)
-        host["checkpoint"] = float(work.element * shape.largest_tensor)
+        on_device["quantizing"] = _QUANTIZING_BYTES * min(_QUANTIZING_CHUNK, shape.largest_block_linear)
     elif strategy.stage < 3 and not device.is_host:
         host["checkpoint"] = float(work.element * shape.parameters)
     return _finish(device, work, on_device, host)
@@ -229,12 +244,19 @@ def score_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: D
     on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
     rows = work.calibration_batch_size
     travelling = 0 if work.world_size == 1 else work.element if work.world_size == 2 else 4
+    at_once = work.scoring_batches == 1  # each gradient is selected from as it arrives
+    sums = 4.0 * (shape.largest_target if at_once else shape.targets / work.world_size / work.calibration_passes)
+    offloaded = work.calibration_offload and not device.is_host
+    if offloaded:
+        host["accumulators"] = sums
     on_device |= {
-        "gathered": gathered_bytes(shape, strategy, work, recorded=work.scoring_batches > 1),
+        "gathered": gathered_bytes(
+            shape, strategy, work, recorded=work.scoring_batches > 1 or work.calibration_passes > 1
+        ),
         "dequantized": dequantized_bytes(shape, strategy, work),
         "activations": activation_bytes(shape, strategy, work, rows=rows),
         "loss": loss_bytes(shape, work, rows=rows),
-        "accumulators": 4.0 * shape.targets / work.world_size,
+        "accumulators": 4.0 * shape.largest_target if offloaded else sums,
         "gradients": float((work.element + travelling) * shape.largest_target),
     }
     return _finish(device, work, on_device, host)

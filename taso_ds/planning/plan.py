@@ -72,7 +72,7 @@ def assess(shape: ModelShape, strategy: Strategy, work: Workload, hardware: Hard
     seconds = {"load": readers * weights / (work.nodes if readers == 1 else 1) / (READ_GB_PER_S * GB)}
     if work.scores:
         batch = step_seconds(shape, strategy, work, device, network, scored=True)
-        seconds["score"] = work.scoring_batches * batch.total
+        seconds["score"] = work.calibration_passes * work.scoring_batches * batch.total
     seconds["train"] = step.total
     seconds["checkpoint"] = 16.0 * shape.trainable / work.world_size / (READ_GB_PER_S * GB)
     seconds["export"] = weights / (READ_GB_PER_S * GB)  # its proof reads the base once more

@@ -67,11 +67,9 @@ def compute_seconds(flops: float, device: Device) -> float:
     return flops / (device.tflops * 1e12 * device.efficiency)
 
 
-def gathered_bytes(shape: ModelShape, strategy: Strategy) -> float:
+def fetched_bytes(shape: ModelShape, strategy: Strategy) -> float:
     """Bytes of base weights that one micro-batch gathers on a rank at stage 3, the rank's own share included."""
-    weights = weight_bytes(shape, strategy).total
-    kept = kept_gathered(shape, strategy) / shape.parameters
-    return weights * (2.0 - kept)
+    return 2.0 * weight_bytes(shape, strategy).partitioned - kept_gathered(shape, strategy)
 
 
 def gather_seconds(
@@ -110,7 +108,7 @@ def step_seconds(
     compute = micro_batches * compute_seconds(flops, device)
     gather = host = 0.0
     if strategy.stage == 3:
-        fetched = gathered_bytes(shape, strategy)
+        fetched = fetched_bytes(shape, strategy)
         gather = micro_batches * gather_seconds(shape, strategy, work, device, network, fetched=fetched)
         if strategy.offload and not device.is_host:
             share = fetched / (work.gpus_per_node if strategy.hpz else work.world_size)

@@ -150,6 +150,8 @@ def _workload(
         grad_accum_steps=sizes.grad_accum_steps,
         calibration_samples=calibration.calibration_samples,
         calibration_batch_size=calibration.calibration_batch_size or training.per_device_train_batch_size,
+        calibration_passes=calibration.calibration_passes,
+        calibration_offload=calibration.calibration_offload == "cpu",
         supervised_share=share,
         bf16=config.model.bf16,
         scores=config.adapter.method == "taso" and calibration.core_regions is None,
@@ -178,20 +180,7 @@ def describe_forecast(forecast: Forecast) -> str:
     if best is None:
         lines.append(f"does not fit: {shown.why_not}; use more or larger devices, or a shorter --max_seq_length")
         return "\n".join(lines)
-    lines += _note(best.strategy, work)
     return "\n".join([*lines, f"fits: {command_line(best.strategy, work, run_flags(forecast.config))}"])
-
-
-def _note(strategy: Strategy, work: Workload) -> list[str]:
-    """Say how to make a DeepSpeed JSON that is not among the shipped ones."""
-    extra: dict[str, Any] = {}
-    if strategy.offload:
-        extra = {"offload_param": {"device": "cpu", "pin_memory": True}, "offload_optimizer": {"device": "cpu"}}
-    elif strategy.hpz:
-        extra = {"zero_hpz_partition_size": work.gpus_per_node}
-    if not extra:
-        return []
-    return [f"{ds_config_name(strategy)} is zero3.json with {json.dumps(extra)} added to zero_optimization"]
 
 
 def run_flags(config: RunConfig) -> list[str]:
@@ -256,6 +245,7 @@ def check_this_host(
     stage = int(zero["stage"])
     strategy = Strategy(
         stage,
+        load_in_4bit=config.model.load_in_4bit,
         offload=zero.get("offload_param", {}).get("device", "none") == "cpu",
         gradient_checkpointing=config.training.gradient_checkpointing,
         hpz=int(zero.get("zero_hpz_partition_size", 1)) > 1,

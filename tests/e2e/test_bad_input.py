@@ -116,7 +116,7 @@ for name, value, near in (
 ):
     add(f"unknown {name}", f"--{name} {value}", name, repr(value), f"nearest: {near!r}")
 for flags, words in {
-    "--device a100": ("device", "'a100'", "nearest: 'a100-40'"),
+    "--device a100": ("device", "'a100'", "nearest: 'a100-"),
     "--network ib400": ("network", "'ib400'", "nearest: 'ib-400'"),
     "--nodes 0": ("nodes", "0", "positive"),
     "--device_memory_gb nan": ("device_memory_gb", "nan", "positive"),

@@ -15,6 +15,7 @@ from taso_ds.planning.memory import (
     Workload,
     activation_bytes,
     kept_gathered,
+    loss_bytes,
     phase_usage,
     resident_weights,
     saved_per_token,
@@ -131,10 +132,12 @@ def test_partitions_of_a_stage() -> None:
 
 def test_what_stays_gathered_is_bounded_by_the_reuse_distance() -> None:
     shape = counted(llama())
-    assert kept_gathered(shape, Strategy(3)) == shape.parameters - shape.embedding
+    assert kept_gathered(shape, Strategy(3)) == 2 * (shape.parameters - shape.embedding)
     limited = Strategy(3, limits=Limits(max_reuse_distance=6000))
-    assert kept_gathered(shape, limited) == 3000
-    assert kept_gathered(shape, replace(limited, gradient_checkpointing=True)) == 2000
+    assert kept_gathered(shape, limited) == 2 * 3000
+    assert kept_gathered(shape, replace(limited, gradient_checkpointing=True)) == 2 * 2000
+    # four NF4 weights are one stored element: the same bytes stay
+    assert kept_gathered(shape, replace(limited, load_in_4bit=True)) == 2 * 3000
 
 
 def test_checkpointing_saves_activations_and_ranks_share_accumulators() -> None:
@@ -154,3 +157,25 @@ def test_offloaded_weights_are_on_the_host() -> None:
     assert usage.host["weights"] == 2 * shape.parameters  # four quarters
     whole = phase_usage(shape, Strategy(2), work, get_device("a100-80"))["load"]
     assert whole.host["checkpoint"] == 4 * 2 * shape.parameters  # every rank reads everything
+
+
+def test_the_loss_takes_one_chunk_whatever_the_batch() -> None:
+    from transformers import LlamaConfig
+
+    shape = counted(LlamaConfig(tie_word_embeddings=False))
+    one, two = (loss_bytes(shape, Workload(max_seq_length=2048), rows=rows) for rows in (1, 2))
+    chunk = 64 * 2**20 // (4 * 32_000)  # positions; each 8 bytes per word, and two bf16 states of every position
+    assert one == chunk * 32_000 * 8 + 2 * 2 * 2048 * 4096
+    assert two - one == 2 * 2 * 2048 * 4096
+
+
+def test_scoring_in_passes_and_from_one_micro_batch() -> None:
+    shape, device = counted(llama()), get_device("a100-80")
+    work = Workload(gpus_per_node=2, calibration_samples=32)
+    whole = score_usage(shape, Strategy(3), work, device).device["accumulators"]
+    in_passes = score_usage(shape, Strategy(3), replace(work, calibration_passes=4), device)
+    assert in_passes.device["accumulators"] == whole / 4
+    on_host = score_usage(shape, Strategy(3), replace(work, calibration_offload=True), device)
+    assert on_host.host["accumulators"] == 2 * whole  # two ranks
+    single = score_usage(shape, Strategy(3), replace(work, calibration_samples=8), device)
+    assert single.device["accumulators"] == 4 * shape.largest_target

@@ -13,7 +13,7 @@ from taso_ds.planning.host import check_host_memory
 from taso_ds.planning.memory import Limits, Strategy, Usage, Workload
 from taso_ds.planning.model_shape import ModelShape
 from taso_ds.planning.plan import Hardware, assess, command_line, fastest, scaling, strategies
-from taso_ds.planning.speed import gather_seconds, gathered_bytes, step_flops, step_seconds
+from taso_ds.planning.speed import fetched_bytes, gather_seconds, step_flops, step_seconds
 
 
 def llama_7b() -> ModelShape:
@@ -76,8 +76,7 @@ def test_operations_are_counted_longhand() -> None:
 
 def test_gathers_move_both_passes_less_what_stays() -> None:
     shape = llama_7b()
-    kept = 0.5e9 / shape.parameters
-    assert gathered_bytes(shape, Strategy(3)) == pytest.approx(2 * shape.parameters * (2 - kept))
+    assert fetched_bytes(shape, Strategy(3)) == 2 * 2 * shape.parameters - 2 * 0.5e9
     alone = gather_seconds(shape, Strategy(3), Workload(), get_device("a100-80"), get_network("ib-400"), fetched=1e9)
     assert alone == 0.0
 
