@@ -20,8 +20,8 @@ trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions
   test counts what autograd saves. Checkpointing keeps ``e·h`` per block instead, and one block whole.
 - **Loss.** The output layer runs on chunks of positions whose fp32 logits take 64 MB, inside the forward, when all
   activations are there. Of ``c`` positions at a time there are bf16 logits, fp32 log-probabilities that become their
-  gradient in place, and it in bf16: ``(2e + 4)·c·V``; hidden states of the ``K`` supervised positions and their gradient
-  stay: ``2·e·K·h``. A classification head has none.
+  gradient in place, and it in bf16: ``(2e + 4)·c·V``; hidden states of the ``K`` supervised positions and their
+  gradient stay: ``2·e·K·h``. A classification head has none.
 - **Accumulators** (scoring). One fp32 number per target parameter, divided over the ranks and the passes (on the host
   with ``--calibration_offload cpu``); none where each rank has a single micro-batch. Each gradient and its travelling
   copy, two largest matrices.

@@ -27,7 +27,6 @@ from taso_ds.planning.plan import (
     Hardware,
     assess,
     command_line,
-    ds_config_name,
     fastest,
     scaling,
     strategies,
