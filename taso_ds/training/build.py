@@ -17,6 +17,7 @@ from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow, pad_token_id
 from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
+from taso_ds.distributed.quantized import quiet_bitsandbytes
 from taso_ds.training import prepare, regions
 from taso_ds.training.base_model import (
     BaseModel,
@@ -94,6 +95,7 @@ def join(config: RunConfig) -> None:
     model_source(config.model)
     comm.init()
     engines.quiet_deepspeed()
+    quiet_bitsandbytes()
 
 
 def set_up(config: RunConfig) -> Setup:
