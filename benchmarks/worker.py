@@ -5,7 +5,8 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from taso_ds.distributed import engine as engines
 from taso_ds.training import calibrate, prepare
 from taso_ds.training.build import Setup, attach, find_regions, join, load_base, set_up
 from taso_ds.training.feed import Feed, dealt_batches, on_device
-from taso_ds.training.loss import loss_sum
 from taso_ds.training.optim import Schedule, make_optimizer
 from taso_ds.training.trainer import Trainer
 
+Action = Callable[[], object]
 _COMMON = (
     "--ds_config zero3.json --task boolq --data_dir embedded --max_train_samples 512 --max_seq_length 256"
     " --per_device_train_batch_size 4 --calibration_samples 96 --importance magnitude --learning_rate 1e-4"
@@ -50,7 +51,7 @@ def _trainer(setup: Setup, steps: int) -> Trainer:
     return Trainer(
         engine,
         Feed(setup.rows, plan, setup.sizes, setup.collate, setup.filler),
-        loss_sum=partial(loss_sum, head=False),
+        loss_sum=setup.loss_sum,
         groups=trained.groups,
         schedule=Schedule("constant", steps, 0),
         logging_steps=1,
@@ -84,41 +85,64 @@ def time_steps(methods: dict[str, list[str]], steps: int) -> dict[str, Any]:
     }
 
 
-def time_scoring(rounds: int) -> dict[str, Any]:
-    """Score, and run a plain backward with all weight gradients, in turn on the same micro-batches."""
-    setup = _setup(["--importance", "importance"])
+@dataclasses.dataclass(frozen=True)
+class ScoringJobs:
+    """What is compared: scoring, and a plain forward and backward with all weight gradients on the same batches."""
+
+    backward: Action
+    score: Action
+    select: Action
+    tokens: int
+    allowed_gb: float
+
+
+@contextmanager
+def scoring_jobs(*flags: str) -> Iterator[ScoringJobs]:
+    setup = _setup(["--importance", "importance", *flags])
     base, targets, shapes = load_base(setup)
     rows = prepare.calibration_rows(setup.config, list(setup.rows))
     dealt = dealt_batches(rows, batch_size=8, collate=setup.collate, filler=setup.filler)
     batches = [on_device(batch) for _, batch in dealt]
     settings = calibrate.ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0)
-    losses = partial(loss_sum, head=False)
+    # the same gathering and selecting, without a backward before it
+    weights_only = dataclasses.replace(settings, score="magnitude")
     weights: list[Any] = [module.weight for module in targets.values()]
-    plain, scored, extra = [], [], []
-    with engines.scoring_engine(base.model, setup.ds_config) as model:
-        backward = partial(_plain_backward, model, weights, batches, losses)
-        score = partial(calibrate.score_regions, model, targets, shapes, batches, loss_sum=losses, settings=settings)
-        _timed(backward)  # records DeepSpeed's trace
-        for _ in range(rounds):
-            backward_s, backward_gb = _timed(backward)
-            scoring_s, scoring_gb = _timed(score)
-            plain.append(backward_s)
-            scored.append(scoring_s)
-            extra.append(max(comm.gather_objects(scoring_gb - backward_gb)))
-        # the same gathering and selecting, without a backward before it
-        weights_only = dataclasses.replace(settings, score="magnitude")
-        selecting, _ = _timed(
-            partial(calibrate.score_regions, model, targets, shapes, [], loss_sum=losses, settings=weights_only)
-        )
     numels = [shape.numel for shape in shapes.values()]
+    losses = setup.loss_sum
+    with engines.scoring_engine(base.model, setup.ds_config) as model:
+        score = partial(calibrate.score_regions, model, targets, shapes, loss_sum=losses)
+        jobs = ScoringJobs(
+            backward=partial(_plain_backward, model, weights, batches, losses),
+            score=partial(score, batches=batches, settings=settings),
+            select=partial(score, batches=[], settings=weights_only),
+            tokens=sum(len(row.input_ids) for row in rows),
+            allowed_gb=(sum(numels) / comm.world_size() + 2 * max(numels)) * 4 / 1e9,
+        )
+        jobs.backward()  # records DeepSpeed's trace
+        yield jobs
+
+
+def time_scoring(rounds: int) -> dict[str, Any]:
+    """Score, and run a plain backward, in turn."""
+    with scoring_jobs() as jobs:
+        pairs = [(_seconds(jobs.backward), _seconds(jobs.score)) for _ in range(rounds)]
+        selecting = _seconds(jobs.select)
     return {
-        "backward_s": statistics.median(plain),
-        "scoring_s": statistics.median(scored),
+        "backward_s": statistics.median(backward for backward, _ in pairs),
+        "scoring_s": statistics.median(score for _, score in pairs),
         "select_s": selecting,
-        "tokens": sum(len(row.input_ids) for row in rows),
-        "extra_gb": statistics.median(extra),
-        "allowed_gb": (sum(numels) / comm.world_size() + 2 * max(numels)) * 4 / 1e9,
+        "tokens": jobs.tokens,
     }
+
+
+def scoring_memory(rounds: int) -> dict[str, Any]:
+    """Return what scoring takes beyond the plain backward on the worst rank, each measured from a fresh start."""
+    with scoring_jobs("--calibration_samples", "32") as jobs:
+        extra = []
+        for _ in range(rounds):
+            backward = _peak_gb(jobs.backward)
+            extra.append(max(comm.gather_objects(_peak_gb(jobs.score) - backward)))
+    return {"extra_gb": statistics.median(extra), "allowed_gb": jobs.allowed_gb}
 
 
 def _plain_backward(model: Any, weights: Sequence[Any], batches: Sequence[dict[str, Tensor]], losses: Any) -> None:
@@ -141,14 +165,21 @@ def _drop(weight: Any) -> None:
     weight.grad = None
 
 
-def _timed(action: Any) -> tuple[float, float]:
-    """Return the seconds of an action and its peak resident memory above the start, in GB."""
-    before = resident.forget_peak()
+def _seconds(action: Action) -> float:
     comm.barrier()
     started = time.perf_counter()
     action()
     comm.barrier()
-    return time.perf_counter() - started, resident.resident_gb("VmHWM") - before
+    return time.perf_counter() - started
+
+
+def _peak_gb(action: Action) -> float:
+    """Return the peak resident memory of an action above its start."""
+    before = resident.forget_peak()
+    comm.barrier()
+    action()
+    comm.barrier()
+    return resident.resident_gb("VmHWM") - before
 
 
 def peak_memory(methods: dict[str, list[str]]) -> dict[str, Any]:
@@ -162,7 +193,7 @@ def peak_memory(methods: dict[str, list[str]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--job", choices=("steps", "scoring", "memory"), required=True)
+    parser.add_argument("--job", choices=("steps", "scoring", "scoring_memory", "memory"), required=True)
     parser.add_argument("--methods", type=json.loads, default={})
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
@@ -174,6 +205,8 @@ def main() -> None:
         found = time_steps(arguments.methods, arguments.steps)
     elif arguments.job == "scoring":
         found = time_scoring(arguments.rounds)
+    elif arguments.job == "scoring_memory":
+        found = scoring_memory(arguments.rounds)
     else:
         found = peak_memory(arguments.methods)
     if comm.is_main():

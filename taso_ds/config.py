@@ -101,12 +101,16 @@ class CalibrationArguments:
     importance: str = arg("importance", "Score: importance |W·g|, magnitude |W|, gradient |g|, or random.")
     element_fraction: float = arg(0.05, "Share of a matrix's elements that are core (the paper's k).")
     core_fraction: float = arg(0.10, "Share of rows and of columns in the core region (the paper's p).")
+    calibration_passes: int = arg(1, "Score in this many groups of matrices: less memory, more passes over the rows.")
+    calibration_offload: str = arg("none", "cpu: gradient sums in host memory; none: on the device.")
     importance_weights: str = arg("loaded", "W of the score: loaded (dequantized) or, if quantized here, original.")
     core_regions: str | None = arg(None, "Reuse this core_regions.safetensors instead of scoring.")
 
     def __post_init__(self) -> None:
         _one_of("calibration_reduction", self.calibration_reduction, REDUCTIONS)
         _one_of("importance", self.importance, SCORES)
+        _one_of("calibration_offload", self.calibration_offload, ("none", "cpu"))
+        _require(self.calibration_passes > 0, "calibration_passes", self.calibration_passes, "a positive number")
         _one_of("importance_weights", self.importance_weights, IMPORTANCE_WEIGHTS)
         for name in ("element_fraction", "core_fraction"):
             value = getattr(self, name)
@@ -185,11 +189,13 @@ class RunArguments:
     """The run itself."""
 
     ds_config: str = arg("zero3.json", "DeepSpeed JSON: a path, or the name of a shipped one.")
+    nvme_path: str | None = arg(None, "Folder on each node's local NVMe disk, for zero3_nvme.json.")
     output_dir: str | None = arg(None, "Run folder; default: runs/<method>-<task>, numbered.")
     overwrite_output_dir: bool = arg(False, "Replace a different run in output_dir.")
     seed: int = arg(0, "Seed of data order, initial adapters and new heads.")
     verify_export: bool = arg(True, "Re-open the exported adapter in a fresh process and compare logits.")
     dry_run: bool = arg(False, "Print what would be done, without loading weights, and exit.")
+    force: bool = arg(False, "Start even where the plan says that host memory is too small.")
     debug: bool = arg(False, "Print tracebacks of errors.")
     config: str | None = arg(None, "YAML file of these arguments; flags override it.")
     local_rank: int = arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.")
@@ -207,7 +213,17 @@ GROUPS: tuple[Any, ...] = (
     RunArguments,
 )
 # How a run is started, not what it computes: two runs that differ only here are the same run.
-_NOT_RECORDED = ("dry_run", "debug", "config", "local_rank", "overwrite_output_dir", "verify_export", "output_dir")
+_NOT_RECORDED = (
+    "dry_run",
+    "force",
+    "debug",
+    "config",
+    "local_rank",
+    "overwrite_output_dir",
+    "verify_export",
+    "output_dir",
+    "nvme_path",
+)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,11 @@ def finish(process: "subprocess.Popen[str]", *, timeout: float = 400.0) -> Finis
     return Finished(process.returncode, out, err)
 
 
+# DeepSpeed compiles its asynchronous disk access at first use, for minutes, and needs libaio and a disk for it.
+HAS_NVME = bool(os.environ.get("TASO_TEST_NVME"))
+NO_NVME = "set TASO_TEST_NVME=1 where libaio-dev is installed and the temporary folder allows direct I/O"
+
+
 def environment() -> dict[str, str]:
     """Return the environment of a fresh terminal on a CPU machine: no rank is set."""
     ranked = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -77,6 +77,7 @@ def test_make_and_pip(words: list[str]) -> None:
 def test_flags_parse(words: list[str]) -> None:
     from taso_ds.config import GROUPS, parse_groups
     from taso_ds.training.finished import FinishedArguments
+    from taso_ds.training.forecast import PlanArguments
 
     script, flags = script_of(words), flags_of(words)
     assert (ROOT / "launch" / f"{script}.py").is_file()
@@ -84,7 +85,8 @@ def test_flags_parse(words: list[str]) -> None:
     if script == "demo":
         assert not flags
         return
-    groups = GROUPS if script in ("train", "calibrate") else (*GROUPS, FinishedArguments)
+    extra: dict[str | None, tuple[type, ...]] = {"train": (), "calibrate": (), "plan": (PlanArguments,)}
+    groups = (*GROUPS, *extra.get(script, (FinishedArguments,)))
     parse_groups(groups, flags, description="")
     made = {Path(folder) for other in LAUNCHED if (folder := value_of(other, "--output_dir"))} | {_demo_folder()}
     run, regions = value_of(flags, "--run"), value_of(flags, "--core_regions")
@@ -150,8 +152,11 @@ def test_flags_in_the_text_exist() -> None:
 
     from taso_ds.config import GROUPS
     from taso_ds.training.finished import FinishedArguments
+    from taso_ds.training.forecast import PlanArguments
 
-    known = {entry.name for group in (*GROUPS, FinishedArguments) for entry in dataclasses.fields(group)} | {"help"}
+    known = {
+        entry.name for group in (*GROUPS, FinishedArguments, PlanArguments) for entry in dataclasses.fields(group)
+    } | {"help"}
     known |= {f"no_{name}" for name in known}
     named = re.findall(r"`--(\w+)", FENCE.sub("", README))
     assert named

@@ -14,7 +14,7 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0 to 2; then the 256 bytes
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def llama(*, tied: bool = False, layers: int = 2, seed: int = 0) -> Any:
+def llama(*, tied: bool = False, layers: int = 2, intermediate_size: int = 48, seed: int = 0) -> Any:
     """A Llama with grouped queries: 4 heads share 2 key/value heads, so k_proj and v_proj are (16, 32)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,7 +22,7 @@ def llama(*, tied: bool = False, layers: int = 2, seed: int = 0) -> Any:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=intermediate_size,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -35,6 +35,40 @@ def llama(*, tied: bool = False, layers: int = 2, seed: int = 0) -> Any:
         eos_token_id=2,
     )
     return LlamaForCausalLM(config).eval()
+
+
+_EXPERTS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "attention_dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def mixtral(*, seed: int = 0) -> Any:
+    """A Mixtral with 4 experts a layer, 2 of them for each token."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(MixtralConfig(**_EXPERTS, intermediate_size=48, num_local_experts=4)).eval()
+
+
+def qwen3_moe(*, seed: int = 0) -> Any:
+    """A Qwen3-MoE with 4 experts a layer, 2 of them for each token, and no dense layer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**_EXPERTS, intermediate_size=48, moe_intermediate_size=48, num_experts=4, head_dim=8)
+    ).eval()
 
 
 def gpt2(*, seed: int = 0) -> Any:

@@ -40,9 +40,14 @@ class _OutputTap(torch.autograd.Function):
 
 
 def tap_gradient(linear: nn.Module, deliver: Deliver) -> RemovableHandle:
-    """Call ``deliver(x (tokens, in), g (tokens, out))`` each time backward passes the output of ``linear``."""
+    """Call ``deliver(x (tokens, in), g (tokens, out))`` each time backward passes the output of ``linear``.
+
+    Where no weight wants a gradient, the graph begins at the first tapped output: backward goes no deeper than needed.
+    """
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad and torch.is_grad_enabled():
+            output.requires_grad_(True)
         return _OutputTap.apply(output, args[0].detach(), deliver)
 
     return linear.register_forward_hook(hook)
@@ -61,6 +66,11 @@ def importance(weight: Tensor, grad: Tensor) -> Tensor:
 def needs_gradient(score: str) -> bool:
     """Say whether a score is made from gradients at all (``magnitude`` and ``random`` are not)."""
     return score in ("importance", "gradient")
+
+
+def needs_weight(score: str) -> bool:
+    """Say whether a score looks at the weights (``gradient`` and ``random`` do not)."""
+    return score in ("importance", "magnitude")
 
 
 def score_matrix(

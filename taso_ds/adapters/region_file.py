@@ -41,11 +41,12 @@ class RegionFile:
         }
 
 
-def save_region_file(path: Path, file: RegionFile, regions: Mapping[str, CoreRegion]) -> None:
-    """Write scores and the regions in use."""
+def save_region_file(path: Path, file: RegionFile, regions: Mapping[str, CoreRegion] | None = None) -> None:
+    """Write scores and, once they are cut, the regions in use."""
     tensors: dict[str, Tensor] = {}
     for name, scores in file.scores.items():
-        tensors[f"{name}.rows"], tensors[f"{name}.cols"] = regions[name].rows, regions[name].cols
+        if regions is not None:
+            tensors[f"{name}.rows"], tensors[f"{name}.cols"] = regions[name].rows, regions[name].cols
         for field in _SCORE_FIELDS:
             tensors[f"{name}.{field}"] = getattr(scores, field)
     metadata = {

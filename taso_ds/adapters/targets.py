@@ -1,7 +1,8 @@
 """Which matrices of a model are adapted, and their shape as ``(out_features, in_features)``.
 
 By default every linear of the transformer blocks: ``nn.Linear`` and its subclasses (quantized ones too) and GPT-2's
-``Conv1D``, whose weight is stored transposed. Embeddings, the output head, norms and biases are left alone.
+``Conv1D``, whose weight is stored transposed. Embeddings, the output head, norms and biases are left alone, and so are
+experts (see ``experts``).
 """
 
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from taso_ds.adapters.experts import in_expert_list
 from taso_ds.errors import UserError, nearest
 
 
@@ -47,7 +49,11 @@ def find_targets(model: nn.Module, target_modules: Sequence[str] | None = None) 
     Raises:
         UserError: when a name matches no linear, with the nearest one that exists.
     """
-    linears = {name: module for name, module in model.named_modules() if matrix_shape(module) is not None}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if matrix_shape(module) is not None and not in_expert_list(name)
+    }
     if not target_modules:
         blocks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         found = {

@@ -131,16 +131,25 @@ def add_on_owner(total: Tensor | None, part: Tensor, owner: int, *, buffer: Tens
         if total is None:
             dist.send(part, owner)
             return
-        total.add_(part)
+        total.add_(part.to(total.device))
         dist.recv(view, 1 - owner)
-        total.add_(view)
+        total.add_(view.to(total.device))
         return
     if world_size() > 2:
         view.copy_(part)
         dist.reduce(view, owner)
         part = view
     if total is not None:
-        total.add_(part)
+        total.add_(part.to(total.device))
+
+
+def concatenate_on(part: Tensor, owner: int) -> Tensor | None:
+    """Return the flat parts of all ranks, which are equally long, end to end on ``owner``; None elsewhere."""
+    if world_size() == 1:
+        return part
+    whole = torch.empty(world_size() * part.numel(), dtype=part.dtype, device=part.device) if rank() == owner else None
+    dist.gather(part, None if whole is None else list(whole.chunk(world_size())), dst=owner)
+    return whole
 
 
 def sum_everywhere(tensor: Tensor) -> None:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.distributed import ds_config_keys as keys
+from taso_ds.distributed.placement import resolve_offload, resolve_secondary_shards
 from taso_ds.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-AUTO = "auto"
+AUTO = keys.AUTO
 # The loop logs; DeepSpeed's own progress line would only repeat it.
 NEVER = 1_000_000_000
 # torch's AdamW is what runs: an optimizer section that says so decides nothing.
@@ -87,6 +88,8 @@ def resolve_ds_config(
     world_size: int,
     bf16: bool,
     max_grad_norm: float,
+    ranks_per_node: int | None = None,
+    nvme_path: str | None = None,
     source: str = "ds_config",
 ) -> dict[str, Any]:
     """Return a new dict for ``deepspeed.initialize``, complete and without ``"auto"``.
@@ -98,6 +101,8 @@ def resolve_ds_config(
         world_size: number of ranks, all data-parallel.
         bf16: train in bfloat16 with fp32 master weights, else in fp32.
         max_grad_norm: clip the global gradient norm to this; 0 does not clip.
+        ranks_per_node: None when all ranks stand on one node.
+        nvme_path: where parameters are offloaded when the JSON leaves that to the run.
         source: what to call the JSON in errors.
 
     Raises:
@@ -108,7 +113,7 @@ def resolve_ds_config(
         assert count > 0, f"not positive: {count}"
     assert max_grad_norm >= 0.0, f"negative max_grad_norm: {max_grad_norm}"
 
-    _check_known(raw, keys.TOP_LEVEL, "", source)
+    keys.check_known(raw, keys.TOP_LEVEL, "", source)
     _check_unsupported(raw, source)
     _check_optimizer(raw, source)
     _check_scheduler(raw, source)
@@ -116,21 +121,18 @@ def resolve_ds_config(
     resolved |= _batch(raw, micro_batch_size, grad_accum_steps, world_size, source)
     resolved["gradient_clipping"] = _clipping(raw, max_grad_norm, source)
     resolved["bf16"] = _precision(raw, bf16, source)
-    resolved["zero_optimization"] = _zero(raw, source)
-    resolved |= _gradient_types(raw, resolved["zero_optimization"]["stage"], bf16, grad_accum_steps, source)
-    resolved |= _optimizer_place(raw, resolved["zero_optimization"], source)
+    zero = _zero(raw, source)
+    resolve_offload(zero, nvme_path, source)
+    resolve_secondary_shards(zero, world_size, ranks_per_node or world_size, source)
+    resolved["zero_optimization"] = zero
+    resolved |= _gradient_types(raw, zero["stage"], bf16, grad_accum_steps, source)
+    resolved |= _optimizer_place(raw, zero, source)
     if resolved.get("steps_per_print", AUTO) == AUTO:
         resolved["steps_per_print"] = NEVER
     # DeepSpeed's own timer waits for the device twice per micro-batch, for a line that steps_per_print keeps silent.
     resolved.setdefault("timers", {"throughput": {"enabled": False}})
     _refuse_auto(resolved, "", source)
     return resolved
-
-
-def _check_known(section: dict[str, Any], known: tuple[str, ...], path: str, source: str) -> None:
-    for key in section:
-        if key not in known:
-            raise UserError(f"{source}: unknown key {path + key!r}{nearest(key, known)}")
 
 
 def _section(parent: dict[str, Any], key: str, source: str, path: str = "") -> dict[str, Any]:
@@ -231,7 +233,7 @@ def _precision(raw: dict[str, Any], bf16: bool, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: bf16 and bfloat16 are two names of one section: keep bf16")
     name = "bfloat16" if "bfloat16" in raw else "bf16"
     section = _section(raw, name, source)
-    _check_known(section, keys.BF16, f"{name}.", source)
+    keys.check_known(section, keys.BF16, f"{name}.", source)
     enabled = section.get("enabled", AUTO)
     if _section(raw, "fp16", source).get("enabled", False) not in (False, AUTO):
         both = " and bf16 are both enabled: fp16" if enabled is True else ""
@@ -251,7 +253,7 @@ def _zero(raw: dict[str, Any], source: str) -> dict[str, Any]:
     """Return the zero_optimization section with its stage and with numbers for ``"auto"``."""
     path = "zero_optimization."
     section = _section(raw, "zero_optimization", source) or {"stage": 0}
-    _check_known(section, tuple(keys.ZERO), path, source)
+    keys.check_known(section, tuple(keys.ZERO), path, source)
     stage = section.get("stage")
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"{source}: {path}stage is {json.dumps(stage)}, not one of 0, 1, 2, 3")
@@ -269,7 +271,6 @@ def _zero(raw: dict[str, Any], source: str) -> dict[str, Any]:
         if name in resolved:
             raise UserError(f"{source}: {path}{key} and {path}{name} are two names of one key: keep {name}")
         resolved[name] = automatic.get(name, AUTO) if value == AUTO else copy.deepcopy(value)
-    _check_offload(resolved, source)
     return resolved
 
 
@@ -281,26 +282,6 @@ def _has_kind(value: Any, kind: str) -> bool:
     return isinstance(value, (int, float)) and value >= 0 and math.isfinite(value) and value == int(value)
 
 
-def _check_offload(zero: dict[str, Any], source: str) -> None:
-    """Check the offload sections, which DeepSpeed ignores at stages that have nothing to offload."""
-    for name, known, stages in (
-        ("offload_optimizer", keys.OFFLOAD_OPTIMIZER, (1, 2, 3)),
-        ("offload_param", keys.OFFLOAD_PARAM, (3,)),
-    ):
-        path = f"zero_optimization.{name}."
-        section = zero.get(name, {})
-        _check_known(section, known, path, source)
-        device = section.get("device", "none")
-        if device not in ("none", "cpu", "nvme", AUTO):
-            raise UserError(f"{source}: {path}device is {json.dumps(device)}, not one of none, cpu, nvme")
-        if device in ("cpu", "nvme") and zero["stage"] not in stages:
-            raise UserError(
-                f"{source}: zero_optimization.{name} needs stage {min(stages)} or more, not {zero['stage']}"
-            )
-        if device == "nvme" and not section.get("nvme_path"):
-            raise UserError(f"{source}: {path}device nvme needs {path}nvme_path")
-
-
 def _gradient_types(raw: dict[str, Any], stage: int, bf16: bool, grad_accum_steps: int, source: str) -> dict[str, Any]:
     """Return in which precision gradients are added, over micro-batches and over ranks: fp32 wherever DeepSpeed can.
 
@@ -308,7 +289,7 @@ def _gradient_types(raw: dict[str, Any], stage: int, bf16: bool, grad_accum_step
     Stage 0 under bf16 can add micro-batches only in bf16.
     """
     section = _section(raw, "data_types", source)
-    _check_known(section, keys.DATA_TYPES, "data_types.", source)
+    keys.check_known(section, keys.DATA_TYPES, "data_types.", source)
     only_bf16 = bf16 and stage == 0
     allowed = ("bf16",) if only_bf16 else ("fp32", "bf16") if bf16 else ("fp32",)
     accumulate = section.get("grad_accum_dtype", AUTO)

@@ -6,6 +6,11 @@ These tables let us refuse it, without importing DeepSpeed, so that a dry run ne
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+from taso_ds.errors import UserError, nearest
+
+AUTO = "auto"
 
 # Top-level keys that DeepSpeed acts on by itself and that leave the numbers of a run alone.
 PASSED_ON = frozenset(
@@ -214,3 +219,10 @@ ZERO_AUTO: dict[str, bool | int] = {
     "round_robin_gradients": False,
 }
 # "overlap_comm" is the one automatic value that depends on the stage: only stage 3 has base weights to fetch ahead.
+
+
+def check_known(section: dict[str, Any], known: tuple[str, ...], path: str, source: str) -> None:
+    """Refuse a key that is not among ``known``, with the nearest one that is."""
+    for key in section:
+        if key not in known:
+            raise UserError(f"{source}: unknown key {path + key!r}{nearest(key, known)}")

@@ -67,6 +67,17 @@ def scoring_engine(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[nn.M
                 module.__dict__.pop(name, None)
 
 
+def set_leaf_modules(model: nn.Module, names: Sequence[str]) -> None:
+    """Make ZeRO-3 gather each named module as a whole, with everything inside it.
+
+    Ranks whose tokens take different ways through such a module would otherwise wait for one another's gathers.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for name in names:
+        set_z3_leaf_module(model.get_submodule(name), True)
+
+
 def training_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]
 ) -> Any:  # deepspeed.DeepSpeedEngine

@@ -204,12 +204,9 @@ class QuantizedLinear(nn.Linear):
         return out.to(input.dtype)
 
 
-def weight_of(module: Any) -> Tensor:
-    """Return a linear's (gathered) weight, dequantized where it must be: of one matrix at a time."""
-    if isinstance(module, QuantizedLinear):
-        return module.format.dequantize(_aligned(module.weight), module)
-    weight: Tensor = module.weight.detach()
-    return weight
+def weight_of(module: Any, gathered: Tensor) -> Tensor:
+    """Return a linear's weight from its gathered data, dequantized where it must be: of one matrix at a time."""
+    return module.format.dequantize(_aligned(gathered), module) if isinstance(module, QuantizedLinear) else gathered
 
 
 def quantize_range(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from taso_ds.distributed import comm
+from taso_ds.errors import UserError
 
 # Fills a flat tensor with a parameter's elements from the given one on.
 Fill = Callable[[Tensor, int], None]
@@ -51,11 +52,10 @@ class Partitioner:
         data = torch.empty(1, dtype=parameter.dtype, device=comm.device()).expand(parameter.shape)
         partitioned: Any = nn.Parameter(data, requires_grad=False)
         init._convert_to_deepspeed_param(partitioned)
-        ranks = init.num_partitions
         partitioned.ds_numel_aligned = init._aligned_size(partitioned)
-        size = partitioned.ds_numel_aligned // ranks
+        size = partitioned.ds_numel_aligned // init.num_partitions
         swapped = init.param_swapper is not None and init.param_swapper.swappable_tensor(numel=size)
-        shard = init.param_swapper.get_buffer(partitioned, size) if swapped else self._allocate(parameter.dtype, size)
+        shard = self._swap_buffer(partitioned, size) if swapped else self._allocate(parameter.dtype, size)
         _fill_range(shard, init.get_partition_rank() * size, parameter.numel(), fill)
         partitioned.ds_tensor = _described(shard, PartitionedParamStatus.AVAILABLE)
         if init.zero_param_process_group is not None:
@@ -69,6 +69,18 @@ class Partitioner:
             init.param_swapper.swap_out_and_release([partitioned])
         result: nn.Parameter = partitioned
         return result
+
+    def _swap_buffer(self, parameter: Any, size: int) -> Tensor:
+        """Return the part of the swapper's pinned memory that is written to disk as this parameter's partition."""
+        swapper = self._init.param_swapper
+        if size > swapper.elements_per_buffer:
+            raise UserError(
+                f"ds_config: zero_optimization.offload_param.buffer_size is {swapper.elements_per_buffer:.0f}, but a"
+                f" rank's share of the {tuple(parameter.ds_shape)} parameter has {size} numbers: write at least that"
+            )
+        shard = torch.empty(0, dtype=parameter.dtype)
+        shard.data = swapper.get_buffer(parameter, size)
+        return shard
 
     def _allocate(self, dtype: torch.dtype, size: int) -> Tensor:
         init = self._init

@@ -40,6 +40,18 @@ def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iter
         yield
 
 
+def gathered_on(parameter: Any, owner: int) -> Tensor | None:
+    """Return the whole parameter, detached, on rank ``owner`` and None elsewhere. A collective.
+
+    The shards travel to the owner only, and not at all where ZeRO has the parameter whole at the moment.
+    """
+    if is_partitioned(parameter) and parameter.ds_status.name != "AVAILABLE":
+        whole = comm.concatenate_on(_read_shard(parameter).to(comm.device()), owner)
+        return None if whole is None else whole[: parameter.ds_numel].view(parameter.ds_shape)
+    whole = parameter.detach()
+    return whole if comm.rank() == owner else None
+
+
 def full_copy(parameter: nn.Parameter, *, to_rank: int | None = None) -> Tensor:
     """Return a detached CPU copy of the whole parameter on every rank, or on ``to_rank`` (empty elsewhere)."""
     with gathered([parameter]):
@@ -55,7 +67,7 @@ def local_shard(parameter: Any) -> tuple[Tensor, int]:
     """
     total = full_numel(parameter)
     if is_partitioned(parameter):
-        shard = parameter.ds_tensor.flatten()
+        shard = _read_shard(parameter)
         offset = shard.numel() * comm.rank()
         return shard[: max(0, min(shard.numel(), total - offset))], offset
     size = -(-total // comm.world_size())
@@ -63,13 +75,25 @@ def local_shard(parameter: Any) -> tuple[Tensor, int]:
     return parameter.detach().flatten()[offset : offset + size], offset
 
 
+def _read_shard(parameter: Any) -> Tensor:
+    """Return this rank's padded shard, read back if it was offloaded to NVMe."""
+    if parameter.ds_tensor.status.name == "AVAILABLE":
+        shard: Tensor = parameter.ds_tensor.flatten()
+        return shard
+    parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    shard = parameter.ds_tensor.flatten().clone()
+    parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
+    return shard
+
+
 def assert_partitioned(model: nn.Module) -> None:
     """Fail if ZeRO-3 left a parameter of ``model`` whole on this rank: then it was built outside ``zero.Init``."""
     whole = [name for name, parameter in model.named_parameters() if not is_partitioned(parameter)]
     assert not whole, f"ZeRO-3 did not partition {whole[:3]} and {len(whole)} parameters in all"
-    for name, parameter in model.named_parameters():
-        shard, _ = local_shard(parameter)
-        assert shard.numel() <= -(-full_numel(parameter) // comm.world_size()), f"{name} is not partitioned"
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        share = -(-full_numel(parameter) // comm.world_size())
+        assert parameter.ds_tensor.ds_numel <= share, f"{name} is not partitioned"
 
 
 def checksum(parameters: Sequence[Tensor]) -> list[int]:

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from taso_ds.adapters.adapter import TasoAdapter
+from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.targets import MatrixShape, find_targets
 from taso_ds.config import BatchSizes, RunConfig
 from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow, pad_token_id
-from taso_ds.distributed import comm
+from taso_ds.distributed import comm, placement, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.quantized import quiet_bitsandbytes
 from taso_ds.training import prepare, regions
@@ -29,9 +30,12 @@ from taso_ds.training.base_model import (
     model_source,
     wants_head,
 )
+from taso_ds.training.chunked_loss import LanguageModelLoss
 from taso_ds.training.evaluate import Evaluator
 from taso_ds.training.feed import Collate
+from taso_ds.training.forecast import check_this_host
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
+from taso_ds.training.loss import LossSum, loss_sum
 from taso_ds.training.optim import (
     Group,
     make_groups,
@@ -69,6 +73,11 @@ class Setup:
         return partial(collate, pad_id=pad_id)
 
     @cached_property
+    def loss_sum(self) -> LossSum:
+        """One object for scoring, training and evaluation: it looks at the model once."""
+        return partial(loss_sum, head=True) if self.head else LanguageModelLoss(self.shapes)
+
+    @cached_property
     def evaluator(self) -> Evaluator:
         training, data = self.config.training, self.config.data
         return Evaluator(
@@ -76,6 +85,7 @@ class Setup:
             task=self.data.task,
             tokenizer=self.tokenizer,
             head=self.head,
+            loss_sum=self.loss_sum,
             source=self.data.eval_source,
             batch_size=training.per_device_eval_batch_size,
             max_seq_length=data.max_seq_length,
@@ -105,6 +115,7 @@ def set_up(config: RunConfig) -> Setup:
         UserError: on every rank, before any weight is loaded.
     """
     ds_config, sizes = prepare.resolve_deepspeed(config, comm.world_size())
+    placement.check_nvme(ds_config)
     data = prepare.load_task_data(config)
     source = model_source(config.model)
     base_config = load_config(config.model, source)
@@ -118,10 +129,14 @@ def set_up(config: RunConfig) -> Setup:
     prepare.check_quantization(config, base_config, ds_config, model)
     region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
+    check_this_host(config, model, base_config, shapes, rows, ds_config=ds_config)
     setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
     setup.evaluator.check()
     log.info("train: %d rows from %s", len(rows), data.train_source)
     log.info("evaluation: %d rows from %s", len(data.evaluation), data.eval_source)
+    experts = find_experts(model)
+    if experts.sizes and config.adapter.method != "full":
+        log.info(experts.in_words())
     return setup
 
 
@@ -136,6 +151,8 @@ def load_base(setup: Setup) -> tuple[BaseModel, dict[str, nn.Module], dict[str, 
         # would then fail on weights that are gathered again before use; the numbers are covered by a test.
         check = {"determinism_check": "none"} if engines.zero_stage(setup.ds_config) == 3 else {}
         base.model.gradient_checkpointing_enable({"use_reentrant": False, **check})  # type: ignore[operator]
+    if engines.zero_stage(setup.ds_config) == 3:
+        engines.set_leaf_modules(base.model, find_experts(base.model, shape_of=zero.full_shape).blocks)
     targets = find_targets(base.model, config.adapter.target_modules)
     return base, targets, prepare.target_shapes(config, base.model)
 
@@ -156,7 +173,7 @@ def find_regions(
             prepare.calibration_rows(config, list(setup.rows)),
             collate=setup.collate,
             filler=setup.filler,
-            head=setup.head,
+            loss_sum=setup.loss_sum,
             ds_config=setup.ds_config,
             stored=stored,
         )

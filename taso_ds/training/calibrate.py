@@ -2,8 +2,12 @@
 
 Each target matrix has one owner rank. Every micro-batch's gradient of a matrix is summed to its owner the moment
 backward produces it, so besides the owners' fp32 accumulators (parameters / ranks) one gradient is alive at a time.
-After the last micro-batch each weight is gathered once, its owner turns accumulator into importance, and all owners
-select in parallel; then the row and column scores, a few numbers per row, are broadcast.
+After the last micro-batch each weight is gathered to its owner, which turns the accumulator into importance and
+selects, all owners in parallel; then the row and column scores, a few numbers per row, are broadcast.
+
+Less memory: ``passes`` scores that many groups of matrices one after the other, with the accumulators of one group at a
+time; a backward ends at its group's lowest matrix. With one micro-batch per rank nothing has to be summed over time:
+every matrix is selected the moment its gradient arrives, and no accumulator exists.
 """
 
 import hashlib
@@ -11,22 +15,26 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from taso_ds.adapters.importance import needs_gradient, score_matrix, tap_gradient, weight_gradient
+from taso_ds.adapters.importance import needs_gradient, needs_weight, score_matrix, tap_gradient, weight_gradient
 from taso_ds.adapters.selection import RegionScores, score_rows_and_cols
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed.quantized import weight_of
 from taso_ds.errors import UserError
+from taso_ds.training.loss import LossSum
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+# What backward brings: module name, inputs (tokens, in), output gradient (tokens, out).
+Deliver = Callable[[str, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class ScoringSettings:
     """How importance is computed and reduced.
 
     Attributes:
+        offload: keep accumulators in host memory.
         original_weight: returns the weight of a target before it was quantized; None to score with the model's own.
     """
 
@@ -41,6 +50,8 @@ class ScoringSettings:
     reduction: str
     ladder: tuple[float, ...]
     seed: int
+    passes: int = 1
+    offload: bool = False
     original_weight: Callable[[str], Tensor] | None = None
 
 
@@ -54,6 +65,18 @@ def assign_owners(shapes: Mapping[str, MatrixShape], world_size: int) -> dict[st
     return {name: owners[name] for name in shapes}
 
 
+def split_passes(shapes: Mapping[str, MatrixShape], passes: int) -> list[dict[str, MatrixShape]]:
+    """Cut the matrices, in model order, into at most ``passes`` groups of about the same size."""
+    total = sum(shape.numel for shape in shapes.values())
+    groups: list[dict[str, MatrixShape]] = [{} for _ in range(passes)]
+    before = 0
+    for name, shape in shapes.items():
+        middle = before + shape.numel // 2
+        groups[min(passes - 1, middle * passes // total)][name] = shape
+        before += shape.numel
+    return [group for group in groups if group]
+
+
 class GradientSum:
     """Sums each matrix's gradient on its owner, in fp32, as backward delivers it.
 
@@ -61,40 +84,42 @@ class GradientSum:
     over micro-batches of the absolute gradient of that micro-batch's mean loss.
     """
 
-    def __init__(self, shapes: Mapping[str, MatrixShape], owners: Mapping[str, int], *, absolute: bool) -> None:
+    def __init__(
+        self, shapes: Mapping[str, MatrixShape], owners: Mapping[str, int], *, absolute: bool, offload: bool = False
+    ) -> None:
         self._shapes = shapes
         self._owners = owners
         self._absolute = absolute
+        self._device = torch.device("cpu") if offload else comm.device()
         # The two matrices beside the sums, reused for every gradient: thousands of new ones would fragment memory.
         self._largest = max(shape.numel for shape in shapes.values())
         self._product: Tensor | None = None
         self._travelling = torch.empty(0)
-        self.sums = {
-            name: torch.zeros(shape.out_features, shape.in_features, device=comm.device())
-            for name, shape in shapes.items()
-            if owners[name] == comm.rank()
-        }
+        self._sums: dict[str, Tensor] = {}
 
-    def deliver_to(self, name: str) -> Callable[[Tensor, Tensor], None]:
-        """Return the callback of one matrix for ``tap_gradient``."""
+    def add(self, name: str, inputs: Tensor, grad_output: Tensor) -> None:
+        """Add one micro-batch's gradient of one matrix, a collective."""
+        shape = self._shapes[name]
+        if self._product is None:
+            self._product = torch.empty(self._largest, dtype=grad_output.dtype, device=grad_output.device)
+            self._travelling = comm.reduction_buffer(self._product)
+        gradient = self._product[: shape.numel].view(shape.out_features, shape.in_features)
+        weight_gradient(inputs, grad_output, out=gradient)
+        if self._absolute:
+            gradient.abs_()
+        if self._owners[name] == comm.rank() and name not in self._sums:
+            self._sums[name] = torch.zeros(shape.out_features, shape.in_features, device=self._device)
+        comm.add_on_owner(self._sums.get(name), gradient, self._owners[name], buffer=self._travelling)
 
-        def deliver(inputs: Tensor, grad_output: Tensor) -> None:
-            shape = self._shapes[name]
-            if self._product is None:
-                self._product = torch.empty(self._largest, dtype=grad_output.dtype, device=grad_output.device)
-                self._travelling = comm.reduction_buffer(self._product)
-            gradient = self._product[: shape.numel].view(shape.out_features, shape.in_features)
-            weight_gradient(inputs, grad_output, out=gradient)
-            if self._absolute:
-                gradient.abs_()
-            comm.add_on_owner(self.sums.get(name), gradient, self._owners[name], buffer=self._travelling)
-
-        return deliver
+    def take(self, name: str) -> Tensor | None:
+        """Hand the sum over to its owner, who forgets it; None on other ranks and where nothing was delivered."""
+        total = self._sums.pop(name, None)
+        return None if total is None else total.to(comm.device())
 
 
 @contextmanager
 def scoring_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off, gradients flowing although no weight wants one, checkpointed blocks still checkpointed."""
+    """Dropout off, checkpointed blocks still checkpointed."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     rates: list[tuple[nn.Module, str, float]] = []
@@ -106,16 +131,30 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
                 if "dropout" in attribute and isinstance(value, float):
                     rates.append((module, attribute, value))
                     setattr(module, attribute, 0.0)
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True))
     try:
         yield
     finally:
-        handle.remove()
         for module, attribute, value in rates:
             setattr(module, attribute, value)
         for module, training in was_training.items():
             module.training = training
+
+
+@contextmanager
+def _tapped(model: nn.Module, targets: Mapping[str, nn.Module], deliver: Deliver) -> Iterator[None]:
+    """Deliver the inputs and output gradients of the targets, in ``scoring_mode``; no weight wants a gradient."""
+    handles = [tap_gradient(module, partial(deliver, name)) for name, module in targets.items()]
+    heads = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in heads:  # a task head: its gradients are not asked for here
+        parameter.requires_grad_(False)
+    try:
+        with scoring_mode(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in heads:
+            parameter.requires_grad_(True)
 
 
 def score_regions(
@@ -124,8 +163,10 @@ def score_regions(
     shapes: Mapping[str, MatrixShape],
     batches: Sequence[Batch],
     *,
-    loss_sum: Callable[[nn.Module, Batch], tuple[Tensor, int]],
+    loss_sum: LossSum,
     settings: ScoringSettings,
+    done: Mapping[str, RegionScores] | None = None,
+    on_pass: Callable[[dict[str, RegionScores]], None] | None = None,
 ) -> dict[str, RegionScores]:
     """Return row and column scores of every target, the same on every rank.
 
@@ -134,93 +175,123 @@ def score_regions(
         batches: this rank's micro-batches, on this rank's device; every rank has the same number of them, some perhaps
             fully masked.
         loss_sum: the loss summed over supervised units, and their number.
+        done: scores of an interrupted call with the same arguments, which are not computed again.
+        on_pass: called after every pass with all scores so far, on every rank.
 
     Raises:
         UserError: when the ranks disagree on the result, or a score is not finite; names the matrix.
     """
-    owners = assign_owners(shapes, comm.world_size())
-    sums: dict[str, Tensor] = {}
-    if needs_gradient(settings.score):
-        sums = _sum_gradients(model, targets, shapes, owners, batches, loss_sum=loss_sum, settings=settings)
-    scores = _score_owned(targets, shapes, owners, sums, settings)
-    shared = _share(scores, shapes, owners, settings.ladder)
-    _assert_agreement(shared)
-    return shared
-
-
-def _sum_gradients(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
-    shapes: Mapping[str, MatrixShape],
-    owners: Mapping[str, int],
-    batches: Sequence[Batch],
-    *,
-    loss_sum: Callable[[nn.Module, Batch], tuple[Tensor, int]],
-    settings: ScoringSettings,
-) -> dict[str, Tensor]:
-    per_batch = settings.reduction == "per_batch_abs"
-    accumulator = GradientSum(shapes, owners, absolute=per_batch)
-    handles = [tap_gradient(module, accumulator.deliver_to(name)) for name, module in targets.items()]
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:  # a task head: its gradients are not asked for here
-        parameter.requires_grad_(False)
-    units = 0.0
-    try:
-        with scoring_mode(model):
-            for batch in tqdm(batches, desc="scoring", unit="batch", disable=not comm.is_main()):
-                loss, number = loss_sum(model, batch)
-                (loss / max(1, number) if per_batch else loss).backward()
-                units += float(number > 0) if per_batch else number
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-    total = torch.tensor([units], dtype=torch.float64, device=comm.device())
-    comm.sum_everywhere(total)
-    for value in accumulator.sums.values():
-        value.div_(float(total))
-    return accumulator.sums
-
-
-def _score_owned(
-    targets: Mapping[str, nn.Module],
-    shapes: Mapping[str, MatrixShape],
-    owners: Mapping[str, int],
-    sums: dict[str, Tensor],
-    settings: ScoringSettings,
-) -> dict[str, RegionScores]:
-    """Gather every weight once, then select on the owners in parallel."""
-    importances: dict[str, Tensor] = {}
-    modules: dict[str, Any] = dict(targets)
-    for number, (name, module) in enumerate(modules.items()):
-        shape = shapes[name]
-        needs_weight = settings.score in ("importance", "magnitude")
-        original = settings.original_weight
-        with zero.gathered([module.weight] if needs_weight and original is None else []):
-            if owners[name] == comm.rank():
-                weight = None
-                if needs_weight:
-                    weight = weight_of(module) if original is None else original(name)
-                if weight is not None and shape.transposed:
-                    weight = weight.t()
-                importances[name] = score_matrix(
-                    settings.score,
-                    weight=weight,
-                    grad=sums.pop(name, None),
-                    shape=(shape.out_features, shape.in_features),
-                    seed=settings.seed + number,
-                )
-    scores, not_finite = {}, []
-    for name in list(importances):
-        try:
-            scores[name] = score_rows_and_cols(importances.pop(name), settings.ladder)
-        except FloatingPointError:
-            not_finite.append(name)
-    found = [name for names in comm.gather_objects(not_finite) for name in names]
-    if found:
-        raise UserError(f"scoring: the importance of {found[0]} is not finite; check the base and the calibration rows")
+    known = dict(done or {})
+    passes = [group for group in split_passes(shapes, settings.passes) if not known.keys() >= group.keys()]
+    seeds = {name: settings.seed + number for number, name in enumerate(shapes)}
+    for number, group in enumerate(passes):
+        scorer = _Pass(targets, group, settings, seeds)
+        if needs_gradient(settings.score):
+            title = "scoring" if len(passes) == 1 else f"scoring, pass {number + 1} of {len(passes)}"
+            _run_backward(model, scorer, batches, loss_sum=loss_sum, title=title)
+        known |= _share(scorer.finish(), group, scorer.owners, settings.ladder)
+        if on_pass is not None:
+            on_pass(known)
+    scores = {name: known[name] for name in shapes}
+    _assert_agreement(scores)
     return scores
+
+
+def _run_backward(
+    model: nn.Module, scorer: "_Pass", batches: Sequence[Batch], *, loss_sum: LossSum, title: str
+) -> None:
+    """Send every micro-batch's gradients to the scorer; a single one is selected from as it arrives."""
+    at_once = len(batches) == 1
+    with _tapped(model, scorer.targets, scorer.select_from if at_once else scorer.add):
+        for batch in tqdm(batches, desc=title, unit="batch", disable=not comm.is_main()):
+            loss, units = loss_sum(model, batch)
+            scorer.count(units)
+            if at_once:
+                scorer.sum_counts()
+            (loss / max(1, units) if scorer.per_batch else loss).backward()
+    if not at_once:
+        scorer.sum_counts()
+
+
+class _Pass:
+    """One group of matrices on its way from gradients to row and column scores."""
+
+    def __init__(
+        self,
+        targets: Mapping[str, nn.Module],
+        shapes: Mapping[str, MatrixShape],
+        settings: ScoringSettings,
+        seeds: Mapping[str, int],
+    ) -> None:
+        self.targets: dict[str, Any] = {name: targets[name] for name in shapes}
+        self.owners = assign_owners(shapes, comm.world_size())
+        self.per_batch = settings.reduction == "per_batch_abs"
+        self._shapes, self._settings, self._seeds = shapes, settings, seeds
+        self._gradients = GradientSum(shapes, self.owners, absolute=self.per_batch, offload=settings.offload)
+        self._units = torch.zeros(1, dtype=torch.float64, device=comm.device())
+        self._selected: set[str] = set()
+        self._scores: dict[str, RegionScores] = {}
+        self._not_finite: list[str] = []
+
+    def count(self, units: int) -> None:
+        """Count what a micro-batch weighs: its supervised units, or itself if it has any."""
+        self._units += float(units > 0) if self.per_batch else units
+
+    def sum_counts(self) -> None:
+        """Add the counts of all ranks; before anything is selected."""
+        comm.sum_everywhere(self._units)
+
+    def add(self, name: str, inputs: Tensor, grad_output: Tensor) -> None:
+        """Add one micro-batch's gradient of one matrix to its owner's sum."""
+        self._gradients.add(name, inputs, grad_output)
+
+    def select_from(self, name: str, inputs: Tensor, grad_output: Tensor) -> None:
+        """Select from the only gradient there is."""
+        if name in self._selected:
+            raise UserError(f"scoring: {name} runs twice in one forward; use two calibration batches or more")
+        self.add(name, inputs, grad_output)
+        self._select(name)
+
+    def finish(self) -> dict[str, RegionScores]:
+        """Select what is not selected yet, in parallel on the owners, and return this rank's scores."""
+        for name in self.targets:
+            if name not in self._selected:
+                self._select(name)
+        found = [name for names in comm.gather_objects(self._not_finite) for name in names]
+        if found:
+            raise UserError(
+                f"scoring: the importance of {found[0]} is not finite; check the base and the calibration rows"
+            )
+        return self._scores
+
+    def _select(self, name: str) -> None:
+        """Score one matrix on its owner. A collective: its weight is gathered to the owner."""
+        self._selected.add(name)
+        score, shape, owner = self._settings.score, self._shapes[name], self.owners[name]
+        original = self._settings.original_weight
+        wanted = needs_weight(score)
+        stored = zero.gathered_on(self.targets[name].weight, owner) if wanted and original is None else None
+        if comm.rank() != owner:
+            return
+        weight = weight_of(self.targets[name], stored) if stored is not None else None
+        if wanted and original is not None:
+            weight = original(name).to(comm.device())
+        grad = self._gradients.take(name)
+        if grad is not None:
+            grad.div_(float(self._units))
+        elif needs_gradient(score):  # the loss does not depend on this matrix
+            grad = torch.zeros(shape.out_features, shape.in_features, device=comm.device())
+        importance = score_matrix(
+            score,
+            weight=weight.t() if weight is not None and shape.transposed else weight,
+            grad=grad,
+            shape=(shape.out_features, shape.in_features),
+            seed=self._seeds[name],
+        )
+        try:
+            self._scores[name] = score_rows_and_cols(importance, self._settings.ladder)
+        except FloatingPointError:
+            self._not_finite.append(name)
 
 
 def _share(

@@ -5,6 +5,7 @@ import json
 import torch
 from torch import nn
 
+from taso_ds.adapters.experts import find_experts
 from taso_ds.config import RunConfig
 from taso_ds.data.plan import BatchPlan
 from taso_ds.data.tasks import get_task
@@ -31,6 +32,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     prepare.prepare_labels(base_config, task, head=head)
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
+    experts = find_experts(model)
     prepare.check_quantization(config, base_config, ds_config, model)
     read_regions(config, shapes)
     count = prepare.count_adapter(config, shapes)
@@ -60,6 +62,7 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"batch: {sizes.in_words()}",
         f"steps: {steps} ({rows_in_words})",
         f"targets: {len(shapes)} matrices",
+        *([experts.in_words()] if experts.sizes and not is_full else []),
         f"parameters: {trainable:,} trainable of {everything:,} ({trainable / everything:.3%})",
         *describe_groups(table),
     ]

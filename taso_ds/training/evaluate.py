@@ -21,7 +21,7 @@ from taso_ds.data.encode import EncodedRow, encode_completion, encode_examples, 
 from taso_ds.data.tasks import Example, Task
 from taso_ds.distributed import comm
 from taso_ds.training.feed import dealt_batches, on_device
-from taso_ds.training.loss import IGNORED, head_logits, loss_sum, supervised_logits
+from taso_ds.training.loss import IGNORED, LossSum, head_logits, supervised_logits
 from taso_ds.training.metrics import compute_metrics, final_number
 
 
@@ -33,6 +33,7 @@ class Evaluator:
         examples: the rows.
         tokenizer: the model's.
         head: whether the model ends in a classification head.
+        loss_sum: the loss of rows that are neither classified nor chosen from options.
         synced: whether ranks must run equally many forwards while generating (ZeRO-3 gathers in each).
     """
 
@@ -40,6 +41,7 @@ class Evaluator:
     task: Task
     tokenizer: Any
     head: bool
+    loss_sum: LossSum
     source: str
     batch_size: int
     max_seq_length: int
@@ -181,7 +183,7 @@ class Evaluator:
         )
         sums = {}
         for ids, batch in _progress(batches):
-            total, units = loss_sum(model, on_device(batch), head=False)
+            total, units = self.loss_sum(model, on_device(batch))
             if ids:
                 sums[ids[0]] = (float(total), units)
         # summed in one order, whoever ran the batch

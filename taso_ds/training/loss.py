@@ -5,6 +5,7 @@ of the whole global batch.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100
+
+LossSum = Callable[[Any, dict[str, Tensor]], tuple[Tensor, int]]  # of a model or an engine on a batch
 
 
 def keeps_logits(model: nn.Module) -> bool:
@@ -21,6 +24,8 @@ def keeps_logits(model: nn.Module) -> bool:
 
 def loss_sum(model: Any, batch: dict[str, Tensor], *, head: bool) -> tuple[Tensor, int]:
     """Return the fp32 loss summed over the batch's supervised units, and their number.
+
+    Of a language model it computes the logits of the whole batch at once; ``chunked_loss`` does not.
 
     Args:
         model: the model, or an engine around it.

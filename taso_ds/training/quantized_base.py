@@ -183,7 +183,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Say whether transformers would quantize this linear: not if a model computes something else in a class of its own."""
+    """Say whether transformers would quantize this linear: not one of a class of the model's own."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 

@@ -1,9 +1,11 @@
 """Core regions of a run: scored on calibration rows, or read from a file and cut again."""
 
+import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from taso_ds.adapters.region_file import (
     load_region_file,
     save_region_file,
 )
-from taso_ds.adapters.selection import CoreRegion, concentration, ladder_with
+from taso_ds.adapters.selection import CoreRegion, RegionScores, concentration, ladder_with
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
@@ -26,9 +28,9 @@ from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
 from taso_ds.training.calibrate import ScoringSettings, score_regions
 from taso_ds.training.feed import Collate, dealt_batches, on_device
-from taso_ds.training.loss import loss_sum
+from taso_ds.training.loss import LossSum
 from taso_ds.training.picture import draw_regions
-from taso_ds.training.run_folder import CALIBRATION, PICTURE, REGIONS, RunFolder
+from taso_ds.training.run_folder import CALIBRATION, PARTIAL, PICTURE, REGIONS, RunFolder
 from taso_ds.training.stored_weights import StoredWeights
 
 log = logging.getLogger(__name__)
@@ -56,8 +58,6 @@ def fingerprint(targets: Mapping[str, nn.Module], stored: StoredWeights | None =
 
     Of a quantized base it is the digest of what is ``stored``: the same whether a run quantizes the base or not.
     """
-    import hashlib
-
     if stored is None:
         weights: list[Any] = [module.weight for module in targets.values()]
         shapes, sums = [zero.full_shape(weight) for weight in weights], zero.checksum(weights)
@@ -105,11 +105,14 @@ def score_base(
     *,
     collate: Collate,
     filler: EncodedRow,
-    head: bool,
+    loss_sum: LossSum,
     ds_config: dict[str, Any],
     stored: StoredWeights | None = None,
 ) -> Regions:
     """Score the frozen base on the calibration rows and cut the core regions. The base stays loaded.
+
+    Scored in several passes, the output folder keeps the scores of the finished ones, and a run that was interrupted
+    goes on after them.
 
     Args:
         stored: the checkpoint's weights, when the base is quantized.
@@ -123,6 +126,8 @@ def score_base(
         reduction=calibration.calibration_reduction,
         ladder=ladder_with(calibration.element_fraction),
         seed=config.run.seed,
+        passes=calibration.calibration_passes,
+        offload=calibration.calibration_offload == "cpu",
         original_weight=_original_weight(config, stored),
     )
     batches = dealt_batches(
@@ -131,36 +136,75 @@ def score_base(
         collate=collate,
         filler=filler,
     )
-    digest = fingerprint(targets, stored)
+    digest, made_of = fingerprint(targets, stored), _describe(config, rows)
+    partial_file = _PartialScores(config, RegionFile({}, made_of, digest))
     with scoring_engine(model, ds_config) as scored:
         scores = score_regions(
             scored,
             targets,
             shapes,
             [on_device(batch) for _, batch in batches],
-            loss_sum=partial(loss_sum, head=head),
+            loss_sum=loss_sum,
             settings=settings,
+            done=partial_file.read(),
+            on_pass=partial_file.write,
         )
-    file = RegionFile(
-        scores,
-        settings={
-            "importance": settings.score,
-            "calibration_reduction": settings.reduction,
-            "element_fraction": calibration.element_fraction,
-            "core_fraction": calibration.core_fraction,
-            "calibration_samples": len(rows),
-            "task": config.data.task,
-            "model_name_or_path": config.model.model_name_or_path,
-            "gguf_file": config.model.gguf_file,
-            "dtype": "bfloat16" if config.model.bf16 else "float32",
-            "load_in_4bit": config.model.load_in_4bit,
-            "load_in_8bit": config.model.load_in_8bit,
-            "importance_weights": calibration.importance_weights,
-            "seed": config.run.seed,
-        },
-        fingerprint=digest,
-    )
+    file = RegionFile(scores, made_of, digest)
     return Regions(file, _cut(config, file), rows)
+
+
+def _describe(config: RunConfig, rows: Sequence[EncodedRow]) -> dict[str, Any]:
+    """Return what the scores depend on beside the base."""
+    calibration = config.calibration
+    tokens = json.dumps([[row.input_ids, row.labels, row.target] for row in rows])
+    return {
+        "importance": calibration.importance,
+        "calibration_reduction": calibration.calibration_reduction,
+        "calibration_batch_size": calibration.calibration_batch_size,
+        "element_fraction": calibration.element_fraction,
+        "core_fraction": calibration.core_fraction,
+        "calibration_samples": len(rows),
+        "calibration_rows": hashlib.sha256(tokens.encode()).hexdigest(),
+        "task": config.data.task,
+        "model_name_or_path": config.model.model_name_or_path,
+        "gguf_file": config.model.gguf_file,
+        "dtype": "bfloat16" if config.model.bf16 else "float32",
+        "load_in_4bit": config.model.load_in_4bit,
+        "load_in_8bit": config.model.load_in_8bit,
+        "importance_weights": calibration.importance_weights,
+        "seed": config.run.seed,
+    }
+
+
+class _PartialScores:
+    """The scores of finished passes, in the output folder; written only where there is more than one pass."""
+
+    def __init__(self, config: RunConfig, empty: RegionFile) -> None:
+        self._several = config.calibration.calibration_passes > 1
+        self._path = Path(str(config.run.output_dir)) / PARTIAL
+        self._empty = empty
+
+    def read(self) -> dict[str, RegionScores]:
+        """Return what an interrupted run of the same settings on the same base has scored, on every rank."""
+        return comm.on_main(self._read) if self._several else {}
+
+    def _read(self) -> dict[str, RegionScores]:
+        if not self._path.is_file():
+            return {}
+        found = load_region_file(self._path)
+        if (found.settings, found.fingerprint) != (self._empty.settings, self._empty.fingerprint):
+            raise UserError(f"output_dir: {self._path} was begun with other settings or another base: delete it")
+        log.info("scoring: %d matrices are scored already (%s)", len(found.scores), self._path)
+        return found.scores
+
+    def write(self, scores: dict[str, RegionScores]) -> None:
+        """Keep the scores so far. A collective."""
+        if self._several:
+            comm.on_main(lambda: self._write(scores))
+
+    def _write(self, scores: dict[str, RegionScores]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        save_region_file(self._path, dataclasses.replace(self._empty, scores=scores))
 
 
 def _original_weight(config: RunConfig, stored: StoredWeights | None) -> Callable[[str], Tensor] | None:

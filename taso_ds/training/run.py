@@ -22,7 +22,6 @@ from taso_ds.training.base_model import (
 from taso_ds.training.build import Setup, Trained, attach, find_regions, load_base, set_up
 from taso_ds.training.feed import Feed
 from taso_ds.training.lora_baseline import lora_parameters
-from taso_ds.training.loss import loss_sum
 from taso_ds.training.optim import (
     Group,
     Schedule,
@@ -69,7 +68,7 @@ def train(config: RunConfig) -> Path:
     trainer = Trainer(
         engine,
         Feed(setup.rows, plan, setup.sizes, setup.collate, setup.filler),
-        loss_sum=partial(loss_sum, head=setup.head),
+        loss_sum=setup.loss_sum,
         groups=trained.groups,
         schedule=schedule,
         logging_steps=config.training.logging_steps,
@@ -198,6 +197,7 @@ def calibrate(config: RunConfig) -> Path:
     if config.calibration.core_regions is not None or config.adapter.method != "taso":
         raise UserError("calibrate: makes core regions; drop --core_regions and --method")
     path = comm.on_main(lambda: choose_folder(config))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path)))
     setup, folder = comm.together(lambda: set_up(config)), RunFolder(path)
     base, targets, shapes = load_base(setup)
     found = find_regions(setup, base, targets, shapes)

@@ -21,8 +21,9 @@ from taso_ds.errors import UserError
 
 RUN, RESULTS, METRICS = "run.json", "results.json", "metrics.jsonl"
 CALIBRATION, REGIONS, PICTURE = "calibration.jsonl", "core_regions.safetensors", "core_regions.png"
+PARTIAL = "core_regions.partial.safetensors"  # scores of the finished passes; gone when scoring is done
 ADAPTER, MODEL = "adapter", "model"
-_ENTRIES = (RUN, RESULTS, METRICS, CALIBRATION, REGIONS, PICTURE, ADAPTER, MODEL)
+_ENTRIES = (RUN, RESULTS, METRICS, CALIBRATION, REGIONS, PICTURE, PARTIAL, ADAPTER, MODEL)
 _VERSIONS = ("taso_ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "bitsandbytes")
 
 
@@ -100,7 +101,7 @@ def _check_content(path: Path, config: RunConfig) -> None:
         return
     if not path.is_dir():
         raise UserError(f"output_dir: {path} is a file")
-    if not any(path.iterdir()):
+    if {entry.name for entry in path.iterdir()} <= {PARTIAL}:
         return
     remedy = "choose another --output_dir, or pass --overwrite_output_dir"
     if not (path / RUN).is_file():

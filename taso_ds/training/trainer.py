@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
 from taso_ds.errors import UserError
-from taso_ds.training.feed import Batch, Feed, Step
+from taso_ds.training.feed import Feed, Step
+from taso_ds.training.loss import LossSum
 from taso_ds.training.optim import Group, Schedule
-
-LossSum = Callable[[Any, Batch], tuple[Tensor, int]]
 
 
 class Diverged(UserError):

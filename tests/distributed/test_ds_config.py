@@ -50,7 +50,7 @@ def test_the_current_folder_comes_before_the_shipped_files(tmp_path: Path, monke
 
 def test_missing_file_lists_the_shipped_ones_and_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"no such file; shipped are zero0.json, .*zero3.json \(nearest: 'zero2.json'\)"
+        UserError, match=r"no such file; shipped are zero0.json, .*zero3_offload.json \(nearest: 'zero2.json'\)"
     ):
         read_ds_config("zreo2.json")
     with pytest.raises(UserError, match="no such file"):
@@ -87,7 +87,7 @@ def test_malformed_files_say_where(text: str | bytes, message: str, tmp_path: Pa
 def test_nothing_automatic_is_left_and_the_input_is_not_touched(file: Path) -> None:
     raw = read_ds_config(str(file))
     before = copy.deepcopy(raw)
-    resolved = resolve(raw)
+    resolved = resolve(raw, nvme_path="/disk")
     assert raw == before
     assert f'"{AUTO}"' not in json.dumps(resolved)
     resolved["zero_optimization"]["stage"] = -1
@@ -268,6 +268,30 @@ def test_unsupported_keys_are_refused_when_they_are_on(key: str) -> None:
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "needs .*nvme_path"),
         (
             {
+                "zero_optimization": {
+                    "stage": 3,
+                    "stage3_prefetch_bucket_size": 9,
+                    "offload_param": {"device": "nvme", "nvme_path": "/disk"},
+                }
+            },
+            {},
+            "stage3_prefetch_bucket_size must be 0",
+        ),
+        (read_ds_config("zero3_nvme.json"), {}, "pass --nvme_path, a folder on a local disk"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}},
+            {},
+            "offload_optimizer.device nvme is not supported",
+        ),
+        ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, {}, "needs stage 3, not 2"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, {}, "does not divide the 8 ranks"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2, "offload_param": {"device": "cpu"}}},
+            {},
+            "drop offload_param",
+        ),
+        (
+            {
                 "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
                 "zero_force_ds_cpu_optimizer": True,
             },
@@ -377,3 +401,14 @@ def test_data_types_are_those_deepspeed_asks_for() -> None:
 
 def test_automatic_zero_keys_exist() -> None:
     assert keys.ZERO_AUTO.keys() | keys.ZERO_FIXED.keys() <= keys.ZERO.keys()
+
+
+def test_secondary_shards_span_one_node_of_several() -> None:
+    raw = read_ds_config("zero3_hpz.json")
+    assert resolve(raw)["zero_optimization"]["zero_hpz_partition_size"] == 1
+    assert resolve(raw, ranks_per_node=4)["zero_optimization"]["zero_hpz_partition_size"] == 4
+
+
+def test_the_run_says_where_the_disk_is() -> None:
+    offloaded = resolve(read_ds_config("zero3_nvme.json"), nvme_path="/disk")["zero_optimization"]["offload_param"]
+    assert (offloaded["device"], offloaded["nvme_path"]) == ("nvme", "/disk")

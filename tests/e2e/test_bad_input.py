@@ -115,6 +115,15 @@ for name, value, near in (
     ("head", "classifier", "classification"),
 ):
     add(f"unknown {name}", f"--{name} {value}", name, repr(value), f"nearest: {near!r}")
+for flags, words in {
+    "--device a100": ("device", "'a100'", "nearest: 'a100-40'"),
+    "--network ib400": ("network", "'ib400'", "nearest: 'ib-400'"),
+    "--nodes 0": ("nodes", "0", "positive"),
+    "--device_memory_gb nan": ("device_memory_gb", "nan", "positive"),
+    "--supervised_share 2": ("supervised_share", "2.0", "(0, 1]"),
+    "--global_batch_size 7": ("global_batch_size", "not a multiple"),
+}.items():
+    add(f"plan {flags}", flags, *words, script="plan")
 add("unknown task", "--task sst3", "task", "'sst3'", "nearest: 'sst2'", "known: ")
 for name, values in {
     "seed": ("-1", "18446744073709551616"),
@@ -599,6 +608,20 @@ def test_a_folder_that_may_not_be_written(llama_folder: Path, desk: Path, forbid
     (desk / "locked").mkdir(mode=0o500)
     flags = [*GOOD.format(llama=llama_folder).split(), "--output_dir", "locked/run"]
     assert_one_line(call_main("train", flags), "output_dir", "locked is not a writable folder")
+
+
+def test_a_host_that_is_too_small(
+    llama_folder: Path, desk: Path, forbid_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taso_ds.training.forecast.available_host_bytes", lambda: 1000.0)
+    flags = GOOD.format(llama=llama_folder).split()
+    assert_one_line(call_main("train", flags), "host memory", "GB are available", "--force")
+    assert not (desk / "run").exists()
+
+
+def test_a_host_that_is_too_small_by_force(llama_folder: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taso_ds.training.forecast.available_host_bytes", lambda: 1000.0)
+    call_main("train", [*GOOD.format(llama=llama_folder).split(), "--force"]).succeeded()
 
 
 def test_debug_shows_the_traceback(llama_folder: Path, desk: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.distributed.placement import check_nvme
 from taso_ds.errors import UserError
 from taso_ds.training.base_model import load_base_model, load_config, wants_head
 
@@ -34,24 +35,36 @@ class Said(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def load(folder: Path, flags: list[str]) -> dict[str, Any]:
+def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
     config = parse_run_config(["--model_name_or_path", str(folder), "--task", "sst2", *flags])
-    raw = read_ds_config("zero3.json")
     ds_config = resolve_ds_config(
-        raw,
+        read_ds_config(ds_config_file),
         micro_batch_size=1,
         grad_accum_steps=1,
         world_size=comm.world_size(),
         bf16=config.model.bf16,
         max_grad_norm=1.0,
+        nvme_path=str(folder.parent / f"nvme{comm.world_size()}"),
     )
+    check_nvme(ds_config)
     transformers_config = load_config(config.model, str(folder))
     head = wants_head(config.model, transformers_config)
     base = load_base_model(config.model, str(folder), transformers_config, head=head, seed=7, ds_config=ds_config)
     found = {name: digest(zero.full_copy(value)) for name, value in base.model.named_parameters(remove_duplicate=False)}
     buffers = {name: digest(value) for name, value in base.model.named_buffers()}
     shards = comm.gather_objects(sum(zero.local_shard(value)[0].numel() for value in base.model.parameters()))
-    return {"parameters": found, "buffers": buffers, "shards": shards, "training": base.model.training}
+    parameters: list[Any] = list(base.model.parameters())
+    return {
+        "parameters": found,
+        "buffers": buffers,
+        "shards": shards,
+        "checksum": zero.checksum(parameters),
+        "training": base.model.training,
+        "on_disk": [value.ds_tensor.ds_numel for value in parameters if value.ds_tensor.final_location == "nvme"],
+        "secondary": [
+            0 if value.ds_secondary_tensor is None else value.ds_secondary_tensor.numel() for value in parameters
+        ],
+    }
 
 
 def main(out: str, folder: str) -> None:
@@ -63,7 +76,7 @@ def main(out: str, folder: str) -> None:
     for name, case in json.loads((Path(folder) / "cases.json").read_text()).items():
         said.lines.clear()
         try:
-            found[name] = load(Path(folder) / case["folder"], case["flags"])
+            found[name] = load(Path(folder) / case["folder"], case["flags"], case["ds_config"])
         except UserError as error:
             found[name] = {"error": str(error)}
         found[name]["said"] = list(said.lines)

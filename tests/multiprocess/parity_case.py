@@ -9,6 +9,7 @@ from taso_ds.config import BatchSizes, TrainArguments
 from taso_ds.data.encode import EncodedRow
 
 ELEMENT_FRACTION, CORE_FRACTION = 0.05, 0.25
+PASSES = 3  # groups of matrices scored one after the other
 LADDER = (0.05, 0.1)
 STEPS, GLOBAL_BATCH = 5, 8
 MAX_GRAD_NORM = 0.1  # below every norm that occurs, so that clipping takes part

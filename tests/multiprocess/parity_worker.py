@@ -7,7 +7,9 @@ import faulthandler
 import gc
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from typing import Any
 
 import parity_case as case
 import torch
+from tiny_models import VOCABULARY
 from torch import nn
 
 from taso_ds.adapters.adapter import TasoAdapter
@@ -26,10 +29,11 @@ from taso_ds.data.plan import BatchPlan
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
-from taso_ds.training import calibrate
+from taso_ds.training import calibrate, chunked_loss
 from taso_ds.training.base_model import load_config
 from taso_ds.training.build import load_base
 from taso_ds.training.calibrate import ScoringSettings, score_regions
+from taso_ds.training.chunked_loss import LanguageModelLoss
 from taso_ds.training.feed import Feed, dealt_batches
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import loss_sum
@@ -39,6 +43,8 @@ from taso_ds.training.trainer import Trainer
 FILLER = empty_row(0)
 COLLATE = partial(collate, pad_id=0)
 COLLATE_HEAD = partial(collate_head, pad_id=0, is_regression=False)
+# Chunks of five positions: how many there are differs from rank to rank, and an empty micro-batch has none.
+chunked_loss.CHUNK_BYTES = 5 * 4 * VOCABULARY
 
 Regions = dict[str, CoreRegion]
 
@@ -84,14 +90,14 @@ def as_json(scores: dict[str, RegionScores]) -> dict[str, Any]:
 
 
 class Watched(calibrate.GradientSum):
-    """Remembers how many accumulator elements this rank held."""
+    """Remembers how many accumulator elements this rank held at once."""
 
     elements = 0
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        assert all(value.dtype == torch.float32 for value in self.sums.values())
-        Watched.elements = sum(value.numel() for value in self.sums.values())
+    def add(self, *args: Any) -> None:
+        super().add(*args)
+        assert all(value.dtype == torch.float32 for value in self._sums.values())
+        Watched.elements = max(Watched.elements, sum(value.numel() for value in self._sums.values()))
 
 
 def left_behind(model: nn.Module, stage: int) -> list[str]:
@@ -124,20 +130,23 @@ def score(
     base, targets, shapes = load(folder, ds_config, bf16=bf16)
     calibrate.GradientSum = Watched  # type: ignore[misc]
     hooks_before = left_behind(base.model, stage)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"held": {}}
+    language_model_loss = LanguageModelLoss(shapes)
     with engines.scoring_engine(base.model, ds_config) as scored:
         for label, kind, reduction, batch_size in runs:
+            Watched.elements = 0
             batches = dealt_batches(case.CALIBRATION, batch_size=batch_size, collate=COLLATE, filler=FILLER)
-            settings = ScoringSettings(kind, reduction, case.LADDER, case.SEED)
+            passes = case.PASSES if "passes" in label else 1
+            settings = ScoringSettings(kind, reduction, case.LADDER, case.SEED, passes=passes, offload=passes > 1)
             scores = score_regions(
                 scored, targets, shapes, [batch for _, batch in batches],
-                loss_sum=partial(loss_sum, head=False), settings=settings,
+                loss_sum=language_model_loss, settings=settings,
             )  # fmt: skip
             found[label] = as_json(scores)
+            found["held"][label] = comm.gather_objects(Watched.elements)
     found["left_behind"] = comm.gather_objects(
         [what for what in left_behind(base.model, stage) if what not in hooks_before]
     )
-    found["accumulator_elements"] = comm.gather_objects(Watched.elements)
     found["target_elements"] = sum(shape.numel for shape in shapes.values())
     found["largest_target"] = max(shape.numel for shape in shapes.values())
     return found, base
@@ -195,7 +204,7 @@ def train(
     trainer = Trainer(
         engine,
         Feed(rows, plan, sizes, COLLATE_HEAD if head else COLLATE, FILLER),
-        loss_sum=partial(loss_sum, head=head),
+        loss_sum=partial(loss_sum, head=True) if head else LanguageModelLoss(),
         groups=groups,
         schedule=make_schedule(case.TRAINING, case.STEPS),
         logging_steps=1,
@@ -204,7 +213,9 @@ def train(
         on_eval=lambda _step: None,
     )
     engine.train()
-    trainer.fit()
+    with gathers_of(None if head else base.model.lm_head.weight) as gathers:
+        trainer.fit()
+    found["output_layer_gathers"] = comm.gather_objects([gathers["forward"], gathers["backward"]])
     found["empty_micro_batches"] = comm.gather_objects(
         sum(not ids for step in range(case.STEPS) for ids in trainer.feed.step(step).micro_batches)
     )
@@ -212,6 +223,27 @@ def train(
     found["masters"] = masters(engine, groups)
     engine.destroy()
     return found
+
+
+@contextmanager
+def gathers_of(weight: Any) -> Iterator[Counter[str]]:
+    """Count how often ZeRO-3 gathers a weight in forwards and in backwards."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    counts: Counter[str] = Counter()
+    name = "_PartitionedParameterCoordinator__all_gather_params_"
+    gather = getattr(Coordinator, name)
+
+    def counted(self: Any, params: Any, forward: bool, quantize: bool = False) -> None:
+        if any(param is weight and param.ds_status.name == "NOT_AVAILABLE" for param in params):
+            counts["forward" if forward else "backward"] += 1
+        gather(self, params, forward, quantize)
+
+    setattr(Coordinator, name, counted)
+    try:
+        yield counts
+    finally:
+        setattr(Coordinator, name, gather)
 
 
 def masters(engine: Any, groups: list[Group]) -> list[list[float]] | None:
@@ -287,6 +319,7 @@ def run_stage(stage: int, folders: dict[str, str]) -> dict[str, Any]:
     runs = [
         ("batches of 2", "importance", "signed_mean", 2),
         ("batches of 5", "importance", "signed_mean", 5),
+        ("batches of 5 in passes", "importance", "signed_mean", 5),
         ("one batch", "importance", "signed_mean", every),
         ("one batch, absolute", "importance", "per_batch_abs", every),
         ("batches of 5, absolute", "importance", "per_batch_abs", 5),

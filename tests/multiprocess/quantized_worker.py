@@ -57,9 +57,7 @@ def load(folder: str, stage: int, *flags: str, bf16: bool = False, **zero_option
     )
     base_config = load_config(config.model, folder)
     head = wants_head(config.model, base_config)
-    setup: Any = SimpleNamespace(
-        config=config, source=folder, base_config=base_config, head=head, ds_config=ds_config
-    )
+    setup: Any = SimpleNamespace(config=config, source=folder, base_config=base_config, head=head, ds_config=ds_config)
     return *load_base(setup), ds_config
 
 

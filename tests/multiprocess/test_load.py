@@ -10,9 +10,12 @@ import load_worker
 import pytest
 import tiny_models
 import torch
-from conftest import RunRanks
+from launching import HAS_NVME, NO_NVME
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from taso_ds.distributed import zero
+from taso_ds.distributed.ds_config import read_ds_config
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
@@ -46,6 +49,18 @@ def odd_llama() -> Any:
     return LlamaForCausalLM(config)
 
 
+def wide_llama() -> Any:
+    """A Llama whose MLP is worth reading from a disk: on 4 ranks a bit more than a megabyte of each matrix in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=33, hidden_size=64, intermediate_size=16400, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    return LlamaForCausalLM(config)
+
+
 def mixtral() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -57,16 +72,29 @@ def mixtral() -> Any:
     return MixtralForCausalLM(config)
 
 
+def changed(root: Path, name: str, **values: int) -> Path:
+    """Write a shipped DeepSpeed JSON with other numbers."""
+    raw = read_ds_config(f"{name}.json")
+    for key, value in values.items():
+        section = raw["zero_optimization"]
+        (section if key in section else section["offload_param"])[key] = value
+    path = root / f"{name}.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root: Path = tmp_path_factory.mktemp("load")
     cases: dict[str, dict[str, Any]] = {}
 
-    def add(name: str, model: Any, *flags: str, change: Any = None, **options: Any) -> None:
+    def add(
+        name: str, model: Any, *flags: str, change: Any = None, ds_config: str = "zero3.json", **options: Any
+    ) -> None:
         model.save_pretrained(root / name, **options)
         if change is not None:
             rewrite(root / name, change)
-        cases[name] = {"folder": name, "flags": list(flags)}
+        cases[name] = {"folder": name, "flags": list(flags), "ds_config": ds_config}
 
     llama, tied = tiny_models.llama(), tiny_models.llama(tied=True)
     add("bf16", llama)
@@ -89,39 +117,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("surplus", llama, change=lambda tensors: tensors | {"model.extra.weight": torch.zeros(3)})
     add("lacking", llama, change=without("model.layers.0.mlp.up_proj.weight"))
     add("misshapen", llama, change=lambda tensors: tensors | {"model.norm.weight": torch.zeros(3)})
+    add("cpu", odd_llama(), "--no_bf16", ds_config="zero3_offload.json")
+    if HAS_NVME:
+        add("nvme", wide_llama(), "--no_bf16", ds_config="zero3_nvme.json")
+        add("nvme_too_small", wide_llama(), "--no_bf16", ds_config=str(changed(root, "zero3_nvme", buffer_size=1000)))
+    add("nodes_of_two", odd_llama(), "--no_bf16", ds_config=str(changed(root, "zero3_hpz", zero_hpz_partition_size=2)))
     (root / "cases.json").write_text(json.dumps(cases))
     return root
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def found(request: pytest.FixtureRequest, folder: Path, run_ranks: RunRanks) -> dict[str, Any]:
+def found(request: pytest.FixtureRequest, folder: Path, run_ranks: Any) -> dict[str, Any]:
     out = folder / f"{request.param}.json"
     run_ranks(WORKER, request.param, [out, folder])
     result: dict[str, Any] = json.loads(out.read_text())
     return result
 
 
-def reference(folder: Path, flags: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+def reference(folder: Path, flags: list[str]) -> dict[str, Any]:
     model_class: Any = AutoModelForSequenceClassification if "classification" in flags else AutoModelForCausalLM
     torch.manual_seed(7)
     dtype = torch.float32 if "--no_bf16" in flags else torch.bfloat16
     model = model_class.from_pretrained(folder, config=AutoConfig.from_pretrained(folder), dtype=dtype)
     parameters = {name: load_worker.digest(value) for name, value in model.named_parameters(remove_duplicate=False)}
-    return parameters, {name: load_worker.digest(value) for name, value in model.named_buffers()}
+    buffers = {name: load_worker.digest(value) for name, value in model.named_buffers()}
+    return {"parameters": parameters, "buffers": buffers, "checksum": zero.checksum(list(model.parameters()))}
 
 
+on_nvme = pytest.mark.skipif(not HAS_NVME, reason=NO_NVME)
 SAME = (
     "bf16", "fp32", "stored_bf16", "widened", "stored_fp16", "several_files", "odd", "tied", "both_tied", "both_differ",
-    "gpt2", "bare_body", "classifier", "new_head", "encoder", "merged_experts", "surplus",
+    "gpt2", "bare_body", "classifier", "new_head", "encoder", "merged_experts", "surplus", "cpu",
+    "nodes_of_two", pytest.param("nvme", marks=on_nvme),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_every_bit_is_from_pretrained(found: dict[str, Any], folder: Path, name: str) -> None:
     flags = json.loads((folder / "cases.json").read_text())[name]["flags"]
-    parameters, buffers = reference(folder / name, flags)
-    assert found[name]["parameters"] == parameters
-    assert found[name]["buffers"] == buffers
+    expected = reference(folder / name, flags)
+    assert {key: found[name][key] for key in expected} == expected
     assert not found[name]["training"]
 
 
@@ -131,6 +166,27 @@ def test_each_rank_holds_its_share_only(found: dict[str, Any], folder: Path, nam
     assert max(shards) - min(shards) <= 60 * len(shards)  # the last rank's parts are shorter by less than one each
     whole = [line for line in found[name]["said"] if THROUGH_TRANSFORMERS in line]
     assert bool(whole) == (name == "merged_experts"), found[name]["said"]
+
+
+@on_nvme
+def test_large_partitions_are_on_the_disk(found: dict[str, Any]) -> None:
+    nvme = found["nvme"]
+    ranks = len(nvme["shards"])
+    assert nvme["on_disk"] == [64 * 16400 // ranks] * 3  # smaller ones stay on the CPU, as DeepSpeed has it
+    assert not any(nvme["secondary"])
+
+
+def test_partitions_are_where_the_config_places_them(found: dict[str, Any]) -> None:
+    nodes = found["nodes_of_two"]
+    # Half of each parameter on each of the two ranks of a node, rounded up to what all ranks divide.
+    assert sum(nodes["secondary"]) >= sum(nodes["shards"]) / 2
+    assert all(size > 0 for size in nodes["secondary"])
+    assert found["cpu"]["on_disk"] == nodes["on_disk"] == []
+
+
+@on_nvme
+def test_a_buffer_too_small_for_a_partition_is_named(found: dict[str, Any]) -> None:
+    assert "buffer_size is 1000, but a rank's share of the (16400, 64) parameter" in found["nvme_too_small"]["error"]
 
 
 def test_different_tied_tensors_stay_apart_and_are_named(found: dict[str, Any]) -> None:

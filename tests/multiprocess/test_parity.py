@@ -136,7 +136,7 @@ def absolute_in_fives(llama_folder: Path) -> dict[str, Tensor]:
 
 @worlds
 def test_regions_are_those_of_plain_autograd(report: Report, signed: dict[str, Tensor], ranks: int, stage: int) -> None:
-    for label in ("batches of 2", "batches of 5", "one batch"):  # whatever the micro-batches
+    for label in ("batches of 2", "batches of 5", "batches of 5 in passes", "one batch"):  # whatever the micro-batches
         assert_regions(report(ranks, stage)["llama"][label], signed)
 
 
@@ -203,12 +203,18 @@ def test_scoring_leaves_nothing_behind(report: Report, ranks: int, stage: int) -
 @worlds
 def test_accumulators_are_spread_over_the_ranks(report: Report, ranks: int, stage: int) -> None:
     found = report(ranks, stage)["llama"]
-    held, total = found["accumulator_elements"], found["target_elements"]
+    total, largest = found["target_elements"], found["largest_target"]
     # Two blocks of q, o 32·32, k, v 16·32 and three of 48·32: 7680 each.
-    assert total == sum(held) == 15360
+    assert total == 15360
+    held = found["held"]["batches of 2"]
+    assert sum(held) == total
     # Parameters / ranks, up to less than one matrix: here 15360 / 4 = 3840 is met by 4096 and 3584.
-    assert max(held) < total / ranks + found["largest_target"]
+    assert max(held) < total / ranks + largest
     assert max(held) <= 1.07 * total / ranks
+    # The largest of three groups is 5 or 6 of the 14 matrices: 5632 elements.
+    assert max(found["held"]["batches of 5 in passes"]) <= 5632 / ranks + largest
+    assert max(found["held"]["one batch"]) <= largest, "a single micro-batch needs no accumulators"
+    assert max(found["held"]["magnitude"]) == 0
 
 
 # Training: the reference ----------------------------------------------------------------------------------------------
@@ -348,6 +354,15 @@ def test_every_split_of_the_batch_learns_the_same(
     assert max(empty) > 0  # some rank had a micro-batch without any row
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_output_layer_is_gathered_once_per_forward_whatever_a_rank_has(report: Report, ranks: int) -> None:
+    """ZeRO-3 gathers it on ranks without a row too, and not again for backward."""
+    splits = report(ranks, 3)["train"]["splits"]
+    for split, found in zip(case.SPLITS[ranks], splits.values(), strict=True):
+        forwards = case.STEPS * split.accumulation + 1  # one of them to look at the model
+        assert found["output_layer_gathers"] == [[forwards, 0]] * ranks
+
+
 @small_worlds
 def test_learning_rates_keep_their_ratio_in_a_running_optimizer(
     report: Report, plain_head: dict[str, Any], ranks: int, stage: int
@@ -379,7 +394,8 @@ def test_the_first_step_moves_each_group_by_its_own_rate(report: Report, ranks: 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_gradient_checkpointing_changes_nothing(report: Report, plain: dict[str, Any], ranks: int, stage: int) -> None:
     found = report(ranks, stage)["train"]["checkpointed"]
-    assert found["forwards"] == 2 * case.STEPS  # every block ran twice a step: it was recomputed
+    # Every block ran twice a step, for it was recomputed; and once when the loss looked at the output layer.
+    assert found["forwards"] == 2 * case.STEPS + 1
     assert_same_run(found, plain)
 
 

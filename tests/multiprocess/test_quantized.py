@@ -12,7 +12,6 @@ import quantized_worker
 import tiny_models
 import torch
 import torch.nn.functional as F
-from conftest import RunRanks
 from load_worker import digest
 from test_parity import assert_regions, gradients, weights
 from torch import Tensor, nn
@@ -55,8 +54,8 @@ def merged_mixtral() -> Any:
     return MixtralForCausalLM(config)
 
 
-# Weights stored transposed; an output layer of its own, new and trained, and a linear outside the blocks; a checkpoint that
-# transformers merges, which it therefore has to load.
+# Weights stored transposed; a new head and a linear outside the blocks; a checkpoint that transformers merges, which it
+# therefore has to load.
 OTHERS = {"gpt2": tiny_models.gpt2, "bert": lambda: tiny_models.bert().bert, "mixtral": merged_mixtral}
 
 
@@ -81,7 +80,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(run_ranks: RunRanks, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(run_ranks: Any, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     stored = []
     for bits in BITS:
         stored.append(tmp_path_factory.mktemp("stored") / bits)

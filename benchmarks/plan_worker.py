@@ -1,0 +1,101 @@
+"""What ``benchmarks/plan_check.py`` launches on every rank: the phases of a run, with the peak memory of each.
+
+All flags but ``--result`` are those of ``launch/train.py``. Peaks are resident memory above what the process held when
+everything was imported, the ranks had met and the data was read.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import resident
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  (imported lazily otherwise, inside what is measured)
+
+from taso_ds.config import parse_run_config
+from taso_ds.data.plan import BatchPlan
+from taso_ds.distributed import comm
+from taso_ds.distributed import engine as engines
+from taso_ds.training import prepare
+from taso_ds.training.build import Setup, attach, find_regions, join, load_base, set_up
+from taso_ds.training.export import save_taso
+from taso_ds.training.feed import Feed
+from taso_ds.training.loss import loss_sum
+from taso_ds.training.optim import Schedule, make_optimizer
+from taso_ds.training.run_folder import RunFolder
+from taso_ds.training.trainer import Trainer
+
+
+class Phases:
+    """Peak resident memory and seconds of each phase."""
+
+    def __init__(self) -> None:
+        comm.sum_everywhere(torch.zeros(1 << 20, device=comm.device()))
+        self.start = resident.forget_peak()
+        self.began = time.perf_counter()
+        self.found: dict[str, dict[str, float]] = {}
+
+    def end(self, name: str) -> None:
+        peak = resident.resident_gb("VmHWM") - self.start
+        seconds = time.perf_counter() - self.began
+        after = resident.forget_peak() - self.start
+        worst = {"peak_gb": peak, "after_gb": after, "seconds": seconds}
+        self.found[name] = {key: max(comm.gather_objects(value)) for key, value in worst.items()}
+        self.began = time.perf_counter()
+
+
+def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
+    phases, config = Phases(), setup.config
+    base, targets, shapes = load_base(setup)
+    phases.end("load")
+    found = find_regions(setup, base, targets, shapes)
+    phases.end("score")
+    trained = attach(setup, base, shapes, found)
+    engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.ds_config)
+    engine.train()
+    steps = config.training.max_steps
+    trainer = Trainer(
+        engine,
+        Feed(
+            setup.rows,
+            BatchPlan(len(setup.rows), setup.sizes.global_batch_size, seed=0),
+            setup.sizes,
+            setup.collate,
+            setup.filler,
+        ),
+        loss_sum=partial(loss_sum, head=False),
+        groups=trained.groups,
+        schedule=Schedule("constant", steps, 0),
+        logging_steps=steps,
+        eval_steps=None,
+        on_log=lambda metrics: None,
+        on_eval=lambda step: None,
+    )
+    trainer.fit()
+    phases.end("train")
+    assert trained.adapter is not None
+    out = RunFolder(folder)
+    comm.on_main(out.start)
+    save_taso(out, base.model, trained.adapter, base_name="base", head={})
+    phases.end("export")
+    return phases.found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--local_rank", type=int)
+    arguments, flags = parser.parse_known_args()
+    config: Any = prepare.with_defaults(parse_run_config(flags))
+    join(config)
+    found = run(set_up(config), arguments.result.parent / "run")
+    if comm.is_main():
+        arguments.result.write_text(json.dumps(found))
+    comm.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Plan: memory and time of a run from config.json alone, what fits, and the command line that is fastest.
+
+python launch/plan.py --model_name_or_path meta-llama/Llama-2-70b-hf --device a100-80 --nodes 2 --gpus_per_node 8
+python launch/plan.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --device_memory_gb 24 --gpus_per_node 1
+"""
+
+from taso_ds.entry import run_script
+
+
+def _plan() -> str:
+    from taso_ds.training.forecast import describe_forecast, make_forecast, parse_plan, write_forecast
+
+    config, arguments = parse_plan(description=__doc__)
+    forecast = make_forecast(config, arguments)
+    write_forecast(forecast, arguments)
+    return describe_forecast(forecast)
+
+
+def main() -> None:
+    """Console entry point ``taso-plan``."""
+    run_script(_plan)
+
+
+if __name__ == "__main__":
+    main()

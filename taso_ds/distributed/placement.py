@@ -1,0 +1,99 @@
+"""Where ZeRO-3 keeps partitions besides the device: CPU, NVMe, and a second copy inside each node (ZeRO++ hpZ)."""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from taso_ds.distributed import ds_config_keys as keys
+from taso_ds.errors import UserError
+
+_DEVICES = ("none", "cpu", "nvme")
+
+
+def resolve_offload(zero: dict[str, Any], nvme_path: str | None, source: str) -> None:
+    """Check the offload sections, which DeepSpeed ignores at stages that have nothing to offload; fill ``nvme_path``.
+
+    Raises:
+        UserError: an unknown key or device, a stage without anything to offload, or no folder for NVMe.
+    """
+    for name, known, stages in (
+        ("offload_optimizer", keys.OFFLOAD_OPTIMIZER, (1, 2, 3)),
+        ("offload_param", keys.OFFLOAD_PARAM, (3,)),
+    ):
+        path = f"zero_optimization.{name}."
+        section = zero.get(name, {})
+        keys.check_known(section, known, path, source)
+        device = section.get("device", "none")
+        if device not in (*_DEVICES, keys.AUTO):
+            raise UserError(f"{source}: {path}device is {json.dumps(device)}, not one of {', '.join(_DEVICES)}")
+        if device in ("cpu", "nvme") and zero["stage"] not in stages:
+            raise UserError(
+                f"{source}: zero_optimization.{name} needs stage {min(stages)} or more, not {zero['stage']}"
+            )
+        if device != "nvme":
+            continue
+        if name == "offload_optimizer":
+            raise UserError(f"{source}: {path}device nvme is not supported: an adapter's optimizer state is a few MB")
+        if not section.get("nvme_path"):
+            raise UserError(f"{source}: {path}device nvme needs {path}nvme_path")
+        if section["nvme_path"] == keys.AUTO:
+            if nvme_path is None:
+                raise UserError(f"{source}: {path}nvme_path is not known: pass --nvme_path, a folder on a local disk")
+            section["nvme_path"] = nvme_path
+        # DeepSpeed 0.19 reads ahead every use of a frozen parameter it will meet, those of the coming backward too: at
+        # the turn it finds one twice and stops with "already assigned swap buffer".
+        if zero.setdefault("stage3_prefetch_bucket_size", 0) != 0:
+            raise UserError(f"{source}: zero_optimization.stage3_prefetch_bucket_size must be 0 with {path}device nvme")
+
+
+def resolve_secondary_shards(zero: dict[str, Any], world_size: int, ranks_per_node: int, source: str) -> None:
+    """Make ``zero_hpz_partition_size`` a number: the ranks of one node, and 1 (off) when there is but one node.
+
+    Raises:
+        UserError: groups of that size do not make up the ranks, or the stage has no parameter shards.
+    """
+    name = "zero_hpz_partition_size"
+    if name not in zero:
+        return
+    if zero[name] == keys.AUTO:
+        zero[name] = ranks_per_node if ranks_per_node < world_size else 1
+    size = zero[name]
+    if size > 1 and zero["stage"] != 3:
+        raise UserError(f"{source}: zero_optimization.{name} needs stage 3, not {zero['stage']}")
+    if size < 1 or world_size % size:
+        raise UserError(f"{source}: zero_optimization.{name} is {size}, which does not divide the {world_size} ranks")
+    if size > 1 and zero.get("offload_param", {}).get("device", "none") != "none":
+        raise UserError(f"{source}: zero_optimization.{name} keeps a second copy on the device: drop offload_param")
+
+
+def check_nvme(ds_config: dict[str, Any]) -> None:
+    """Refuse an NVMe folder that DeepSpeed could not use on this rank, before any weight is loaded.
+
+    Raises:
+        UserError: DeepSpeed's async_io cannot be built, or the folder cannot be written past the page cache.
+    """
+    section = ds_config["zero_optimization"].get("offload_param", {})
+    if section.get("device") != "nvme":
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError("nvme_path: DeepSpeed's async_io needs libaio: install libaio-dev (libaio-devel on Red Hat)")
+    _check_direct_io(Path(section["nvme_path"]))
+
+
+def _check_direct_io(folder: Path) -> None:
+    probe = folder / f".taso-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        raise UserError(f"nvme_path: cannot write into {folder}: {error.strerror}") from error
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_DIRECT))
+    except OSError as error:
+        raise UserError(f"nvme_path: {folder} has no direct I/O ({error.strerror}): use a local disk") from error
+    finally:
+        probe.unlink()

@@ -1,0 +1,68 @@
+"""The memory a host can still give, and the refusal to start what needs more."""
+
+from pathlib import Path
+
+from taso_ds.errors import UserError
+from taso_ds.planning.devices import GB
+from taso_ds.planning.memory import Usage
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_host_bytes(cgroup: Path = CGROUP) -> float:
+    """Return what processes started now may use: the system's free memory, or what the container's limit leaves."""
+    import psutil
+
+    free = float(psutil.virtual_memory().available)
+    limit = _cgroup_room(cgroup)
+    return free if limit is None else min(free, limit)
+
+
+def _cgroup_room(cgroup: Path) -> float | None:
+    """Return the rest of a cgroup's limit, page cache that can be dropped counted as free; None without a limit."""
+    for limit_file, usage_file, stat_file, cache_key in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        file = cgroup / limit_file
+        if not file.is_file():
+            continue
+        text = file.read_text().strip()
+        if text == "max":
+            return None
+        entries = dict(line.split() for line in (cgroup / stat_file).read_text().splitlines())
+        used = float((cgroup / usage_file).read_text()) - float(entries.get(cache_key, 0))
+        return float(text) - used
+    return None
+
+
+def check_host_memory(plan: dict[str, Usage], available: float) -> None:
+    """Refuse a run whose host memory will not be enough, before it spends minutes on loading.
+
+    Args:
+        plan: peaks by phase, of this node.
+        available: bytes.
+
+    Raises:
+        UserError: names the phase, both sizes and what helps.
+    """
+    phase = max(plan, key=lambda name: plan[name].host_bytes)
+    needed = plan[phase].host_bytes
+    if needed <= available:
+        return
+    largest = max(plan[phase].host, key=plan[phase].host.__getitem__)
+    raise UserError(
+        f"host memory: {phase} needs {needed / GB:.1f} GB on this node and {available / GB:.1f} GB are available"
+        f" (most of it {largest}); {_REMEDIES.get(largest, _OTHERWISE)}; --force starts anyway"
+    )
+
+
+_REMEDIES = {
+    "weights": "use --ds_config zero3.json on more ranks or nodes",
+    "checkpoint": "use --ds_config zero3.json, where every rank reads its own part only",
+    "proof": "pass --no_verify_export and prove the export later",
+    "activations": "lower --per_device_train_batch_size or --max_seq_length, or pass --gradient_checkpointing",
+    "loss": "lower --per_device_train_batch_size or --max_seq_length",
+    "accumulators": "score on more ranks, or reuse regions with --core_regions",
+}
+_OTHERWISE = "use more nodes"

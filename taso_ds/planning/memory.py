@@ -1,0 +1,284 @@
+"""Bytes one rank holds at the peak of each phase of a run, by cause.
+
+Symbols: ``P`` base parameters, ``w`` bytes of each (bf16 2, fp32 4), ``N`` ranks, ``n`` ranks of a node, ``t``
+trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions of a micro-batch, and the widths
+``h a v f`` of ``ModelShape``.
+
+- **Weights.** ``w·P``; stage 3 ``w·P/N``; hpZ adds a second partition, ``w·P/n`` (ZeRO++, arXiv 2306.10209). NF4
+  (QLoRA, arXiv 2305.14314): the linears of the blocks at 1/2 byte, an 8-bit scale per 64 and an fp32 one per 64·256 of
+  them, the rest at ``w``; ZeRO-3 partitions the half bytes, every rank keeps all scales.
+- **Gathered** (stage 3; DeepSpeed ``partitioned_param_coordinator.py``). Once a forward and backward have been
+  recorded, a parameter stays gathered after use if its next use is less than ``max_reuse_distance`` parameters away.
+  Behind the last ``d`` parameters of the model lie ``d`` of forward and ``d`` of backward, so the last ``reuse/2`` are
+  still there when backward starts (``reuse/3`` with checkpointing: the recomputation lies in between). The input
+  embedding is not used in backward. ``max_live_parameters`` stops fetching ahead, it releases nothing. On top lies one
+  prefetch bucket twice, as it arrived and cut into parameters. Before the recording is complete only the largest
+  tensor is there.
+- **Activations** per token and block, saved for backward with adapters on every linear, ``e`` bytes per element: norm
+  inputs ``2·4·h`` (RMSNorm works in fp32; else ``2·e·h``), norm outputs ``2·e·h``, queries, keys, values and attention
+  output ``e·(2a+2v)``, its log-sum-exp ``4·heads``, gate, activation, up and product ``4·e·f`` (ungated: ``2·e·f``). A
+  test counts what autograd saves. Checkpointing keeps ``e·h`` per block instead, and one block whole.
+- **Loss.** Logits at the ``K`` supervised positions only. In backward fp32 log-probabilities and two fp32 gradients of
+  them are alive: ``12·K·V``; a classification head has none.
+- **Accumulators** (scoring). One fp32 number per target parameter, divided over the ranks; each gradient and its
+  travelling copy, two largest matrices.
+- **Trained state**, ``t`` over ``N`` ranks at stages 1-3: fp32 master and two moments ``12·t``, gradients ``4·t``; the
+  bf16 parameter and its expanded form ``2·(t + dense)`` are whole on every rank. The reduction bucket is reserved.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from taso_ds.planning.devices import GB, Device
+from taso_ds.planning.model_shape import ModelShape
+
+_NF4_VALUE = 0.5
+_NF4_SCALES = 1.0 / 64 + 4.0 / (64 * 256)
+PHASES = ("load", "score", "train", "checkpoint", "export")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What DeepSpeed may keep gathered and reserve, in elements: the resolved ``zero_optimization`` section."""
+
+    max_reuse_distance: int = 1_000_000_000
+    prefetch_bucket: int = 50_000_000
+    reduce_bucket: int = 20_000_000
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the base is spread and stored.
+
+    Attributes:
+        offload: at stage 3, keep the partitions (and the optimizer) in host memory.
+        hpz: at stage 3, a second partition of the base inside every node.
+    """
+
+    stage: int
+    offload: bool = False
+    load_in_4bit: bool = False
+    gradient_checkpointing: bool = False
+    hpz: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        assert self.stage == 3 or not (self.offload or self.hpz), self
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run on how many ranks; ``supervised_share`` is the part of the positions that logits are computed at."""
+
+    nodes: int = 1
+    gpus_per_node: int = 1
+    max_seq_length: int = 512
+    micro_batch_size: int = 4
+    grad_accum_steps: int = 1
+    calibration_samples: int = 128
+    calibration_batch_size: int = 4
+    supervised_share: float = 1.0
+    bf16: bool = True
+    scores: bool = True
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def element(self) -> int:
+        return 2 if self.bf16 else 4
+
+    @property
+    def scoring_batches(self) -> int:
+        """Scoring micro-batches of one rank."""
+        return -(-self.calibration_samples // (self.calibration_batch_size * self.world_size))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of the base: what ZeRO-3 partitions, and what every rank keeps."""
+
+    partitioned: float
+    replicated: float
+
+    @property
+    def total(self) -> float:
+        return self.partitioned + self.replicated
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Peak bytes of one phase on one rank's device, and on its node's host, by cause."""
+
+    device: Mapping[str, float]
+    host: Mapping[str, float]
+
+    @property
+    def device_bytes(self) -> float:
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> float:
+        return sum(self.host.values())
+
+
+def weight_bytes(shape: ModelShape, strategy: Strategy, element: int = 2) -> Weights:
+    """Return the bytes of the frozen base."""
+    if not strategy.load_in_4bit:
+        return Weights(float(element) * shape.parameters, 0.0)
+    rest = shape.parameters - shape.block_linears
+    return Weights(_NF4_VALUE * shape.block_linears + element * rest, _NF4_SCALES * shape.block_linears)
+
+
+def resident_weights(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
+    """Bytes of the base that one rank holds between uses."""
+    weights = weight_bytes(shape, strategy, work.element)
+    if strategy.stage < 3:
+        return weights.total
+    held = weights.partitioned / work.world_size
+    if strategy.hpz:
+        held += weights.partitioned / work.gpus_per_node
+    return held + weights.replicated
+
+
+def kept_gathered(shape: ModelShape, strategy: Strategy) -> float:
+    """Parameters that are still gathered from forward when backward needs them."""
+    if strategy.stage < 3:
+        return 0.0
+    uses = 3.0 if strategy.gradient_checkpointing else 2.0
+    idle = 0 if shape.is_tied else shape.embedding
+    return min(float(shape.parameters - idle), strategy.limits.max_reuse_distance / uses)
+
+
+def gathered_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, recorded: bool) -> float:
+    """Bytes of gathered base weights at the peak, the rank's own partitions not counted."""
+    if strategy.stage < 3 or work.world_size == 1:
+        return 0.0
+    per_parameter = weight_bytes(shape, strategy, work.element).partitioned / shape.parameters
+    largest = work.element * shape.largest_tensor
+    if not recorded:
+        return float(largest)
+    bucket = min(strategy.limits.prefetch_bucket, shape.parameters)
+    whole = min(float(shape.parameters), kept_gathered(shape, strategy) + bucket)
+    return max(float(largest), per_parameter * (whole + bucket))
+
+
+def dequantized_bytes(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
+    """Bytes of the one matrix that is expanded for its product, and of its gradient's copy in backward."""
+    return float(work.element * shape.largest_block_linear) if strategy.load_in_4bit else 0.0
+
+
+def saved_per_token(shape: ModelShape, element: int) -> float:
+    """Bytes that one block saves for backward per token."""
+    norms = 2 * (4 if shape.upcasts_norms else element) * shape.hidden + 2 * element * shape.hidden
+    attention = element * (2 * shape.attention + 2 * shape.key_value) + 4 * shape.num_heads
+    feed_forward = element * shape.feed_forward * (4 if shape.gated else 2)
+    return float(norms + attention + feed_forward)
+
+
+def activation_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, rows: int) -> float:
+    """Bytes saved for backward by all blocks for one micro-batch."""
+    tokens = rows * work.max_seq_length
+    whole = saved_per_token(shape, work.element) * tokens
+    if not strategy.gradient_checkpointing:
+        return whole * len(shape.blocks)
+    return whole + float(work.element * shape.hidden * tokens * len(shape.blocks))
+
+
+def loss_bytes(shape: ModelShape, work: Workload, *, rows: int) -> float:
+    """Bytes of logits, log-probabilities and their gradients."""
+    if not shape.output:
+        return 0.0
+    return 12.0 * shape.vocabulary * rows * work.max_seq_length * work.supervised_share
+
+
+def _spread(strategy: Strategy, device: Device, weights: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Place the resident weights on the device or, offloaded, on the host."""
+    if strategy.offload and not device.is_host:
+        return {}, {"weights": weights}
+    return {"weights": weights}, {}
+
+
+def _finish(device: Device, work: Workload, on_device: dict[str, float], per_rank_host: dict[str, float]) -> Usage:
+    """Add the runtime; a host's share is that of all its ranks."""
+    if device.runtime_gb:
+        on_device = {**on_device, "runtime": device.runtime_gb * GB}
+    host = {name: value * work.gpus_per_node for name, value in per_rank_host.items()}
+    if device.is_host:
+        host = {name: value * work.gpus_per_node for name, value in on_device.items()}
+    return Usage({k: v for k, v in on_device.items() if v}, {k: v for k, v in host.items() if v})
+
+
+def load_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
+    """Loading: ZeRO-3 reads partitions in place, other stages read the whole base into host memory, then move it."""
+    weights = resident_weights(shape, strategy, work)
+    on_device, host = _spread(strategy, device, weights)
+    if strategy.load_in_4bit:
+        # bitsandbytes quantizes on the device, tensor by tensor; ZeRO-3 partitions afterwards.
+        on_device["weights"] = weight_bytes(shape, strategy, work.element).total
+        on_device["unquantized"] = float(work.element * shape.largest_tensor)
+        host["checkpoint"] = float(work.element * shape.largest_tensor)
+    elif strategy.stage < 3 and not device.is_host:
+        host["checkpoint"] = float(work.element * shape.parameters)
+    return _finish(device, work, on_device, host)
+
+
+def score_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
+    """Scoring: accumulators beside a forward and backward of the frozen base."""
+    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
+    rows = work.calibration_batch_size
+    travelling = 0 if work.world_size == 1 else work.element if work.world_size == 2 else 4
+    on_device |= {
+        "gathered": gathered_bytes(shape, strategy, work, recorded=work.scoring_batches > 1),
+        "dequantized": dequantized_bytes(shape, strategy, work),
+        "activations": activation_bytes(shape, strategy, work, rows=rows),
+        "loss": loss_bytes(shape, work, rows=rows),
+        "accumulators": 4.0 * shape.targets / work.world_size,
+        "gradients": float((work.element + travelling) * shape.largest_target),
+    }
+    return _finish(device, work, on_device, host)
+
+
+def train_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
+    """Training: what the adapter adds is small, what the base needs to run backward is not."""
+    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
+    partitions = work.world_size if strategy.stage else 1
+    on_device |= {
+        "gathered": gathered_bytes(shape, strategy, work, recorded=True),
+        "dequantized": dequantized_bytes(shape, strategy, work),
+        "activations": activation_bytes(shape, strategy, work, rows=work.micro_batch_size),
+        "loss": loss_bytes(shape, work, rows=work.micro_batch_size),
+        "trained": 2.0 * (shape.trainable + shape.adapter_dense) + 16.0 * shape.trainable / partitions,
+        "buckets": 4.0 * (strategy.limits.reduce_bucket if strategy.stage else shape.trainable),
+    }
+    return _finish(device, work, on_device, host)
+
+
+def checkpoint_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
+    """A checkpoint holds trained state only: each rank copies its part to the host."""
+    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
+    on_device["trained"] = 2.0 * (shape.trainable + shape.adapter_dense) + 16.0 * shape.trainable / work.world_size
+    host["state"] = 16.0 * shape.trainable / work.world_size
+    return _finish(device, work, on_device, host)
+
+
+def export_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
+    """The exported adapter is gathered to rank 0; its proof loads the whole base once more, in host memory."""
+    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
+    on_device["trained"] = 2.0 * (shape.trainable + shape.adapter_dense) + 16.0 * shape.trainable / work.world_size
+    host["adapter"] = 4.0 * (shape.trainable + shape.adapter_dense)
+    usage = _finish(device, work, on_device, host)
+    proof = {"proof": float(work.element * shape.parameters)}
+    return Usage(usage.device, {**usage.host, **proof})
+
+
+def phase_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> dict[str, Usage]:
+    """Return the peak of every phase of a run."""
+    usage = {"load": load_usage(shape, strategy, work, device)}
+    if work.scores:
+        usage["score"] = score_usage(shape, strategy, work, device)
+    usage["train"] = train_usage(shape, strategy, work, device)
+    usage["checkpoint"] = checkpoint_usage(shape, strategy, work, device)
+    usage["export"] = export_usage(shape, strategy, work, device)
+    return usage

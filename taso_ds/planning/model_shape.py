@@ -1,0 +1,146 @@
+"""What a plan has to know about a model: parameter counts by role and the widths that decide activations.
+
+Counts come from a model on the meta device, so every architecture transformers can build is counted, not guessed; the
+widths come from its configuration under the names transformers gives all of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from taso_ds.adapters.targets import MatrixShape, matrix_shape
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model in numbers. All counts are elements; a tensor used twice (tied) counts once in ``parameters``.
+
+    Attributes:
+        parameters: ``P``, everything that is frozen.
+        blocks: parameters of each transformer block, in order.
+        block_linears: parameters of the linears inside the blocks: what NF4 quantizes.
+        largest_block_linear: the largest of them.
+        embedding: ``E``, the input embedding.
+        output: ``O``, the output layer's matrix, also when it is the embedding; 0 for a classification head.
+        experts: parameters of mixture-of-experts experts.
+        expert_share: share of the experts that one token passes.
+        largest_tensor: the largest parameter.
+        targets: parameters of the matrices that are scored and adapted, and ``largest_target`` of them.
+        trainable: ``t``, what is trained.
+        adapter_dense: entries of the adapter once expanded; 0 where nothing is expanded.
+        hidden: ``h``. attention: ``a`` = heads × head width. key_value: ``v`` = key/value heads × head width.
+        feed_forward: ``f`` that one token passes, and ``gated`` when there are two such projections.
+        upcasts_norms: whether norms keep an fp32 copy of their input (RMSNorm).
+        vocabulary: ``V``.
+    """
+
+    parameters: int
+    blocks: tuple[int, ...]
+    block_linears: int
+    largest_block_linear: int
+    embedding: int
+    output: int
+    experts: int
+    expert_share: float
+    largest_tensor: int
+    targets: int
+    largest_target: int
+    num_targets: int
+    trainable: int
+    adapter_dense: int
+    hidden: int
+    attention: int
+    key_value: int
+    num_heads: int
+    feed_forward: int
+    gated: bool
+    upcasts_norms: bool
+    vocabulary: int
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output layer is the input embedding."""
+        return self.output > 0 and self.parameters < sum(self.blocks) + self.embedding + self.output
+
+    @property
+    def active(self) -> int:
+        """Parameters one token is multiplied with: blocks without the experts it does not visit. No output layer."""
+        return sum(self.blocks) - round(self.experts * (1.0 - self.expert_share))
+
+
+def read_model_shape(
+    model: Any, config: Any, targets: Mapping[str, MatrixShape], *, trainable: int, adapter_dense: int
+) -> ModelShape:
+    """Count a model on the meta device.
+
+    Args:
+        config: its transformers configuration.
+        targets: shape of every matrix to adapt.
+        trainable: parameters the method trains.
+        adapter_dense: entries of the expanded adapter.
+    """
+    text = config.get_text_config()
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and _has_linear(module)]
+    outer = [one for one in lists if not any(one is not other and one in set(other.modules()) for other in lists)]
+    blocks = tuple(_numel(block) for one in outer for block in one)
+    linears = [shape.numel for one in outer for module in one.modules() if (shape := matrix_shape(module)) is not None]
+    output = model.get_output_embeddings()
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    experts, share = _experts(model, text)
+    feed_forward, gated = _feed_forward(outer, text)
+    norms = {type(module).__name__ for one in outer for module in one.modules() if "Norm" in type(module).__name__}
+    return ModelShape(
+        parameters=_numel(model),
+        blocks=blocks,
+        block_linears=sum(linears),
+        largest_block_linear=max(linears, default=0),
+        embedding=model.get_input_embeddings().weight.numel(),
+        output=0 if output is None else output.weight.numel(),
+        experts=experts,
+        expert_share=share,
+        largest_tensor=max(parameter.numel() for parameter in model.parameters()),
+        targets=sum(shape.numel for shape in targets.values()),
+        largest_target=max((shape.numel for shape in targets.values()), default=0),
+        num_targets=len(targets),
+        trainable=trainable,
+        adapter_dense=adapter_dense,
+        hidden=text.hidden_size,
+        attention=heads * head_width,
+        key_value=(getattr(text, "num_key_value_heads", None) or heads) * head_width,
+        num_heads=heads,
+        feed_forward=feed_forward,
+        gated=gated,
+        upcasts_norms=any("RMS" in name for name in norms),
+        vocabulary=text.vocab_size,
+    )
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(matrix_shape(inner) is not None for inner in module.modules())
+
+
+def _experts(model: nn.Module, text: Any) -> tuple[int, float]:
+    """Return the parameters of all experts, and the share of them a token visits."""
+    number = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    chosen = getattr(text, "num_experts_per_tok", None)
+    found = sum(value.numel() for name, value in model.named_parameters() if ".experts." in name)
+    return (found, chosen / number) if number and chosen and found else (0, 1.0)
+
+
+def _feed_forward(blocks: list[Any], text: Any) -> tuple[int, bool]:
+    """Return the feed-forward width a token passes, and whether a gate doubles the first projection."""
+    width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    expert_width = getattr(text, "moe_intermediate_size", None) or width
+    chosen = getattr(text, "num_experts_per_tok", None)
+    if chosen and (getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)):
+        return expert_width * chosen, True
+    first = blocks[0][0] if blocks else nn.Identity()
+    outputs = [shape.out_features for module in first.modules() if (shape := matrix_shape(module)) is not None]
+    return width, outputs.count(width) >= 2 or 2 * width in outputs

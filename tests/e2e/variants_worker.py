@@ -1,0 +1,29 @@
+"""Trains one run per case, one after another, on however many ranks the launcher started.
+
+torchrun variants_worker.py CASES.json, which holds a list of the flags of ``launch/train.py``.
+"""
+
+import faulthandler
+import gc
+import json
+import sys
+from pathlib import Path
+
+from taso_ds.config import parse_run_config
+from taso_ds.distributed import comm
+from taso_ds.training.build import join
+from taso_ds.training.run import train
+
+
+def main(cases: str) -> None:
+    faulthandler.dump_traceback_later(400, exit=True)  # a rank that waits for ever says where
+    for flags in json.loads(Path(cases).read_text()):
+        config = parse_run_config(flags)
+        join(config)
+        train(config)
+        gc.collect()
+    comm.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,34 @@
+"""Models of the planning tests, counted on the meta device."""
+
+import torch
+from torch import nn
+
+from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
+from taso_ds.planning.model_shape import ModelShape, read_model_shape
+
+
+def shapes_of(model: nn.Module) -> dict[str, MatrixShape]:
+    found = {name: matrix_shape(module) for name, module in find_targets(model).items()}
+    return {name: shape for name, shape in found.items() if shape is not None}
+
+
+def counted(config: object, *, trainable: int = 1000) -> ModelShape:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return read_model_shape(model, config, shapes_of(model), trainable=trainable, adapter_dense=0)
+
+
+def llama(*, layers: int = 2, kv_heads: int = 4, tied: bool = False) -> object:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+    )

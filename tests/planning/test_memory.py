@@ -1,0 +1,156 @@
+"""The formulas against what they stand for: tensors autograd saves, published counts, limiting cases."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from counted_models import counted, llama, shapes_of
+from torch import Tensor, nn
+
+from taso_ds.adapters.targets import MatrixShape, find_targets
+from taso_ds.planning.devices import get_device
+from taso_ds.planning.memory import (
+    Limits,
+    Strategy,
+    Workload,
+    activation_bytes,
+    kept_gathered,
+    phase_usage,
+    resident_weights,
+    saved_per_token,
+    score_usage,
+    train_usage,
+    weight_bytes,
+)
+
+
+def saved_bytes(config: object, *, tokens: int) -> int:
+    """Bytes of all tensors that a forward through adapted blocks saves, each storage once, weights left out."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
+    left_out = {value.untyped_storage().data_ptr() for value in model.parameters()}
+
+    def adapt(inner: nn.Module, shape: MatrixShape) -> None:
+        A = nn.Parameter(torch.ones(1, shape.in_features, dtype=torch.bfloat16))
+        B = nn.Parameter(torch.ones(shape.out_features, 1, dtype=torch.bfloat16))
+        left_out.update(value.untyped_storage().data_ptr() for value in (A, B))
+        kept.append((A, B))
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            hidden = args[0].flatten(0, -2) @ A.t()
+            return torch.addmm(output.flatten(0, -2), hidden, B.t()).view_as(output)
+
+        inner.register_forward_hook(hook)
+
+    kept: list[tuple[nn.Parameter, nn.Parameter]] = []
+    targets = find_targets(model)
+    for name, shape in shapes_of(model).items():
+        adapt(targets[name], shape)
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in left_out:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(3, 320, (1, tokens))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.base_model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_activations_are_what_autograd_saves(kv_heads: int) -> None:
+    tokens = 128
+    one, two = (saved_bytes(llama(layers=layers, kv_heads=kv_heads), tokens=tokens) for layers in (1, 2))
+    predicted = saved_per_token(counted(llama(kv_heads=kv_heads)), 2)
+    # Not in the formula: 7 adapters' rank-1 outputs and 2 norms' fp32 scales, 2 · 7 + 4 · 2 = 22 bytes a token.
+    assert (two - one) / tokens == pytest.approx(predicted + 22, rel=0.005)
+
+
+def test_activations_of_an_ungated_layer_norm_model() -> None:
+    from transformers import GPT2Config
+
+    config = [
+        GPT2Config(
+            vocab_size=320, n_embd=64, n_layer=layers, n_head=4, activation_function="gelu", bos_token_id=1,
+            eos_token_id=2,
+        )
+        for layers in (1, 2)
+    ]  # fmt: skip
+    measured = (saved_bytes(config[1], tokens=128) - saved_bytes(config[0], tokens=128)) / 128
+    # Queries and keys are copied out of the fused projection, which stays for the values: 2 · 2 · 64 bytes a token.
+    # Besides, as above: norms' means and scales and 4 adapters' rank-1 outputs, 2 · 4 + 2 · 4.
+    assert measured == pytest.approx(saved_per_token(counted(config[0]), 2) + 256 + 16, rel=0.015)
+
+
+def test_counts_of_llama_2_7b() -> None:
+    from transformers import LlamaConfig
+
+    shape = counted(LlamaConfig(tie_word_embeddings=False))  # the defaults are Llama 2 7B
+    assert shape.parameters == 6_738_415_616  # as published
+    assert len(shape.blocks) == 32
+    # 4 h² + 3 h f per block, and all of it is adapted
+    assert shape.targets == shape.block_linears == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert shape.active == shape.parameters - 2 * 32_000 * 4096 - 4096  # without embeddings and the last norm
+    assert not shape.is_tied
+    assert counted(llama(tied=True)).is_tied
+
+
+def test_experts_count_by_what_a_token_visits() -> None:
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    shape = counted(config)
+    expert = 3 * 64 * 96
+    assert shape.experts == 2 * 8 * expert
+    assert shape.active == sum(shape.blocks) - 2 * 6 * expert
+    assert shape.feed_forward == 2 * 96
+
+
+def test_nf4_is_half_a_byte_and_its_scales() -> None:
+    shape = counted(llama())
+    weights = weight_bytes(shape, Strategy(3, load_in_4bit=True))
+    assert weights.partitioned == shape.block_linears / 2 + 2 * (shape.parameters - shape.block_linears)
+    assert 8 * weights.replicated / shape.block_linears == pytest.approx(0.127, abs=1e-3)  # bits, as QLoRA has it
+
+
+def test_partitions_of_a_stage() -> None:
+    shape, work = counted(llama()), Workload(nodes=2, gpus_per_node=4)
+    whole = 2 * shape.parameters
+    assert resident_weights(shape, Strategy(2), work) == whole
+    assert resident_weights(shape, Strategy(3), work) == whole / 8
+    assert resident_weights(shape, Strategy(3, hpz=True), work) == whole / 8 + whole / 4
+
+
+def test_what_stays_gathered_is_bounded_by_the_reuse_distance() -> None:
+    shape = counted(llama())
+    assert kept_gathered(shape, Strategy(3)) == shape.parameters - shape.embedding
+    limited = Strategy(3, limits=Limits(max_reuse_distance=6000))
+    assert kept_gathered(shape, limited) == 3000
+    assert kept_gathered(shape, replace(limited, gradient_checkpointing=True)) == 2000
+
+
+def test_checkpointing_saves_activations_and_ranks_share_accumulators() -> None:
+    shape, device = counted(llama(layers=8)), get_device("cpu")
+    work = Workload(gpus_per_node=2, max_seq_length=64, micro_batch_size=2, calibration_batch_size=2)
+    plain, checkpointed = Strategy(3), Strategy(3, gradient_checkpointing=True)
+    assert activation_bytes(shape, checkpointed, work, rows=2) < activation_bytes(shape, plain, work, rows=2) / 4
+    two = score_usage(shape, plain, work, device).device["accumulators"]
+    four = score_usage(shape, plain, replace(work, nodes=2), device).device["accumulators"]
+    assert two == 2 * four == 2 * shape.targets
+
+
+def test_offloaded_weights_are_on_the_host() -> None:
+    shape, work = counted(llama()), Workload(gpus_per_node=4)
+    usage = train_usage(shape, Strategy(3, offload=True), work, get_device("a100-80"))
+    assert "weights" not in usage.device
+    assert usage.host["weights"] == 2 * shape.parameters  # four quarters
+    whole = phase_usage(shape, Strategy(2), work, get_device("a100-80"))["load"]
+    assert whole.host["checkpoint"] == 4 * 2 * shape.parameters  # every rank reads everything
