@@ -107,7 +107,7 @@ def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
         assert stored is not None
         found["fingerprint"] = fingerprint(targets, stored)
         for label, original in (("loaded", None), ("original", stored.read)):
-            settings = ScoringSettings("importance", "signed_mean", case.LADDER, case.SEED, original)
+            settings = ScoringSettings("importance", "signed_mean", case.LADDER, case.SEED, original_weight=original)
             scores = score_regions(
                 scored, targets, shapes, batches, loss_sum=partial(loss_sum, head=False), settings=settings
             )
