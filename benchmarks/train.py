@@ -25,7 +25,7 @@ METHODS = {
 }
 
 
-# The C library keeps freed blocks of megabytes for later, gigabytes of them; where memory is measured, it returns them.
+# The C library keeps freed blocks of megabytes for later, gigabytes of them: here it gives them back to be measured.
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 
 

@@ -6,8 +6,12 @@ class UserError(ValueError):
 
 
 def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
-    """Return `` (nearest: 'x')`` for the closest known name, or an empty string when none is close."""
+    """Return `` (nearest: 'x')`` for the closest known name, or an empty string when none is close.
+
+    A name that begins with the word is closer than any other.
+    """
     import difflib
 
-    match = difflib.get_close_matches(word, list(known), n=1)
+    longer = [name for name in known if len(word) > 2 and name.startswith(word)]
+    match = longer or difflib.get_close_matches(word, list(known), n=1)
     return f" (nearest: {match[0]!r})" if match else ""

@@ -21,6 +21,7 @@ FILES = sorted(FOLDER.rglob("*.json"))
 CASES = [
     (str(file.relative_to(FOLDER)), bf16, accumulation)
     for file, bf16, accumulation in itertools.product(FILES, (True, False), (1, 4))
+    if "nvme" not in file.stem or launching.HAS_NVME  # tests/e2e says so where it is left out
 ]
 MICRO, MAX_GRAD_NORM = 2, 0.5
 
@@ -135,7 +136,7 @@ def test_stages_agree(bf16: bool, accumulation: int, trained: dict[Any, Any]) ->
         for (_, used_bf16, used), result in trained.items()
         if (used_bf16, used) == (bf16, accumulation) and not (bf16 and result["stage"] == 0)
     ]
-    assert len(weights) == len(FILES) - bf16
+    assert len(weights) == len({name for name, _, _ in CASES}) - bf16
     for weight in weights[1:]:
         assert weight == pytest.approx(weights[0], rel=1e-6)
 

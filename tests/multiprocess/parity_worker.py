@@ -43,8 +43,6 @@ from taso_ds.training.trainer import Trainer
 FILLER = empty_row(0)
 COLLATE = partial(collate, pad_id=0)
 COLLATE_HEAD = partial(collate_head, pad_id=0, is_regression=False)
-# Chunks of five positions: how many there are differs from rank to rank, and an empty micro-batch has none.
-chunked_loss.CHUNK_BYTES = 5 * 4 * VOCABULARY
 
 Regions = dict[str, CoreRegion]
 
@@ -337,6 +335,8 @@ def run_stage(stage: int, folders: dict[str, str]) -> dict[str, Any]:
 
 def main() -> None:
     out, *folders = sys.argv[1:]
+    # Chunks of five positions: how many there are differs from rank to rank, and an empty micro-batch has none.
+    chunked_loss.CHUNK_BYTES = 5 * 4 * VOCABULARY
     faulthandler.dump_traceback_later(200, exit=True)  # a rank that waits for ever says where
     comm.init(timeout_minutes=3.0)
     engines.quiet_deepspeed()
