@@ -69,6 +69,8 @@ def load(how: str, folder: Path, *, load_in_4bit: bool) -> dict[str, float]:
     )
     clock = ReadClock()
     disk = sequential_gb_per_s(folder) if how == "sharded" else 0.0
+    if load_in_4bit:
+        import bitsandbytes.functional  # noqa: F401  # imports apart
     comm.barrier()
     forget_peak()
     before, started = resident_gb("VmRSS"), time.perf_counter()

@@ -24,10 +24,14 @@ from taso_ds.distributed.sharded import Fill
 _CHUNK = 1 << 22
 
 
+def quiet_bitsandbytes() -> None:
+    """Silence its warnings: one comes with every int8 product of bf16 inputs, one with every import on some CPUs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 @functools.cache
 def _bitsandbytes() -> Any:
-    """Import it without its warnings, one of which comes with every int8 product of bf16 inputs."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     import bitsandbytes
 
     return bitsandbytes

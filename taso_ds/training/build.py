@@ -18,6 +18,7 @@ from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow, pad_token_id
 from taso_ds.distributed import comm, placement, zero
 from taso_ds.distributed import engine as engines
+from taso_ds.distributed.quantized import quiet_bitsandbytes
 from taso_ds.training import prepare, regions
 from taso_ds.training.base_model import (
     BaseModel,
@@ -104,6 +105,7 @@ def join(config: RunConfig) -> None:
     model_source(config.model)
     comm.init()
     engines.quiet_deepspeed()
+    quiet_bitsandbytes()
 
 
 def set_up(config: RunConfig) -> Setup:

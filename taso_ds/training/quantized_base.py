@@ -47,8 +47,10 @@ class Quantization:
         Raises:
             UserError: when the bytes of one are not whole elements of the engine's dtype.
         """
+        plain = [name for name in _linears(model) if _is_plain(model.get_submodule(name))]
         if self.stored is None:
-            found = list(find_targets(model))
+            inside = find_targets(model)
+            found = [name for name in plain if name in inside]
         else:
             from transformers.quantizers.base import HfQuantizer
             from transformers.quantizers.quantizers_utils import should_convert_module
@@ -56,7 +58,7 @@ class Quantization:
             skipped = HfQuantizer.get_modules_to_not_convert(
                 model, self.stored.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
             )
-            found = [name for name in _linears(model) if should_convert_module(name, skipped)]
+            found = [name for name in plain if should_convert_module(name, skipped)]
         for name in found:
             shape = matrix_shape(model.get_submodule(name))
             assert shape is not None
@@ -178,6 +180,11 @@ def num_parameters(model: nn.Module) -> int:
     """Count weights, quantized ones as what they stand for."""
     packed = {id(module.weight): module.matrix for module in model.modules() if isinstance(module, QuantizedLinear)}
     return sum(math.prod(packed.get(id(value), zero.full_shape(value))) for value in model.parameters())
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Say whether transformers would quantize this linear: not one of a class of the model's own."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def _linears(model: nn.Module) -> list[str]:

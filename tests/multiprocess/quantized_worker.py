@@ -1,6 +1,6 @@
 """Quantizes, scores and trains with DeepSpeed on the ranks the launcher started; writes what it saw as JSON.
 
-torchrun quantized_worker.py OUT.json BASE STORED4 STORED8, the last two quantized by bitsandbytes already.
+torchrun quantized_worker.py OUT.json BASE STORED4 STORED8 OTHER..., the two quantized by bitsandbytes already.
 """
 
 import faulthandler
@@ -25,11 +25,13 @@ from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.quantized import QuantizedLinear
-from taso_ds.training.base_model import load_config
+from taso_ds.training.base_model import load_config, wants_head
 from taso_ds.training.build import load_base
 from taso_ds.training.calibrate import ScoringSettings, score_regions
 from taso_ds.training.feed import dealt_batches
+from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import loss_sum
+from taso_ds.training.optim import make_groups
 from taso_ds.training.regions import fingerprint
 from taso_ds.training.stored_weights import stored_weights
 
@@ -53,9 +55,9 @@ def load(folder: str, stage: int, *flags: str, bf16: bool = False, **zero_option
         bf16=bf16,
         max_grad_norm=case.MAX_GRAD_NORM,
     )
-    setup: Any = SimpleNamespace(
-        config=config, source=folder, base_config=load_config(config.model, folder), head=False, ds_config=ds_config
-    )
+    base_config = load_config(config.model, folder)
+    head = wants_head(config.model, base_config)
+    setup: Any = SimpleNamespace(config=config, source=folder, base_config=base_config, head=head, ds_config=ds_config)
     return *load_base(setup), ds_config
 
 
@@ -71,6 +73,22 @@ def digests(model: nn.Module) -> dict[str, list[str]]:
         tensors = [state] if isinstance(state, Tensor) else [state.absmax, state.offset, state.state2.absmax]
         found[name] = [digest(packed.flatten().view(torch.uint8)), *map(digest, tensors)]
     return found
+
+
+def plain_digests(model: nn.Module) -> dict[str, str]:
+    """Bits of every parameter that is not quantized."""
+    packed = {f"{name}.weight" for name in quantized(model)}
+    return {name: digest(zero.full_copy(value)) for name, value in model.named_parameters() if name not in packed}
+
+
+def train_lora(folder: str, stage: int, *flags: str) -> list[float]:
+    base, targets, _, ds_config = load(folder, stage, *flags)
+    torch.manual_seed(case.SEED)
+    attach_lora(base.model, list(targets), rank=2, scaling=1.0, transposed=False)
+    trained = list(lora_parameters(base.model).values())
+    groups = make_groups(case.TRAINING, adapter=trained, head=[], full=[], rho=0.0)
+    losses: list[float] = parity.train(base, groups, ds_config, SPLIT)["loss"]
+    return losses
 
 
 def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
@@ -124,7 +142,8 @@ def kept_for_backward(folder: str, *flags: str) -> list[int]:
 
 
 def main() -> None:
-    out, base, *stored = sys.argv[1:]
+    out, base, *stored = sys.argv[1:5]
+    others = sys.argv[5:]
     faulthandler.dump_traceback_later(270, exit=True)  # a rank that waits for ever says where
     comm.init(timeout_minutes=4.0)
     engines.quiet_deepspeed()
@@ -140,6 +159,11 @@ def main() -> None:
                 here["stored"][stage] = train(folder, stage, regions)
         here["checkpointed"] = train(base, 3, regions, flag, "--gradient_checkpointing")["loss"]
         here["bf16"] = [digests(load(base, stage, flag, bf16=True)[0].model) for stage in (0, 3)]
+        here["lora"] = [train_lora(base, stage, flag) for stage in (0, 3)]
+        here["others"] = {}
+        for other in others:
+            models = [load(other, stage, flag)[0].model for stage in (0, 3)]
+            here["others"][Path(other).name] = [[digests(model), plain_digests(model)] for model in models]
         here["kept"] = kept_for_backward(base, flag)
     if comm.is_main():
         Path(out).write_text(json.dumps(found))

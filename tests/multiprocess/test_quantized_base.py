@@ -41,6 +41,24 @@ def uneven_llama() -> Any:
     return LlamaForCausalLM(config)
 
 
+def merged_mixtral() -> Any:
+    """A Mixtral, whose experts transformers merges as it loads them: its attention is left to quantize."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(4)
+    config = MixtralConfig(
+        vocab_size=tiny_models.VOCABULARY, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+# Weights stored transposed; a new head and a linear outside the blocks; a checkpoint that transformers merges, which it
+# therefore has to load.
+OTHERS = {"gpt2": tiny_models.gpt2, "bert": lambda: tiny_models.bert().bert, "mixtral": merged_mixtral}
+
+
 def settings(bits: str) -> BitsAndBytesConfig:
     if bits == "8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -68,7 +86,8 @@ def found(run_ranks: Any, base: Path, tmp_path_factory: pytest.TempPathFactory) 
         stored.append(tmp_path_factory.mktemp("stored") / bits)
         by_bitsandbytes(base, bits).save_pretrained(stored[-1])
     out = stored[0].parent / "found.json"
-    run_ranks(Path(quantized_worker.__file__), 2, [out, base, *stored])
+    others = [tiny_models.save(make(), stored[0].parent / name) for name, make in OTHERS.items()]
+    run_ranks(Path(quantized_worker.__file__), 2, [out, base, *stored, *others])
     result: dict[str, Any] = json.loads(out.read_text())
     return result
 
@@ -103,6 +122,17 @@ def test_every_bit_is_that_of_the_whole_model_quantized(found: Any, base: Path, 
 def test_every_bit_in_bf16(found: Any, base: Path, bits: str) -> None:
     whole, sharded = found[bits]["bf16"]
     assert whole == sharded == whole_digests(base, bits, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("bits", BITS)
+def test_other_models_have_the_same_bits_at_stages_0_and_3(found: Any, bits: str, name: str) -> None:
+    whole, sharded = found[bits]["others"][name]
+    assert whole == sharded
+    packed, plain = whole
+    assert len(packed) == {"gpt2": 8, "bert": 12, "mixtral": 4}[name]
+    if name == "bert":
+        assert {"bert.pooler.dense.weight", "classifier.weight"} <= plain.keys()
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -208,6 +238,13 @@ def test_training_is_the_same_at_every_stage(found: Any, bits: str, stage: str) 
     assert losses.unique().numel() == case.STEPS  # something is learned
     if stage == "3":
         torch.testing.assert_close(torch.tensor(found[bits]["checkpointed"]), losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_baseline_trains_on_quantized_weights(found: Any, bits: str) -> None:
+    whole, sharded = found[bits]["lora"]
+    torch.testing.assert_close(torch.tensor(sharded), torch.tensor(whole), rtol=1e-5, atol=0)
+    assert len(set(whole)) == case.STEPS
 
 
 @pytest.mark.parametrize("stage", ["0", "3"])
