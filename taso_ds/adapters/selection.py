@@ -8,8 +8,9 @@
 The counts are kept for a small ladder of element fractions: a region can be cut again without scoring again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,56 +58,71 @@ def ladder_with(element_fraction: float) -> tuple[float, ...]:
 
 
 _NUM_BUCKETS = 1 << 15
+# Elements worked on at a time: what selection takes beside the importance stays small, however large the matrix.
+_BLOCK_ELEMENTS = 1 << 18
 
 
-def _at_or_above(bucket: Tensor) -> Tensor:
+def _row_blocks(importance: Tensor) -> tuple[Tensor, ...]:
+    return importance.split(max(1, _BLOCK_ELEMENTS // importance.shape[1]))
+
+
+def _bucket(values: Tensor) -> Tensor:
+    """Return the upper 16 bits of non-negative fp32 values, which order like the values do."""
+    return values.view(torch.int32) >> 16
+
+
+def _at_or_above(importance: Tensor) -> Tensor:
     """Return how many elements lie in the highest bucket, the two highest, and so on."""
-    return torch.bincount(bucket, minlength=_NUM_BUCKETS).flip(0).cumsum(0)
+    histogram = torch.zeros(_NUM_BUCKETS, dtype=torch.int64, device=importance.device)
+    for block in _row_blocks(importance):
+        histogram += torch.bincount(_bucket(block).flatten(), minlength=_NUM_BUCKETS)
+    return histogram.flip(0).cumsum(0)
 
 
-def _kth_largest(values: Tensor, ks: Sequence[int]) -> list[float]:
-    """Return the k-th largest of non-negative fp32 ``values`` for each k, exactly.
+def _kth_largest(blocks: Sequence[Tensor], above: Tensor, k: int) -> float:
+    """Return the k-th largest value exactly: the histogram names its bucket, and only that bucket is sorted.
 
-    Non-negative floats order like their bits, so a histogram of the upper 16 bits finds the bucket and only that
-    bucket is sorted: linear time, where ``topk`` sorts the whole tail.
+    Linear time, where ``topk`` sorts the whole tail.
     """
-    bits = values.view(torch.int32)
-    bucket = bits >> 16
-    above = _at_or_above(bucket)
-    thresholds = []
-    for k in ks:
-        position = int(torch.searchsorted(above, k))
-        higher = int(above[position - 1]) if position else 0
-        candidates = bits[bucket == _NUM_BUCKETS - 1 - position].sort(descending=True).values
-        thresholds.append(candidates[k - higher - 1 : k - higher].view(torch.float32).item())
-    return thresholds
+    place = int(torch.searchsorted(above, k))
+    higher = int(above[place - 1]) if place else 0
+    candidates = torch.cat([values[_bucket(values) == _NUM_BUCKETS - 1 - place] for values in blocks])
+    return candidates.sort(descending=True).values[k - higher - 1].item()
+
+
+def _core_positions(importance: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield rows and columns of the ``counts[step]`` most important elements as ``(step, rows, cols)``, block by block.
+
+    Ties go to the lower index.
+    """
+    above = _at_or_above(importance)
+    lowest = _NUM_BUCKETS - 1 - int(torch.searchsorted(above, max(counts)))
+    # What can matter at all, in index order: positions fit 32 bits up to two billion elements.
+    values, positions, start = [], [], 0
+    for block in _row_blocks(importance):
+        flat = block.flatten()
+        found = (_bucket(flat) >= lowest).nonzero().flatten()
+        values.append(flat[found])
+        positions.append((found + start).int() if importance.numel() < 1 << 31 else found + start)
+        start += flat.numel()
+    for step, count in enumerate(counts):
+        threshold = _kth_largest(values, above, count)
+        ties_left = count - sum(int((part > threshold).sum()) for part in values)
+        for part, where in zip(values, positions, strict=True):
+            chosen = part > threshold
+            ties = (part == threshold).nonzero().flatten()[:ties_left]
+            ties_left -= ties.numel()
+            chosen[ties] = True
+            core = where[chosen]
+            yield step, core // importance.shape[1], core % importance.shape[1]
 
 
 def core_elements(importance: Tensor, element_fraction: float) -> Tensor:
     """Return the boolean element mask ``S``: exactly ``share(element_fraction)`` elements, ties to the lower index."""
     mask = torch.zeros_like(importance, dtype=torch.bool)
-    ((rows, cols),) = _core_positions(importance, [share(element_fraction, importance.numel())])
-    mask[rows, cols] = True
+    for _, rows, cols in _core_positions(importance, [share(element_fraction, importance.numel())]):
+        mask[rows, cols] = True
     return mask
-
-
-def _core_positions(importance: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Return rows and columns of the ``count`` most important elements, for each count; ties go to the lower index."""
-    values = importance.flatten()
-    # One histogram of the whole matrix leaves the part that can matter, in index order.
-    bucket = values.view(torch.int32) >> 16
-    lowest = _NUM_BUCKETS - 1 - int(torch.searchsorted(_at_or_above(bucket), max(counts)))
-    positions = (bucket >= lowest).nonzero().flatten()
-    values = values[positions]
-    thresholds = _kth_largest(values, counts)
-    rows, cols = positions // importance.shape[1], positions % importance.shape[1]
-    found = []
-    for threshold, count in zip(thresholds, counts, strict=True):
-        chosen = values > threshold
-        ties = (values == threshold).nonzero().flatten()
-        chosen[ties[: count - int(chosen.sum())]] = True
-        found.append((rows[chosen], cols[chosen]))
-    return found
 
 
 def score_rows_and_cols(importance: Tensor, ladder: Sequence[float]) -> RegionScores:
@@ -118,13 +134,23 @@ def score_rows_and_cols(importance: Tensor, ladder: Sequence[float]) -> RegionSc
     if not torch.isfinite(importance.amax()):  # NaN propagates
         raise FloatingPointError("importance is not finite")
     num_rows, num_cols = importance.shape
-    core = _core_positions(importance, [share(fraction, importance.numel()) for fraction in ladder])
+    zeros = partial(torch.zeros, device=importance.device)
+    row_counts = zeros(len(ladder), num_rows, dtype=torch.int32)
+    col_counts = zeros(len(ladder), num_cols, dtype=torch.int32)
+    for step, rows, cols in _core_positions(importance, [share(fraction, importance.numel()) for fraction in ladder]):
+        row_counts[step] += rows.bincount(minlength=num_rows)
+        col_counts[step] += cols.bincount(minlength=num_cols)
+    # Block by block, because a sum in another dtype first copies its input.
+    row_importance = torch.cat([block.sum(1, dtype=torch.float64) for block in _row_blocks(importance)])
+    col_importance = zeros(num_cols, dtype=torch.float64)
+    for block in _row_blocks(importance):
+        col_importance += block.sum(0, dtype=torch.float64)
     return RegionScores(
         ladder=tuple(ladder),
-        row_counts=torch.stack([rows.bincount(minlength=num_rows).int() for rows, _ in core]).cpu(),
-        col_counts=torch.stack([cols.bincount(minlength=num_cols).int() for _, cols in core]).cpu(),
-        row_importance=importance.sum(1, dtype=torch.float64).float().cpu(),
-        col_importance=importance.sum(0, dtype=torch.float64).float().cpu(),
+        row_counts=row_counts.cpu(),
+        col_counts=col_counts.cpu(),
+        row_importance=row_importance.float().cpu(),
+        col_importance=col_importance.float().cpu(),
     )
 
 

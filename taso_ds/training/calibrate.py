@@ -116,6 +116,10 @@ class GradientSum:
         total = self._sums.pop(name, None)
         return None if total is None else total.to(comm.device())
 
+    def free_buffers(self) -> None:
+        """Give back what only ``add`` needs; a later ``add`` makes it anew."""
+        self._product, self._travelling = None, torch.empty(0)
+
 
 @contextmanager
 def scoring_mode(model: nn.Module) -> Iterator[None]:
@@ -209,6 +213,7 @@ def _run_backward(
             if at_once:
                 scorer.sum_counts()
             (loss / max(1, units) if scorer.per_batch else loss).backward()
+            scorer.free_buffers()  # memory peaks at the next batch's loss
     if not at_once:
         scorer.sum_counts()
 
@@ -252,6 +257,10 @@ class _Pass:
         self.add(name, inputs, grad_output)
         self._select(name)
 
+    def free_buffers(self) -> None:
+        """Keep nothing but sums between two micro-batches."""
+        self._gradients.free_buffers()
+
     def finish(self) -> dict[str, RegionScores]:
         """Select what is not selected yet, in parallel on the owners, and return this rank's scores."""
         for name in self.targets:
@@ -288,6 +297,7 @@ class _Pass:
             shape=(shape.out_features, shape.in_features),
             seed=self._seeds[name],
         )
+        del stored, weight
         try:
             self._scores[name] = score_rows_and_cols(importance, self._settings.ladder)
         except FloatingPointError:

@@ -11,6 +11,7 @@ from torch import Tensor
 from taso_ds.adapters.selection import (
     ELEMENT_FRACTION_LADDER,
     CoreRegion,
+    _at_or_above,
     _kth_largest,
     concentration,
     core_elements,
@@ -95,7 +96,9 @@ def test_the_element_mask_has_exactly_its_share_and_ties_go_to_the_lower_index(i
 def test_the_kth_largest_is_exact_for_every_float(values: list[float], data: st.DataObject) -> None:
     ks = data.draw(st.lists(st.integers(1, len(values)), min_size=1, max_size=4))
     ordered = sorted(values, reverse=True)
-    assert _kth_largest(torch.tensor(values), ks) == [ordered[k - 1] for k in ks]
+    matrix = torch.tensor([values])
+    above = _at_or_above(matrix)
+    assert [_kth_largest([matrix], above, k) for k in ks] == [ordered[k - 1] for k in ks]
 
 
 # Ties by hand ---------------------------------------------------------------------------------------------------------
