@@ -213,7 +213,9 @@ def _run_backward(
             if at_once:
                 scorer.sum_counts()
             (loss / max(1, units) if scorer.per_batch else loss).backward()
-            scorer.free_buffers()  # memory peaks at the next batch's loss
+            # Memory peaks at the next batch's loss: this one's graph and the buffers are gone by then.
+            del loss
+            scorer.free_buffers()
     if not at_once:
         scorer.sum_counts()
 

@@ -1,5 +1,6 @@
 """Scoring in one process, against autograd written out; tests/multiprocess does the same over ranks and ZeRO stages."""
 
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def test_scores_are_autograds(make: Any) -> None:
     batches = [tiny_models.token_batch(seed=seed, length=length) for seed, length in ((0, 12), (1, 9), (2, 15))]
     expected = reference(make(), batches)
     assert_same(scores_of(make().requires_grad_(False), batches), expected)
+
+
+def test_nothing_but_sums_lives_into_the_next_micro_batch() -> None:
+    """Memory peaks in a forward; a loss that is still there keeps its graph, the buffers two matrices."""
+    model = tiny_models.llama().requires_grad_(False)
+    targets = find_targets(model)
+    batches = [tiny_models.token_batch(seed=seed, length=9) for seed in range(3)]
+    earlier: list[weakref.ref[Tensor]] = []
+
+    def losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        assert all(loss() is None for loss in earlier)
+        loss, units = loss_sum(model, batch, head=False)
+        earlier.append(weakref.ref(loss))
+        return loss, units
+
+    settings = ScoringSettings(score="importance", reduction="signed_mean", ladder=LADDER, seed=0)
+    score_regions(model, targets, shapes_of(targets), batches, loss_sum=losses, settings=settings)
+    assert len(earlier) == len(batches)
 
 
 def test_a_real_model_is_scored_like_autograd(stories260k: Path) -> None:
