@@ -112,6 +112,7 @@ class Trainer:
             loss, _ = self.loss_sum(self.engine, self.feed.batch(rows))
             losses.append(loss.detach().double())
             self.engine.backward(loss * scale, scale_wrt_gas=False)
+            del loss  # what its graph still holds must not meet the next forward
             if number + 1 < len(data.micro_batches):
                 self.engine.step()  # counts the micro-batch; only the last one of a step updates
         total = torch.stack(losses).sum()
