@@ -5,81 +5,52 @@ python benchmarks/load.py --sizes 1.1b,3b
 Two ranks on this machine; random weights of known shapes in safetensors files, read once before so that they lie in the
 page cache. With --load_in_4bit both quantize to NF4; transformers then holds the whole model on every rank. Each load
 is a launch of its own, the two ways in turn. A load that would exhaust the machine's memory is stopped and reported.
-The last line is one JSON object, of the last size.
+"of file speed" compares the loader's reads with reading the same files from end to end into memory that is kept, in the
+same process; ``read_share_of_one_buffer`` in the JSON with ``dd``'s way, one small buffer over and over. The last line
+is one JSON object, of the last size.
 """
 
 import argparse
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+import ranks
 import shapes
 
 WORKER = Path(__file__).with_name("load_worker.py")
 WAYS = ("sharded", "transformers")
-_LEAST_FREE_GB = 0.8
-
-
-def launch(how: str, model: Path, flags: list[str]) -> list[dict[str, float]] | None:
-    """Return what every rank measured; None when the load was stopped before it exhausted the machine."""
-    with tempfile.TemporaryDirectory(prefix="taso_bench_") as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", str(WORKER)]
-        command += ["--how", how, "--model", str(model), "--result", str(result), *flags]
-        process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
-        while process.poll() is None:
-            if psutil.virtual_memory().available / 1e9 < _LEAST_FREE_GB:
-                _kill(process)
-                return None
-            time.sleep(0.05)
-        if process.returncode:
-            raise SystemExit(f"{how} failed")
-        found: list[dict[str, float]] = json.loads(result.read_text())
-        return found
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.kill()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def measure(size: str, folder: Path, rounds: int, flags: list[str]) -> dict[str, Any]:
     model = shapes.write_model(folder, size)
-    for file in model.glob("*.safetensors"):
-        with file.open("rb", buffering=0) as stream:
-            while stream.read(1 << 24):
-                pass
+    shapes.read_once(model)
     found: dict[str, list[list[dict[str, float]]]] = {how: [] for how in WAYS}
     fits = dict.fromkeys(WAYS, True)
     for _ in range(rounds):
         for how in WAYS:
             if fits[how]:
-                ranks = launch(how, model, flags)
-                fits[how] = ranks is not None
-                if ranks is not None:
-                    found[how].append(ranks)
+                measured = ranks.launch(WORKER, ["--how", how, "--model", str(model), *flags])
+                fits[how] = measured is not None
+                if measured is not None:
+                    found[how].append(measured)
     largest = shapes.largest_tensor(size) * 2 / 1e9
     row: dict[str, Any] = {"size": size, "parameters": shapes.num_parameters(size)}
     for how in WAYS:
         if fits[how]:
-            row[f"{how}_s"] = statistics.median(max(rank["seconds"] for rank in ranks) for ranks in found[how])
-            row[f"{how}_peak_gb"] = max(rank["peak_gb"] for ranks in found[how] for rank in ranks)
+            row[f"{how}_s"] = statistics.median(max(rank["seconds"] for rank in launched) for launched in found[how])
+            row[f"{how}_peak_gb"] = max(rank["peak_gb"] for launched in found[how] for rank in launched)
     if fits["sharded"]:
-        ranks = [rank for launch_ in found["sharded"] for rank in launch_]
-        row["shard_gb"] = max(rank["shard_gb"] for rank in ranks)
-        row["peak_over_shard_gb"] = max(rank["peak_gb"] - rank["shard_gb"] - largest for rank in ranks)
-        row["read_share"] = statistics.median(rank["read_gb_per_s"] / rank["sequential_gb_per_s"] for rank in ranks)
-        row["read_gb_per_s"] = statistics.median(rank["read_gb_per_s"] for rank in ranks)
+        sharded = [rank for launched in found["sharded"] for rank in launched]
+        row["shard_gb"] = max(rank["shard_gb"] for rank in sharded)
+        row["peak_over_shard_gb"] = max(rank["peak_gb"] - rank["shard_gb"] - largest for rank in sharded)
+        row["read_share"] = statistics.median(rank["read_gb_per_s"] / rank["sequential_gb_per_s"] for rank in sharded)
+        row["read_share_of_one_buffer"] = statistics.median(
+            rank["read_gb_per_s"] / rank["one_buffer_gb_per_s"] for rank in sharded
+        )
+        row["read_gb_per_s"] = statistics.median(rank["read_gb_per_s"] for rank in sharded)
     if all(fits.values()):
         row["speedup"] = row["transformers_s"] / row["sharded_s"]
     return row

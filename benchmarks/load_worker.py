@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import resident
 import torch
 import transformers.models.llama.modeling_llama
 
@@ -14,19 +15,6 @@ from taso_ds.distributed import comm, engine, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint
 from taso_ds.training.base_model import load_base_model, load_config
-
-
-def resident_gb(field: str) -> float:
-    """Return ``VmRSS`` or its peak ``VmHWM`` of this process, in GB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024 / 1e9
-    raise KeyError(field)
-
-
-def forget_peak() -> None:
-    """Make ``VmHWM`` start again at the present resident size."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 class ReadClock:
@@ -45,17 +33,18 @@ class ReadClock:
         SafetensorsCheckpoint._read = timed  # type: ignore[method-assign, assignment]
 
 
-def sequential_gb_per_s(folder: Path) -> float:
-    """Read this rank's share of the files from end to end through one small buffer, as ``dd`` does."""
+def sequential_gb_per_s(folder: Path, *, kept: bool) -> float:
+    """Read this rank's share of the files from end to end: into fresh memory that is kept, or through one buffer."""
     files = sorted(folder.glob("*.safetensors"))[comm.rank() :: comm.world_size()]
-    buffer = memoryview(bytearray(1 << 24))
+    sizes = [file.stat().st_size for file in files]
     comm.barrier()
-    started, total = time.perf_counter(), 0
+    started, first = time.perf_counter(), 0
+    memory = memoryview(torch.empty(sum(sizes) if kept else 1 << 24, dtype=torch.uint8).numpy())  # type: ignore[arg-type]
     for file in files:
         with file.open("rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                total += count
-    return total / (time.perf_counter() - started) / 1e9
+            while count := stream.readinto(memory[first:]):
+                first += count if kept else 0
+    return sum(sizes) / (time.perf_counter() - started) / 1e9
 
 
 def load(how: str, folder: Path, *, load_in_4bit: bool) -> dict[str, float]:
@@ -68,12 +57,13 @@ def load(how: str, folder: Path, *, load_in_4bit: bool) -> dict[str, float]:
         max_grad_norm=1.0,
     )
     clock = ReadClock()
-    disk = sequential_gb_per_s(folder) if how == "sharded" else 0.0
+    measured = how == "sharded"
+    one_buffer = sequential_gb_per_s(folder, kept=False) if measured else 0.0
+    sequential = sequential_gb_per_s(folder, kept=True) if measured else 0.0
     if load_in_4bit:
         import bitsandbytes.functional  # noqa: F401  # imports apart
     comm.barrier()
-    forget_peak()
-    before, started = resident_gb("VmRSS"), time.perf_counter()
+    before, started = resident.forget_peak(), time.perf_counter()
     if how == "sharded":
         arguments = ModelArguments(model_name_or_path=str(folder), load_in_4bit=load_in_4bit)
         model = load_base_model(
@@ -93,10 +83,11 @@ def load(how: str, folder: Path, *, load_in_4bit: bool) -> dict[str, float]:
     shards = sum(value.numel() * value.dtype.itemsize for value in held) / 1e9
     return {
         "seconds": seconds,
-        "peak_gb": resident_gb("VmHWM") - before,
+        "peak_gb": resident.resident_gb("VmHWM") - before,
         "shard_gb": shards,
         "read_gb_per_s": clock.bytes / clock.seconds / 1e9 if clock.seconds else 0.0,
-        "sequential_gb_per_s": disk,
+        "sequential_gb_per_s": sequential,
+        "one_buffer_gb_per_s": one_buffer,
     }
 
 
@@ -124,7 +115,7 @@ def main() -> None:
     found = comm.gather_objects(load(arguments.how, arguments.model, load_in_4bit=arguments.load_in_4bit))
     if comm.is_main():
         arguments.result.write_text(json.dumps(found))
-    comm.close()
+    comm.leave()
 
 
 if __name__ == "__main__":

@@ -11,16 +11,12 @@ shows what it keeps). The last line is one JSON object.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
+import ranks
 import shapes
 
 from taso_ds.config import RunConfig, parse_run_config
@@ -33,8 +29,6 @@ from taso_ds.training.base_model import meta_model
 from taso_ds.training.forecast import count_model
 
 WORKER = Path(__file__).with_name("plan_worker.py")
-RANKS = 2
-_LEAST_FREE = 1.5e9
 
 
 def run_flags(model: Path, rows: Path, stage: int, arguments: argparse.Namespace) -> list[str]:
@@ -42,36 +36,18 @@ def run_flags(model: Path, rows: Path, stage: int, arguments: argparse.Namespace
         "--model_name_or_path", str(model), "--task", "completion", "--train_file", str(rows), "--eval_file", str(rows),
         "--max_seq_length", str(arguments.length), "--ds_config", f"zero{stage}.json",
         "--per_device_train_batch_size", str(arguments.rows), "--max_steps", str(arguments.steps),
-        "--calibration_samples", str(2 * RANKS * arguments.rows),
+        "--calibration_samples", str(2 * ranks.RANKS * arguments.rows), "--no_verify_export",
     ]  # fmt: skip
     flags += ["--gradient_checkpointing"] * arguments.gradient_checkpointing
     return flags + ["--load_in_4bit"] * arguments.load_in_4bit
 
 
-def write_rows(path: Path, length: int) -> None:
-    """Write rows of exactly ``length`` tokens of the byte tokenizer, half of them supervised."""
-    row = {"prompt": "a" * (length // 2), "completion": "b" * (length - length // 2 - 1)}
-    path.write_text("\n".join([json.dumps(row)] * 64) + "\n")
-
-
-def measure(flags: list[str], folder: Path, *, keep_heap: bool) -> dict[str, dict[str, float]]:
+def measure(flags: list[str], *, keep_heap: bool) -> dict[str, dict[str, float]]:
     """Launch a run and return peak and time of each phase."""
-    result = folder / "result.json"
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(RANKS), str(WORKER)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if keep_heap else {"MALLOC_MMAP_THRESHOLD_": "65536"})
-    process = subprocess.Popen(
-        [*command, "--result", str(result), *flags], env=environment, stdout=sys.stderr, start_new_session=True
-    )
-    while process.poll() is None:
-        if psutil.virtual_memory().available < _LEAST_FREE:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-            process.kill()
-            raise SystemExit("stopped before it exhausted this machine's memory")
-        time.sleep(0.05)
-    if process.returncode:
-        raise SystemExit("the run failed")
-    found: dict[str, dict[str, float]] = json.loads(result.read_text())
+    environment = {"OMP_NUM_THREADS": "1"} | ({} if keep_heap else {"MALLOC_MMAP_THRESHOLD_": "65536"})
+    found: dict[str, dict[str, float]] | None = ranks.launch(WORKER, flags, environment=environment)
+    if found is None:
+        raise SystemExit("stopped before it exhausted this machine's memory")
     return found
 
 
@@ -86,7 +62,7 @@ def predict(config: RunConfig, base_config: Any, stage: int) -> dict[str, Usage]
     )
     rows = config.training.per_device_train_batch_size
     work = Workload(
-        gpus_per_node=RANKS,
+        gpus_per_node=ranks.RANKS,
         max_seq_length=config.data.max_seq_length,
         micro_batch_size=rows,
         calibration_samples=config.calibration.calibration_samples,
@@ -102,10 +78,10 @@ def compare(size: str, stage: int, arguments: argparse.Namespace) -> dict[str, A
     model = shapes.write_model(arguments.folder, size)
     with tempfile.TemporaryDirectory(prefix="taso_plan_") as name:
         rows = Path(name) / "rows.jsonl"
-        write_rows(rows, arguments.length)
+        shapes.write_rows(rows, arguments.length)
         flags = run_flags(model, rows, stage, arguments)
         plan = predict(parse_run_config(flags), AutoConfig.from_pretrained(model), stage)
-        found = measure(flags, Path(name), keep_heap=arguments.keep_heap)
+        found = measure(flags, keep_heap=arguments.keep_heap)
     row: dict[str, Any] = {"size": size, "stage": stage}
     for phase in ("load", "score", "train"):
         row[f"{phase}_predicted_gb"] = plan[phase].device_bytes / 1e9

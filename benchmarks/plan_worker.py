@@ -1,4 +1,4 @@
-"""What ``benchmarks/plan_check.py`` launches on every rank: the phases of a run, with the peak memory of each.
+"""What ``plan_check.py`` and ``scale.py`` launch on every rank: the phases of a run, with time and peak memory.
 
 All flags but ``--result`` are those of ``launch/train.py``. Peaks are resident memory above what the process held when
 everything was imported, the ranks had met and the data was read.
@@ -20,15 +20,15 @@ from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
 from taso_ds.training import prepare
 from taso_ds.training.build import Setup, attach, find_regions, join, load_base, set_up
-from taso_ds.training.export import save_taso
 from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Schedule, make_optimizer
+from taso_ds.training.run import save
 from taso_ds.training.run_folder import RunFolder
 from taso_ds.training.trainer import Trainer
 
 
 class Phases:
-    """Peak resident memory and seconds of each phase."""
+    """The worst rank's peak resident memory and seconds of each phase; of one that repeats, the last one's seconds."""
 
     def __init__(self) -> None:
         comm.sum_everywhere(torch.zeros(1 << 20, device=comm.device()))
@@ -40,8 +40,12 @@ class Phases:
         peak = resident.resident_gb("VmHWM") - self.start
         seconds = time.perf_counter() - self.began
         after = resident.forget_peak() - self.start
-        worst = {"peak_gb": peak, "after_gb": after, "seconds": seconds}
-        self.found[name] = {key: max(comm.gather_objects(value)) for key, value in worst.items()}
+        own = {
+            "peak_gb": max(peak, self.found.get(name, {}).get("peak_gb", 0.0)),
+            "after_gb": after,
+            "seconds": seconds,
+        }
+        self.found[name] = {key: max(comm.gather_objects(value)) for key, value in own.items()}
         self.began = time.perf_counter()
 
 
@@ -72,12 +76,13 @@ def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
         on_log=lambda metrics: None,
         on_eval=lambda step: None,
     )
-    trainer.fit()
-    phases.end("train")
-    assert trained.adapter is not None
+    phases.end("start")
+    for step in range(steps):
+        trainer.step(step)
+        phases.end("first step" if step == 0 else "train")  # the first one records DeepSpeed's trace
     out = RunFolder(folder)
     comm.on_main(out.start)
-    save_taso(out, base.model, trained.adapter, base_name="base", head={})
+    save(setup, out, base, trained, engine.module)
     phases.end("export")
     return phases.found
 
@@ -92,7 +97,7 @@ def main() -> None:
     found = run(set_up(config), arguments.result.parent / "run")
     if comm.is_main():
         arguments.result.write_text(json.dumps(found))
-    comm.close()
+    comm.leave()
 
 
 if __name__ == "__main__":

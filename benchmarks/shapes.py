@@ -82,6 +82,20 @@ def write_model(folder: Path, size: str) -> Path:
     return target
 
 
+def read_once(model: Path) -> None:
+    """Read all weights from end to end, which brings them into the page cache if they fit."""
+    for file in model.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(1 << 24):
+                pass
+
+
+def write_rows(path: Path, length: int) -> None:
+    """Write rows of exactly ``length`` tokens of the byte tokenizer, half of them supervised."""
+    row = {"prompt": "a" * (length // 2), "completion": "b" * (length - length // 2 - 1)}
+    path.write_text("\n".join([json.dumps(row)] * 64) + "\n")
+
+
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)

@@ -9,12 +9,10 @@ memory is the resident set of a launch of its own per method. The last line is o
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
+
+import ranks
 
 WORKER = Path(__file__).with_name("worker.py")
 METHODS = {
@@ -23,23 +21,16 @@ METHODS = {
     "LoRA r=1": ["--method", "lora", "--rank", "1"],
     "LoRA r=32": ["--method", "lora", "--rank", "32"],
 }
-
-
 # The C library keeps freed blocks of megabytes for later, gigabytes of them: here it gives them back to be measured.
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 
 
-def launch(job: str, arguments: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run the worker on two ranks and return what rank 0 wrote."""
-    with tempfile.TemporaryDirectory(prefix="taso_bench_") as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", str(WORKER)]
-        subprocess.run(
-            [*command, "--job", job, "--result", str(result), *arguments], check=True, stdout=sys.stderr,
-            env=os.environ | (environment or {}),
-        )  # fmt: skip
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
+def job(name: str, arguments: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run one job of the worker and return what rank 0 wrote."""
+    found: dict[str, Any] | None = ranks.launch(WORKER, ["--job", name, *arguments], environment=environment)
+    if found is None:
+        raise SystemExit(f"{name}: stopped before it exhausted this machine's memory")
+    return found
 
 
 def main() -> None:
@@ -48,11 +39,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of scoring and of plain backward")
     arguments = parser.parse_args()
     methods = json.dumps(METHODS)
-    times = launch("steps", ["--methods", methods, "--steps", str(arguments.steps)])
-    scoring = launch("scoring", ["--rounds", str(arguments.rounds)])
-    extra = launch("scoring_memory", ["--rounds", str(arguments.rounds)], _GIVE_BACK)
+    times = job("steps", ["--methods", methods, "--steps", str(arguments.steps)])
+    scoring = job("scoring", ["--rounds", str(arguments.rounds)])
+    extra = job("scoring_memory", ["--rounds", str(arguments.rounds)], _GIVE_BACK)
     memory = {
-        name: launch("memory", ["--methods", json.dumps({name: flags})])["peak_gb"] for name, flags in METHODS.items()
+        name: job("memory", ["--methods", json.dumps({name: flags})])["peak_gb"] for name, flags in METHODS.items()
     }
     reference = times["LoRA r=1"]["median_s"]
     print(

@@ -212,7 +212,7 @@ def main() -> None:
         found = peak_memory(arguments.methods)
     if comm.is_main():
         arguments.result.write_text(json.dumps(found))
-    comm.close()
+    comm.leave()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def run_script(action: Callable[[], str | None]) -> None:
 
     if last_line is not None and comm.is_main():
         print(last_line, flush=True)
-    comm.close()
+    comm.leave()
 
 
 def _set_up_logging() -> None:

@@ -27,7 +27,7 @@ MICRO, MAX_GRAD_NORM = 2, 0.5
 
 
 def test_the_folder_is_what_is_shipped() -> None:
-    names = ["zero0", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_nvme", "zero3_offload"]
+    names = ["zero0", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_nf4", "zero3_nvme", "zero3_offload"]
     assert [file.stem for file in shipped_ds_configs()] == names
     assert shipped_ds_configs() == FILES
 
@@ -59,7 +59,7 @@ def train_all(report: Path) -> None:
 
     comm.init()
     report.write_text(json.dumps([train(*case, nvme_path=f"{report}.nvme") for case in CASES]))
-    comm.close()
+    comm.leave()
 
 
 def train(name: str, bf16: bool, accumulation: int, *, nvme_path: str) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Ranks and collectives. Every helper is an identity in one process, so one script runs on a laptop and on 64 GPUs."""
 
+import atexit
 import datetime
+import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -65,10 +68,23 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def close() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave() -> None:
+    """Leave the process group: the last call of a rank, which does not return where there are several.
+
+    Partitioned parameters and DeepSpeed's globals keep gloo's communicator alive until the interpreter is torn down,
+    where its threads now and then abort a process that has done all its work ("terminate called without an active
+    exception"). So the process ends here, once everything registered for its end has run.
+    """
+    if not dist.is_initialized():
+        return
+    alone = dist.get_world_size() == 1
+    dist.destroy_process_group()
+    if not alone:
+        atexit._run_exitfuncs()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def rank() -> int:

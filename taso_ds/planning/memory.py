@@ -50,6 +50,10 @@ class Limits:
     prefetch_bucket: int = 50_000_000
     reduce_bucket: int = 20_000_000
 
+    def packed(self) -> "Limits":
+        """Return the limits of ``zero3_nf4.json``: as many weights, four of which are one stored bf16 number."""
+        return Limits(self.max_reuse_distance // 4, self.prefetch_bucket // 4, self.reduce_bucket)
+
 
 @dataclass(frozen=True)
 class Strategy:

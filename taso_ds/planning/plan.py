@@ -54,7 +54,8 @@ def strategies(
     for load_in_4bit in quantized:
         for checkpointing in (False, True):
             base = Strategy(0, load_in_4bit=load_in_4bit, gradient_checkpointing=checkpointing, limits=limits)
-            found += [replace(base, stage=stage) for stage in (0, 1, 2, 3)]
+            found += [replace(base, stage=stage) for stage in (0, 1, 2)]
+            found.append(replace(base, stage=3, limits=limits.packed() if load_in_4bit else limits))
             if offloads:
                 found.append(replace(base, stage=3, offload=True))
             if work.nodes > 1 and work.gpus_per_node > 1:
@@ -68,7 +69,7 @@ def assess(shape: ModelShape, strategy: Strategy, work: Workload, hardware: Hard
     usage = phase_usage(shape, strategy, work, device)
     step = step_seconds(shape, strategy, work, device, network)
     weights = weight_bytes(shape, replace(strategy, load_in_4bit=False), work.element).total
-    readers = 1 if strategy.stage == 3 and not strategy.load_in_4bit else work.gpus_per_node
+    readers = 1 if strategy.stage == 3 else work.gpus_per_node
     seconds = {"load": readers * weights / (work.nodes if readers == 1 else 1) / (READ_GB_PER_S * GB)}
     if work.scores:
         batch = step_seconds(shape, strategy, work, device, network, scored=True)
@@ -116,7 +117,10 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
 
 def ds_config_name(strategy: Strategy) -> str:
     """Return the shipped DeepSpeed JSON of a strategy."""
-    return f"zero{strategy.stage}{'_offload' if strategy.offload else '_hpz' if strategy.hpz else ''}.json"
+    variant = "_offload" if strategy.offload else "_hpz" if strategy.hpz else ""
+    if strategy.stage == 3 and strategy.load_in_4bit and not variant:
+        variant = "_nf4"
+    return f"zero{strategy.stage}{variant}.json"
 
 
 def command_line(strategy: Strategy, work: Workload, flags: Sequence[str]) -> str:

@@ -1,19 +1,18 @@
 """The frozen pretrained model and its tokenizer, from a folder, the Hub or a GGUF file."""
 
 import copy
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from taso_ds.adapters.adapter import ADAPTER_MODULE
-from taso_ds.config import ModelArguments, cache_dir
+from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm, engine, zero
 from taso_ds.errors import UserError
 from taso_ds.training.load_quantized import QuantizedLoad
@@ -25,11 +24,11 @@ from taso_ds.training.load_sharded import (
     tie_weights,
     why_not_sharded,
 )
+from taso_ds.training.model_source import Loaded, loading
 from taso_ds.training.quantized_base import Quantization, adopt_linears, quantization_of
 
 log = logging.getLogger(__name__)
 
-Loaded = TypeVar("Loaded")
 _LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -51,65 +50,6 @@ class BaseModel:
         return {name: value for name, value in self.model.named_parameters() if not name.startswith(others)}
 
 
-def model_source(arguments: ModelArguments) -> str:
-    """Return the folder or Hub id to load from; a GGUF file is dequantized to the cache once, whoever comes first.
-
-    The other ranks of the node wait on a file lock, not in a collective that could time out.
-    """
-    assert arguments.model_name_or_path is not None
-    if arguments.gguf_file is None:
-        return arguments.model_name_or_path
-    from filelock import FileLock
-
-    folder = cache_dir() / "gguf" / _gguf_key(arguments.model_name_or_path, arguments.gguf_file)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            log.info("dequantizing %s into %s (once)", arguments.gguf_file, folder)
-            _convert_gguf(arguments, folder)
-    return str(folder)
-
-
-def _gguf_key(name: str, file: str) -> str:
-    path = Path(name) / file
-    if not path.is_file():
-        if Path(name).is_dir():
-            raise UserError(f"gguf_file: {path} does not exist")
-        return hashlib.sha256(f"{name}/{file}".encode()).hexdigest()[:16]
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
-
-
-def _convert_gguf(arguments: ModelArguments, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
-
-    name, file = str(arguments.model_name_or_path), arguments.gguf_file
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    model = _loading(
-        f"{name}/{file}",
-        lambda: AutoModelForCausalLM.from_pretrained(
-            name, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        ),
-    )
-    model.save_pretrained(unfinished)
-    _loading(f"{name}/{file}", lambda: AutoTokenizer.from_pretrained(name, gguf_file=file)).save_pretrained(unfinished)
-    unfinished.rename(folder)
-
-
-def _loading(what: str, load: Callable[[], Loaded], *, flag: str = "model_name_or_path") -> Loaded:
-    """Turn the many ways a checkpoint can be unreadable into one line."""
-    try:
-        return load()
-    except Exception as error:
-        # transformers, tokenizers, safetensors and gguf raise a dozen unrelated types; --debug shows which and where.
-        first = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{flag}: cannot load {what}: {first}") from error
-
-
 def check_weight_files(source: str) -> None:
     """Refuse a folder with a damaged safetensors file, on every rank, before partitioned loading could hang on it."""
     for path in sorted(Path(source).glob("*.safetensors")):
@@ -124,7 +64,7 @@ def load_config(arguments: ModelArguments, source: str) -> Any:
     """Return the transformers configuration of the base."""
     from transformers import AutoConfig
 
-    return _loading(
+    return loading(
         source,
         lambda: AutoConfig.from_pretrained(
             source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
@@ -139,7 +79,7 @@ def read_config(arguments: ModelArguments) -> Any:
         return load_config(arguments, name)
     from transformers import AutoConfig
 
-    return _loading(f"{name}/{file}", lambda: AutoConfig.from_pretrained(name, gguf_file=file))
+    return loading(f"{name}/{file}", lambda: AutoConfig.from_pretrained(name, gguf_file=file))
 
 
 def load_tokenizer(arguments: ModelArguments, source: str) -> Any:
@@ -147,7 +87,7 @@ def load_tokenizer(arguments: ModelArguments, source: str) -> Any:
     from transformers import AutoTokenizer
 
     name = arguments.tokenizer_name or source
-    return _loading(
+    return loading(
         f"a tokenizer from {name}",
         lambda: AutoTokenizer.from_pretrained(
             name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
@@ -181,7 +121,7 @@ def meta_model(arguments: ModelArguments, config: Any, *, head: bool) -> nn.Modu
             )
         return model
 
-    return _loading(str(arguments.model_name_or_path), build)
+    return loading(str(arguments.model_name_or_path), build)
 
 
 def load_base_model(
@@ -249,7 +189,7 @@ def _from_pretrained(
         )
         return loaded
 
-    model, found = _loading(source, load)
+    model, found = loading(source, load)
     return model, LoadReport(found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
 
 
@@ -264,7 +204,7 @@ def _load_partitioned(
     quantization: Quantization | None,
 ) -> tuple[Any, LoadReport]:
     """Load into ZeRO-3 partitions: sharded where the checkpoint allows it, through transformers where not."""
-    model = _loading(source, lambda: build_without_memory(_model_class(head), copy.deepcopy(config), **options))
+    model = loading(source, lambda: build_without_memory(_model_class(head), copy.deepcopy(config), **options))
     reason = comm.together(lambda: why_not_sharded(source, model))
     if reason is None:
         tie_weights(model, source)

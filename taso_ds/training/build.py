@@ -27,7 +27,6 @@ from taso_ds.training.base_model import (
     load_config,
     load_tokenizer,
     meta_model,
-    model_source,
     wants_head,
 )
 from taso_ds.training.chunked_loss import LanguageModelLoss
@@ -36,10 +35,8 @@ from taso_ds.training.feed import Collate
 from taso_ds.training.forecast import check_this_host
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import LossSum, loss_sum
-from taso_ds.training.optim import (
-    Group,
-    make_groups,
-)
+from taso_ds.training.model_source import model_source
+from taso_ds.training.optim import Group, make_groups
 from taso_ds.training.stored_weights import StoredWeights, stored_weights
 
 log = logging.getLogger(__name__)
@@ -96,10 +93,10 @@ class Setup:
 
 
 def join(config: RunConfig) -> None:
-    """Convert a GGUF base if that has not been done, then join the process group.
+    """Bring the base onto this node if that has not been done, then join the process group.
 
     In this order: inside a group transformers saves a model on rank 0 only, and waiting ranks could time out. What is
-    cheap to check comes first, for a conversion takes its time.
+    cheap to check comes first, for a download or a conversion takes its time.
     """
     prepare.check_flags(config, comm.launched_world_size())
     model_source(config.model)

@@ -13,12 +13,14 @@ from taso_ds.adapters.peft_format import PEFT_CONFIG_FILE, PEFT_FILE, peft_confi
 from taso_ds.adapters.targets import matrix_shape
 from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
+from taso_ds.training.disk_tensors import DiskTensors
 from taso_ds.training.lora_baseline import lora_tensors
 from taso_ds.training.prove import relative_distance
 from taso_ds.training.run_folder import ADAPTER, MODEL, RunFolder
 
 # Relative error of logits after every adapted weight was rounded once more.
 _MERGE_ROUNDING = {"float32": 1e-4, "bfloat16": 6e-2}
+_MODEL_FILE_SIZE = "2GB"
 
 
 def task_type(*, head: bool) -> str:
@@ -100,18 +102,23 @@ def save_lora(
 
 
 def save_full(folder: RunFolder, model: Any, tokenizer: Any) -> None:
-    """Write ``model/``, a plain Hugging Face model. A collective: weights are gathered one by one onto rank 0."""
-    state: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tensor = zero.full_copy(parameter, to_rank=0)
-        if comm.is_main():
-            state[name] = tensor
-    comm.on_main(lambda: save_model(folder, model, state, tokenizer))
+    """Write ``model/``, a plain Hugging Face model. A collective: weights go one by one through rank 0 to its disk."""
+    with DiskTensors(folder.path) as disk:
+        kept: dict[nn.Parameter, Tensor] = {}
+        state: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter not in kept:
+                whole = zero.full_copy(parameter, to_rank=0)
+                kept[parameter] = disk.keep(whole) if comm.is_main() else whole
+            state[name] = kept[parameter]
+        comm.on_main(lambda: save_model(folder, model, state, tokenizer))
 
 
 def save_model(folder: RunFolder, model: Any, state: dict[str, Tensor], tokenizer: Any) -> None:
+    """Write ``model/`` from ``state``, one file's tensors in memory at a time."""
+
     def fill(path: Path) -> None:
-        model.save_pretrained(path, state_dict=state)
+        model.save_pretrained(path, state_dict=state, max_shard_size=_MODEL_FILE_SIZE)
         tokenizer.save_pretrained(path)
 
     folder.write_folder(MODEL, fill)
@@ -125,15 +132,14 @@ def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
             parameter.copy_(tensor)
 
 
-def merge_adapter(model: nn.Module, adapter: TasoAdapter) -> None:
-    """Add every ΔW to its weight, in place, in one process."""
+def merge_adapter(model: nn.Module, adapter: TasoAdapter, disk: DiskTensors) -> None:
+    """Replace every adapted weight by ``W + ΔW`` on disk. One process, whole weights."""
     for name in adapter.regions:
         module: Any = model.get_submodule(name)
         shape = matrix_shape(module)
         assert shape is not None
-        delta = adapter.delta_weight(name)
-        with zero.gathered([module.weight], write=True), torch.no_grad():
-            module.weight.copy_(merge_into(module.weight, delta, transposed=shape.transposed))
+        merged = merge_into(module.weight.detach(), adapter.delta_weight(name), transposed=shape.transposed)
+        module.weight.data = disk.keep(merged)
 
 
 def check_merged(merged: Sequence[Tensor], live: Sequence[Tensor], *, dtype: Any) -> float:

@@ -18,6 +18,7 @@ from taso_ds.errors import UserError
 from taso_ds.training import export
 from taso_ds.training.base_model import BaseModel
 from taso_ds.training.build import Setup, load_base, set_up
+from taso_ds.training.disk_tensors import DiskTensors
 from taso_ds.training.prepare import with_defaults
 from taso_ds.training.prove import probe_logits
 from taso_ds.training.run import prove
@@ -113,8 +114,9 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
         log.info("opened with peft: logits differ by %.1e, the adapter moves them by %.1e", proof.error, proof.effect)
         return folder.path / ADAPTER
     adapter.detach(base.model)
-    export.merge_adapter(base.model, adapter)
-    error = export.check_merged(probe_logits(base.model, rows), live, dtype=base.model.dtype)
-    log.info("merged: logits differ from the adapter's by %.1e", error)
-    export.save_model(folder, base.model, base.model.state_dict(), setup.tokenizer)
+    with DiskTensors(folder.path) as disk:
+        export.merge_adapter(base.model, adapter, disk)
+        error = export.check_merged(probe_logits(base.model, rows), live, dtype=base.model.dtype)
+        log.info("merged: logits differ from the adapter's by %.1e", error)
+        export.save_model(folder, base.model, base.model.state_dict(), setup.tokenizer)
     return folder.path / MODEL

@@ -22,7 +22,7 @@ def main(cases: str) -> None:
         join(config)
         train(config)
         gc.collect()
-    comm.close()
+    comm.leave()
 
 
 if __name__ == "__main__":

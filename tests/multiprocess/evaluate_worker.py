@@ -62,7 +62,7 @@ def main(out: str, folder: str) -> None:
     found = {f"{task} {stage}": evaluate_task(Path(folder), task, stage) for stage in STAGES for task in TASKS}
     if comm.is_main():
         Path(out).write_text(json.dumps(found))
-    comm.close()
+    comm.leave()
 
 
 if __name__ == "__main__":

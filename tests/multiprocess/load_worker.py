@@ -82,7 +82,7 @@ def main(out: str, folder: str) -> None:
         found[name]["said"] = list(said.lines)
     if comm.is_main():
         Path(out).write_text(json.dumps(found))
-    comm.close()
+    comm.leave()
 
 
 if __name__ == "__main__":

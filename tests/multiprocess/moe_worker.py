@@ -32,7 +32,7 @@ def main(out: str, *folders: str) -> None:
             results[f"{name} {stage}"] = scores | {"train": trained, "leaves": leaves}
     if comm.is_main():
         Path(out).write_text(json.dumps(results))
-    comm.close()
+    comm.leave()
 
 
 if __name__ == "__main__":

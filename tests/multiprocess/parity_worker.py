@@ -347,7 +347,7 @@ def main() -> None:
         gc.collect()
     if comm.is_main():
         Path(out).write_text(json.dumps(results))
-    comm.close()
+    comm.leave()
 
 
 if __name__ == "__main__":

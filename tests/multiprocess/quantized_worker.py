@@ -167,7 +167,7 @@ def main() -> None:
         here["kept"] = kept_for_backward(base, flag)
     if comm.is_main():
         Path(out).write_text(json.dumps(found))
-    comm.close()
+    comm.leave()
 
 
 if __name__ == "__main__":

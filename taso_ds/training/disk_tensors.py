@@ -1,0 +1,45 @@
+"""Tensors kept in files: what a whole model is assembled in, where no process should hold a whole model."""
+
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+
+class DiskTensors:
+    """Copies of tensors, mapped from temporary files in ``folder``: under pressure the system drops them from memory.
+
+    The files are removed on exit; the tensors must not be used afterwards. Nothing is created before the first one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+        self._number = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Return a copy in a file.
+
+        Raises:
+            OSError: when the disk is full; space is reserved before anything is written.
+        """
+        if self._files is None:
+            self._files = tempfile.TemporaryDirectory(prefix=".weights_", dir=self._folder)
+        path = Path(self._files.name) / str(self._number)
+        self._number += 1
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, tensor.numel() * tensor.element_size()))
+        kept = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        return kept.view(tensor.shape).copy_(tensor)
+
+    def __enter__(self) -> "DiskTensors":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._files is not None:
+            self._files.cleanup()

@@ -1,0 +1,118 @@
+"""Measures the memory that scoring takes beyond a plain backward, for growing models at ZeRO-3, in bytes of tensors.
+
+torchrun scoring_memory_worker.py OUT.json
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
+from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
+from taso_ds.distributed import comm, engine, zero
+from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.training.calibrate import ScoringSettings, score_regions, scoring_mode
+from taso_ds.training.load_sharded import partition_whole
+from taso_ds.training.loss import loss_sum
+
+HIDDEN_SIZES = (128, 256, 512)
+LAYERS = 4
+
+
+def language_model_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    return loss_sum(model, batch, head=False)
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """Return the most memory that tensors took at any moment, above what was there at the start."""
+    everywhere = _ExperimentalConfig(profile_all_threads=True)  # communication threads free what they received
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, experimental_config=everywhere) as recorded:
+        action()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        recorded.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    total = highest = 0
+    for _, change in changes:
+        total += change
+        highest = max(highest, total)
+    return highest
+
+
+def plain_backward(model: Any, weights: Sequence[Any], batches: Sequence[dict[str, Tensor]]) -> None:
+    """Forward and backward with the gradient of every weight, each dropped as soon as it is whole."""
+
+    def drop(weight: Any) -> None:
+        weight.grad = None
+
+    handles = [weight.requires_grad_(True).register_post_accumulate_grad_hook(drop) for weight in weights]
+    with scoring_mode(model):
+        for batch in batches:
+            language_model_loss(model, batch)[0].backward()
+    for weight, handle in zip(weights, handles, strict=True):
+        weight.requires_grad_(False)
+        handle.remove()
+
+
+def measure(hidden_size: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    ds_config = resolve_ds_config(
+        read_ds_config("zero3.json"), micro_batch_size=1, grad_accum_steps=1, world_size=comm.world_size(), bf16=True,
+        max_grad_norm=1.0,
+    )  # fmt: skip
+    model: nn.Module = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
+    partition_whole(model, ds_config)
+    targets = find_targets(model)
+    shapes = {name: matrix_shape(module) for name, module in targets.items()}
+    known: dict[str, MatrixShape] = {name: shape for name, shape in shapes.items() if shape is not None}
+    generator = torch.Generator().manual_seed(comm.rank())
+    rows = [torch.randint(0, 256, (1, 16), generator=generator) for _ in range(2)]
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in rows]
+    found: dict[str, float] = {
+        "elements": sum(shape.numel for shape in known.values()),
+        "largest": max(shape.numel for shape in known.values()),
+    }
+    with engine.scoring_engine(model, ds_config) as live:
+
+        def score(batches: Sequence[dict[str, Tensor]], passes: int = 1) -> None:
+            settings = ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0, passes=passes)
+            score_regions(live, targets, known, batches, loss_sum=language_model_loss, settings=settings)
+
+        weights = [module.weight for module in targets.values()]
+        jobs: dict[str, Callable[[], object]] = {
+            "plain": lambda: plain_backward(live, weights, batches),
+            "scoring": lambda: score(batches),
+            "four passes": lambda: score(batches, passes=4),
+            "single batch": lambda: score(batches[:1]),
+        }
+        jobs["plain"]()  # records DeepSpeed's trace
+        for name, job in jobs.items():
+            found[name] = max(comm.gather_objects(peak_bytes(job)))
+    assert all(zero.is_partitioned(weight) for weight in weights)
+    return found
+
+
+def main(out: str) -> None:
+    comm.init()
+    engine.quiet_deepspeed()
+    found = [measure(hidden_size) for hidden_size in HIDDEN_SIZES]
+    if comm.is_main():
+        Path(out).write_text(json.dumps(found))
+    comm.leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

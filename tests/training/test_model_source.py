@@ -1,0 +1,42 @@
+"""What a model's name becomes: a folder on this node."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from taso_ds.config import ModelArguments
+from taso_ds.errors import UserError
+from taso_ds.training.model_source import model_source
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hub cache that holds team/tiny, as an earlier download leaves it; no network."""
+    repository = tmp_path / "hub" / "models--team--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(llama_folder, repository / "snapshots" / COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return repository / "snapshots" / COMMIT
+
+
+def test_a_folder_is_itself(llama_folder: Path) -> None:
+    assert model_source(ModelArguments(model_name_or_path=str(llama_folder))) == str(llama_folder)
+
+
+def test_a_hub_id_becomes_the_folder_of_the_cache(hub_cache: Path) -> None:
+    found = model_source(ModelArguments(model_name_or_path="team/tiny"))
+    assert Path(found) == hub_cache
+    assert json.loads((Path(found) / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_model_that_is_nowhere_is_one_line(hub_cache: Path) -> None:
+    with pytest.raises(UserError, match="model_name_or_path: cannot load team/other from the Hub") as caught:
+        model_source(ModelArguments(model_name_or_path="team/other"))
+    assert "\n" not in str(caught.value)
