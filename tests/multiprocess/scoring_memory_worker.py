@@ -7,12 +7,13 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,7 +21,7 @@ from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
 from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
 from taso_ds.distributed import comm, engine, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
-from taso_ds.training.calibrate import ScoringSettings, score_regions, scoring_mode
+from taso_ds.training.calibrate import GradientSum, ScoringSettings, score_regions, scoring_mode
 from taso_ds.training.load_sharded import partition_whole
 from taso_ds.training.loss import loss_sum
 
@@ -34,8 +35,7 @@ def language_model_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, i
 
 def peak_bytes(action: Callable[[], object]) -> int:
     """Return the most memory that tensors took at any moment, above what was there at the start."""
-    everywhere = _ExperimentalConfig(profile_all_threads=True)  # communication threads free what they received
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, experimental_config=everywhere) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         action()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         recorded.export_chrome_trace(file.name)
@@ -45,6 +45,20 @@ def peak_bytes(action: Callable[[], object]) -> int:
     for _, change in changes:
         total += change
         highest = max(highest, total)
+    return highest
+
+
+def bytes_of_sums(action: Callable[[], object]) -> int:
+    """Return the most that this rank's accumulators took at any moment."""
+    highest, add = 0, GradientSum.add
+
+    def watched(self: GradientSum, name: str, inputs: Tensor, grad_output: Tensor) -> None:
+        nonlocal highest
+        add(self, name, inputs, grad_output)
+        highest = max(highest, sum(total.numel() * total.element_size() for total in self._sums.values()))
+
+    with patch.object(GradientSum, "add", watched):
+        action()
     return highest
 
 
@@ -96,11 +110,12 @@ def measure(hidden_size: int) -> dict[str, float]:
             "plain": lambda: plain_backward(live, weights, batches),
             "scoring": lambda: score(batches),
             "four passes": lambda: score(batches, passes=4),
-            "single batch": lambda: score(batches[:1]),
         }
         jobs["plain"]()  # records DeepSpeed's trace
         for name, job in jobs.items():
             found[name] = max(comm.gather_objects(peak_bytes(job)))
+        for name, some in (("sums", batches), ("sums of a single batch", batches[:1])):
+            found[name] = max(comm.gather_objects(bytes_of_sums(partial(score, some))))
     assert all(zero.is_partitioned(weight) for weight in weights)
     return found
 
