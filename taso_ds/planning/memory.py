@@ -290,13 +290,17 @@ def checkpoint_usage(shape: ModelShape, strategy: Strategy, work: Workload, devi
 
 
 def export_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
-    """The exported adapter is gathered to rank 0; its proof loads the whole base once more, in host memory."""
+    """The exported adapter is gathered to rank 0, and its proof opens the whole base once more on the host.
+
+    A base in the checkpoint's own dtype is mapped from its files there, which the system can drop from memory.
+    """
     on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
     on_device["trained"] = 2.0 * (shape.trainable + shape.adapter_dense) + 16.0 * shape.trainable / work.world_size
     host["adapter"] = 4.0 * (shape.trainable + shape.adapter_dense)
     usage = _finish(device, work, on_device, host)
-    proof = {"proof": float(work.element * shape.parameters)}
-    return Usage(usage.device, {**usage.host, **proof})
+    mapped = not strategy.load_in_4bit and shape.stored_dtype == ("bfloat16" if work.bf16 else "float32")
+    proof = 0.0 if mapped else weight_bytes(shape, strategy, work.element).total
+    return Usage(usage.device, {**usage.host, "proof": proof})
 
 
 def phase_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> dict[str, Usage]:

@@ -34,6 +34,7 @@ class ModelShape:
         feed_forward: ``f`` that one token passes, and ``gated`` when there are two such projections.
         upcasts_norms: whether norms keep an fp32 copy of their input (RMSNorm).
         vocabulary: ``V``.
+        stored_dtype: what the checkpoint holds according to its config (``float32``); empty where it does not say.
     """
 
     parameters: int
@@ -58,6 +59,7 @@ class ModelShape:
     gated: bool
     upcasts_norms: bool
     vocabulary: int
+    stored_dtype: str
 
     @property
     def is_tied(self) -> bool:
@@ -115,6 +117,7 @@ def read_model_shape(
         gated=gated,
         upcasts_norms=any("RMS" in name for name in norms),
         vocabulary=text.vocab_size,
+        stored_dtype=str(getattr(config, "dtype", None) or "").removeprefix("torch."),
     )
 
 

@@ -4,6 +4,7 @@ All runs share one launch: most of its time is the start.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: Any) -> Path:
         *("--learning_rate", "1e-2", "--max_steps", STEPS, "--per_device_train_batch_size", "2"),
         *("--nvme_path", path / "disk", "--no_verify_export"),
     ]
-    cases = []
+    # What a download leaves: the base as team/base in a Hub cache of this test.
+    hub = path / "hub" / "models--team--base"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(base, hub / "snapshots" / ("0" * 40))
+    more = {
+        "hub": ["--ds_config", "zero3.json", "--model_name_or_path", "team/base"],
+        "nf4": ["--ds_config", "zero3_nf4.json", "--load_in_4bit"],
+    }
+    cases = [[*map(str, flags), *extra, "--output_dir", str(path / "runs" / name)] for name, extra in more.items()]
     for name in VARIANTS:
         if "nvme" in name and not HAS_NVME:
             continue
         ds_config = path / name if (path / name).is_file() else name
         cases.append([str(flag) for flag in (*flags, "--ds_config", ds_config, "--output_dir", path / "runs" / name)])
     (path / "cases.json").write_text(json.dumps(cases))
-    run_ranks(Path(variants_worker.__file__), 2, [path / "cases.json"], timeout=500.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", str(hub.parent))
+        run_ranks(Path(variants_worker.__file__), 2, [path / "cases.json"], timeout=500.0)
     return path / "runs"
 
 
@@ -64,6 +76,17 @@ def test_every_variant_learns_what_stage_1_learns(runs: Path, name: str) -> None
     assert expected["after"] < expected["before"]
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_a_base_from_the_hub_is_the_same_base(runs: Path) -> None:
+    assert learned(runs / "hub") == learned(runs / "zero3.json")
+
+
+def test_an_nf4_base_learns_nearly_the_same(runs: Path) -> None:
+    expected, found = learned(runs / "zero1.json"), learned(runs / "nf4")
+    assert found["after"] < found["before"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.1)
+    assert found["loss"] != pytest.approx(expected["loss"], rel=1e-5)
 
 
 @on_nvme

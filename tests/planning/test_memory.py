@@ -14,6 +14,7 @@ from taso_ds.planning.memory import (
     Strategy,
     Workload,
     activation_bytes,
+    export_usage,
     kept_gathered,
     loss_bytes,
     phase_usage,
@@ -157,6 +158,15 @@ def test_offloaded_weights_are_on_the_host() -> None:
     assert usage.host["weights"] == 2 * shape.parameters  # four quarters
     whole = phase_usage(shape, Strategy(2), work, get_device("a100-80"))["load"]
     assert whole.host["checkpoint"] == 4 * 2 * shape.parameters  # every rank reads everything
+
+
+def test_a_proof_maps_a_base_that_is_stored_as_it_is_used() -> None:
+    work, device = Workload(gpus_per_node=2), get_device("a100-80")
+    for dtype, bytes_each in (("bfloat16", 0), ("float32", 2)):
+        config = llama()
+        config.dtype = dtype
+        shape = counted(config)
+        assert export_usage(shape, Strategy(3), work, device).host["proof"] == bytes_each * shape.parameters
 
 
 def test_the_loss_takes_one_chunk_whatever_the_batch() -> None:
