@@ -43,6 +43,10 @@ class Partitioner:
         import deepspeed
 
         self._init = deepspeed.zero.Init(config_dict_or_path=ds_config)
+        # What entering ``zero.Init`` does besides: a linear that lets go of its weight between forward and backward.
+        # Plain ``F.linear`` saves a view of it, and with that the whole model stays gathered.
+        if self._init.mem_efficient_linear:
+            self._init._enable_mem_efficient_linear()
 
     def partition(self, parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
         """Return the partitioned stand-in for the meta ``parameter``, of its shape and dtype, filled by ``fill``."""

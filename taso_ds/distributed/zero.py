@@ -96,6 +96,9 @@ def assert_partitioned(model: nn.Module) -> None:
         assert parameter.ds_tensor.ds_numel <= share, f"{name} is not partitioned"
 
 
+_PERIOD = 65_521
+
+
 def checksum(parameters: Sequence[Tensor]) -> list[int]:
     """Return one integer per parameter from its bf16 bits: equal for every sharding and for fp32 and bf16 loads.
 
@@ -113,7 +116,13 @@ def checksum(parameters: Sequence[Tensor]) -> list[int]:
 
 
 def weighted_bits(part: Tensor, first: int) -> Tensor:
-    """Return a flat tensor's contribution to the checksum of a parameter in which it begins at ``first``."""
-    bits = part.to(torch.bfloat16).view(torch.int16).long()
-    positions = torch.arange(first, first + len(bits), device=bits.device)
-    return (bits * (positions % 65521 + 1)).sum().cpu()
+    """Return a flat tensor's contribution to the checksum of a parameter in which it begins at ``first``.
+
+    The element at position ``i`` weighs ``i mod 65521 + 1``; equal weights are added up before they are multiplied.
+    """
+    before = first % _PERIOD
+    rows = -(-(before + len(part)) // _PERIOD)
+    bits = torch.zeros(rows * _PERIOD, dtype=torch.int16, device=part.device)
+    bits[before : before + len(part)] = part.to(torch.bfloat16).view(torch.int16)
+    weights = torch.arange(1, _PERIOD + 1, device=part.device)
+    return (bits.view(rows, _PERIOD).sum(0, dtype=torch.int64) * weights).sum().cpu()

@@ -122,14 +122,14 @@ def train(folder: str, stage: int, regions: parity.Regions, *flags: str) -> dict
 
 
 def kept_for_backward(folder: str, *flags: str) -> list[int]:
-    """Return how many quantized weights a forward gathers, and how many of them it keeps for backward."""
+    """Return how many of the targets' weights a forward gathers, and how many of them it keeps for backward."""
     # Live parameters are released at once, as they are in a model too large to keep any.
     options = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    base, _, _, ds_config = load(folder, 3, *flags, **options)
+    base, targets, _, ds_config = load(folder, 3, *flags, **options)
     batch = collate(case.CALIBRATION[:2], pad_id=0)
     alive: list[StorageWeakRef] = []
     with engines.scoring_engine(base.model, ds_config) as scored, ExitStack() as hooks:
-        for module in quantized(base.model).values():
+        for module in targets.values():
             hook = module.register_forward_pre_hook(
                 lambda own, _: alive.append(StorageWeakRef(own.weight.data.untyped_storage()))
             )
@@ -165,6 +165,7 @@ def main() -> None:
             models = [load(other, stage, flag)[0].model for stage in (0, 3)]
             here["others"][Path(other).name] = [[digests(model), plain_digests(model)] for model in models]
         here["kept"] = kept_for_backward(base, flag)
+    found["16"] = {"kept": kept_for_backward(base)}
     if comm.is_main():
         Path(out).write_text(json.dumps(found))
     comm.leave()

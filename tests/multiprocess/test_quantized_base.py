@@ -135,9 +135,9 @@ def test_other_models_have_the_same_bits_at_stages_0_and_3(found: Any, bits: str
         assert {"bert.pooler.dense.weight", "classifier.weight"} <= plain.keys()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [*BITS, "16"])
 def test_gathered_weights_are_not_kept_for_backward(found: Any, bits: str) -> None:
-    """As bitsandbytes' own layers do: then every rank would hold the whole quantized model between the passes."""
+    """As bitsandbytes' own layers and plain ``F.linear`` do: every rank then holds the whole model between passes."""
     assert found[bits]["kept"] == [2 * len(tiny_models.LLAMA_LINEARS), 0]
 
 
