@@ -206,16 +206,24 @@ def _run_backward(
 ) -> None:
     """Send every micro-batch's gradients to the scorer; a single one is selected from as it arrives."""
     at_once = len(batches) == 1
-    with _tapped(model, scorer.targets, scorer.select_from if at_once else scorer.add):
-        for batch in tqdm(batches, desc=title, unit="batch", disable=not comm.is_main()):
-            loss, units = loss_sum(model, batch)
-            scorer.count(units)
-            if at_once:
-                scorer.sum_counts()
-            (loss / max(1, units) if scorer.per_batch else loss).backward()
-            # Memory peaks at the next batch's loss: this one's graph and the buffers are gone by then.
-            del loss
-            scorer.free_buffers()
+    total, unit = (len(scorer.targets), "matrix") if at_once else (len(batches), "batch")
+    with tqdm(total=total, desc=title, unit=unit, disable=not comm.is_main()) as bar:
+
+        def select(name: str, inputs: Tensor, grad_output: Tensor) -> None:
+            scorer.select_from(name, inputs, grad_output)
+            bar.update()
+
+        with _tapped(model, scorer.targets, select if at_once else scorer.add):
+            for batch in batches:
+                loss, units = loss_sum(model, batch)
+                scorer.count(units)
+                if at_once:
+                    scorer.sum_counts()
+                (loss / max(1, units) if scorer.per_batch else loss).backward()
+                # Memory peaks at the next batch's loss: this one's graph and the buffers are gone by then.
+                del loss
+                scorer.free_buffers()
+                bar.update(not at_once)
     if not at_once:
         scorer.sum_counts()
 
