@@ -20,5 +20,6 @@ def test_ranks_leave_nothing_behind_and_end_well() -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     done = finish(process).succeeded()
-    assert sorted(done.lines) == ["rank 0 counts 2", "rank 0 ends", "rank 1 counts 2", "rank 1 ends"]
+    for said in ("rank 0 counts 2", "rank 0 ends", "rank 1 counts 2", "rank 1 ends"):
+        assert done.out.count(said) == 1, done.out  # lines of two ranks may run into one another
     assert list(SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{port}_*")) == []
