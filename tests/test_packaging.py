@@ -82,6 +82,6 @@ def test_installed_wheel_finds_its_configurations_and_commands(wheel: Path, tmp_
     install = ("install", "--no-deps", "--no-index", wheel)
     run(sys.executable, "-m", "pip", "--python", python, *install, cwd=tmp_path)
     found = json.loads(run(python, "-I", "-c", PROBE, cwd=tmp_path))
-    assert found == {"stages": [0, 1, 2, 3, 3, 3, 3], "scripts": ENTRY_POINTS, "missing": []}
+    assert found == {"stages": [0, 1, 2, 3, 3, 3, 3, 3], "scripts": ENTRY_POINTS, "missing": []}
     for script in ENTRY_POINTS:
         assert (tmp_path / "bare" / "bin" / script).is_file()
