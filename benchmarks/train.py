@@ -35,8 +35,8 @@ def job(name: str, arguments: list[str], environment: dict[str, str] | None = No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each method, after two untimed ones")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of scoring and of plain backward")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of each method, after two untimed ones")
+    parser.add_argument("--rounds", type=int, default=1, help="timed rounds of scoring and of plain backward")
     arguments = parser.parse_args()
     methods = json.dumps(METHODS)
     times = job("steps", ["--methods", methods, "--steps", str(arguments.steps)])
