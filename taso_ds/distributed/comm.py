@@ -2,7 +2,6 @@
 
 import atexit
 import datetime
-import logging
 import os
 import socket
 import sys
@@ -96,7 +95,6 @@ def leave() -> None:
     dist.destroy_process_group()
     if not alone:
         atexit._run_exitfuncs()
-        logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -223,7 +223,8 @@ def _run_backward(
                 # Memory peaks at the next batch's loss: this one's graph and the buffers are gone by then.
                 del loss
                 scorer.free_buffers()
-                bar.update(not at_once)
+                if not at_once:
+                    bar.update()
     if not at_once:
         scorer.sum_counts()
 

@@ -8,6 +8,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from taso_ds.errors import UserError
+
 
 class DiskTensors:
     """Copies of tensors, mapped from temporary files in ``folder``: under pressure the system drops them from memory.
@@ -24,14 +26,18 @@ class DiskTensors:
         """Return a copy in a file.
 
         Raises:
-            OSError: when the disk is full; space is reserved before anything is written.
+            UserError: when the disk has no room; it is reserved before anything is written.
         """
         if self._files is None:
             self._files = tempfile.TemporaryDirectory(prefix=".weights_", dir=self._folder)
         path = Path(self._files.name) / str(self._number)
         self._number += 1
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, tensor.numel() * tensor.element_size()))
+        size = tensor.numel() * tensor.element_size()
+        try:
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, size))
+        except OSError as error:
+            raise UserError(f"output_dir: {self._folder} has no room for {size} bytes ({error.strerror})") from error
         kept = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
         return kept.view(tensor.shape).copy_(tensor)
 

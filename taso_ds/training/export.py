@@ -1,6 +1,7 @@
 """From the trained engine to files anyone can open, and the proof that they say what the live model says."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,15 @@ def save_full(folder: RunFolder, model: Any, tokenizer: Any) -> None:
     with DiskTensors(folder.path) as disk:
         kept: dict[nn.Parameter, Tensor] = {}
         state: dict[str, Tensor] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter not in kept:
-                whole = zero.full_copy(parameter, to_rank=0)
-                kept[parameter] = disk.keep(whole) if comm.is_main() else whole
-            state[name] = kept[parameter]
+
+        def keep(parameter: nn.Parameter, whole: Tensor) -> None:
+            kept[parameter] = disk.keep(whole)
+
+        for parameter in model.parameters():
+            whole = zero.full_copy(parameter, to_rank=0)
+            comm.on_main(partial(keep, parameter, whole))  # a full disk is every rank's error
+        if comm.is_main():
+            state = {name: kept[value] for name, value in model.named_parameters(remove_duplicate=False)}
         comm.on_main(lambda: save_model(folder, model, state, tokenizer))
 
 

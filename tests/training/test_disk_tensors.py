@@ -1,10 +1,13 @@
 """Tensors in files: what they hold, and that nothing stays behind."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from taso_ds.errors import UserError
 from taso_ds.training.disk_tensors import DiskTensors
 
 
@@ -33,4 +36,14 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(KeyError):
         fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with DiskTensors(tmp_path) as disk, pytest.raises(UserError, match=r"has no room for 12 bytes \(No space left"):
+        disk.keep(torch.ones(3))
     assert list(tmp_path.iterdir()) == []
