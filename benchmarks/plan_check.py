@@ -29,6 +29,8 @@ from taso_ds.training.base_model import meta_model
 from taso_ds.training.forecast import count_model
 
 WORKER = Path(__file__).with_name("plan_worker.py")
+# Of each rank. During the second one DeepSpeed still gathers less than planned; from the third on, as planned.
+SCORING_BATCHES = 4
 
 
 def run_flags(model: Path, rows: Path, stage: int, arguments: argparse.Namespace) -> list[str]:
@@ -36,7 +38,7 @@ def run_flags(model: Path, rows: Path, stage: int, arguments: argparse.Namespace
         "--model_name_or_path", str(model), "--task", "completion", "--train_file", str(rows), "--eval_file", str(rows),
         "--max_seq_length", str(arguments.length), "--ds_config", f"zero{stage}.json",
         "--per_device_train_batch_size", str(arguments.rows), "--max_steps", str(arguments.steps),
-        "--calibration_samples", str(2 * ranks.RANKS * arguments.rows), "--no_verify_export",
+        "--calibration_samples", str(SCORING_BATCHES * ranks.RANKS * arguments.rows), "--no_verify_export",
     ]  # fmt: skip
     flags += ["--gradient_checkpointing"] * arguments.gradient_checkpointing
     return flags + ["--load_in_4bit"] * arguments.load_in_4bit
@@ -192,6 +194,7 @@ def main() -> None:
     parser.add_argument("--load_in_4bit", action="store_true")
     parser.add_argument("--keep_heap", action="store_true", help="let the C library keep freed blocks")
     parser.add_argument("--published", action="store_true", help="compare with published figures; runs nothing")
+    parser.add_argument("--tolerance", type=float, default=0.10, help="share that a prediction may be off by")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "taso_bench_models")
     arguments = parser.parse_args()
     if arguments.published:
@@ -216,8 +219,8 @@ def main() -> None:
             print(f"{size:<7}{stage:>6}{cells}{row['deviation']:>+10.1%}", flush=True)
             rows.append(row)
     print(json.dumps(rows))
-    if any(abs(row["deviation"]) > 0.10 for row in rows):
-        raise SystemExit("a prediction is off by more than 10 %")
+    if any(abs(row["deviation"]) > arguments.tolerance for row in rows):
+        raise SystemExit(f"a prediction is off by more than {arguments.tolerance:.0%}")
 
 
 if __name__ == "__main__":
