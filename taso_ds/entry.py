@@ -3,12 +3,19 @@
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from taso_ds.errors import UserError
+from taso_ds.errors import Interrupted, UserError
+
+CRASH, USER_ERROR = 1, 2
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not an error, start me again
+
+# Seconds in which the death of another rank is noticed, if that is what broke a collective.
+_LOOK_AROUND = 4.0
 
 log = logging.getLogger("taso_ds")
 
@@ -16,19 +23,46 @@ log = logging.getLogger("taso_ds")
 def run_script(action: Callable[[], str | None]) -> None:
     """Run ``action``; print what it returns as the last line of rank 0.
 
-    A ``UserError`` becomes ``error: …`` on rank 0 and exit code 2 on every rank; ``--debug`` shows the traceback.
+    A ``UserError`` becomes one line ``error: …`` and exit code 2, ``--debug`` shows its traceback; ``Interrupted``
+    becomes exit code 75; anything else is a bug, with traceback and exit code 1. In each case no rank is left waiting.
     """
     _set_up_logging()
     _leave_script_folder()
     try:
         last_line = action()
     except UserError as error:
-        _fail(error)
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        _leave(f"error: {' '.join(str(error).split())}", USER_ERROR)
+    except Interrupted as reason:
+        _blame_another(wait=0.0)  # a launcher stops the ranks that a failed one leaves behind
+        _leave(str(reason), INTERRUPTED)
+    except Exception as error:
+        _blame_another(wait=_LOOK_AROUND)
+        traceback.print_exc()
+        _leave(f"error: {type(error).__name__}: {' '.join(str(error).split())[:500]}", CRASH)
     from taso_ds.distributed import comm
 
     if last_line is not None and comm.is_main():
         print(last_line, flush=True)
     comm.leave()
+
+
+def _blame_another(*, wait: float) -> None:
+    """Leave with another rank's failure, if there is one: a collective fails on all when one is gone."""
+    comm = sys.modules.get("taso_ds.distributed.comm")
+    failure = comm.cause_elsewhere(wait) if comm else None
+    if comm and failure:
+        comm.give_up(f"error: {failure.message}", failure.code, failure)
+
+
+def _leave(line: str, code: int) -> NoReturn:
+    """Say the line on rank 0 and leave; the others leave too."""
+    if comm := sys.modules.get("taso_ds.distributed.comm"):
+        comm.give_up(line, code)
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def _set_up_logging() -> None:
@@ -47,11 +81,3 @@ def _leave_script_folder() -> None:
     """Take the script's own folder off the import path, where ``evaluate.py`` would hide the library of that name."""
     folder = Path(sys.argv[0]).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
-
-
-def _fail(error: UserError) -> NoReturn:
-    if "--debug" in sys.argv:
-        raise error
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)

@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Something the user can fix: a flag, a file, a folder or a row. Launch scripts print it without a traceback."""
 
 
+class Interrupted(Exception):
+    """The run was asked to stop, by a signal say, and is saved. Started again, it goes on."""
+
+
 def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
     """Return `` (nearest: 'x')`` for the closest known name, or an empty string when none is close.
 
