@@ -3,6 +3,7 @@
 import atexit
 import datetime
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -122,9 +123,12 @@ def give_up(line: str, code: int, failure: Failure | None = None) -> NoReturn:
         if launched_rank() == 0:
             print(line, file=sys.stderr, flush=True)
         sys.exit(code)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a launcher's, which ends what a failed rank leaves behind
+        signal.signal(number, signal.SIG_IGN)
+    if failure is None:
+        _watches[0].tell(line.removeprefix("error: "), code)
     if _watches[0].speaks(failure):
         print(line, file=sys.stderr, flush=True)
-    _watches[0].tell(line.removeprefix("error: "), code)
     _exit(code)
 
 

@@ -126,6 +126,9 @@ class Watch:
                 self._store.compare_set(_FAILED, "", f"{failure.rank}\n{failure.code}\n{failure.message}")
                 return failure
         except _STORE_IS_GONE:
+            host, process = self._signs[0].process() or ("", 0)
+            if host == self._host and not _is_running(process):
+                return _gone(0, host)
             return Failure(0, 1, "rank 0: ended or is out of reach (the ranks' key-value store does not answer)")
         return None
 
@@ -140,18 +143,23 @@ class Watch:
                 sign.text, sign.since = text, now
             host, process = sign.process() or ("", 0)
             if host == self._host and not _is_running(process):
-                yield Failure(rank, 1, f"rank {rank} on {host}: its process is gone (killed; out of memory?)")
+                yield _gone(rank, host)
             elif 0 in (rank, self._rank) and now - sign.since > SILENCE:
                 yield Failure(rank, 1, f"rank {rank} on {host}: no sign of life for {SILENCE:.0f} s")
 
     def _end(self, failure: Failure) -> None:
         """Say why and end this process, whatever its other threads wait for."""
         time.sleep(GRACE)
+        if failure.rank != 0:
+            with contextlib.suppress(*_STORE_IS_GONE):
+                self._store.set(_key("gone", self._rank), "")
         if self.speaks(failure):
             print(f"error: {failure.message}", file=sys.stderr, flush=True)
-        with contextlib.suppress(*_STORE_IS_GONE):
-            self._store.set(_key("gone", self._rank), "")
         os._exit(failure.code)
+
+
+def _gone(rank: int, host: str) -> Failure:
+    return Failure(rank, 1, f"rank {rank} on {host}: its process is gone (killed; out of memory?)")
 
 
 def _key(kind: str, rank: int) -> str:
