@@ -2,9 +2,9 @@
 
 python benchmarks/faults.py --n 100
 
-Two ranks, ZeRO-3, a tiny random model; scoring in two passes, a checkpoint after every second step. A fault strikes one
-rank with SIGKILL or SIGTERM, or all with SIGTERM, before or after a call drawn at random in a phase drawn at random. The
-last line is one JSON object; the exit code is 1 unless every run recovered bit-identically and none hung.
+Two ranks, ZeRO-3, a tiny random model; scoring in two passes, a checkpoint after every second step. A fault strikes
+one rank with SIGKILL or SIGTERM, or all with SIGTERM, before or after a call drawn at random in a phase drawn at
+random. The last line is one JSON object; the exit code is 1 unless every run recovered bit-identically and none hung.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Faults planted into a rank: at the n-th call of a function that a run passes, a signal arrives.
+"""Faults planted into a rank: at the n-th call of a function that a run passes, something goes wrong.
 
-A fault is a JSON object: ``rank`` and ``point`` (a key of ``POINTS``), ``call`` (counted from 1), ``when`` (``before`` or
-``after`` that call), ``signal`` (a number) and whether it strikes ``all`` ranks.
+A fault is a JSON object: ``rank``, ``point`` (``module:attribute`` of a function), ``call`` (counted from 1), and what
+happens: ``returns``, what the call returns instead; or, ``when`` it is ``before`` or ``after`` the call, an ``error``
+that is raised, or a ``signal`` (its number) that strikes this rank or, with ``all``, the whole group.
 """
 
 import importlib
@@ -31,14 +32,19 @@ POINTS: dict[str, tuple[str, ...]] = {
 
 
 def plant(faults: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Make the calls that the faults name deadly; the moment is left in ``folder``."""
+    """Make the calls that the faults name go wrong; the moment is left in ``folder``."""
     for fault in faults:
+        if "returns" in fault:
+            _return_instead(fault["point"], fault["call"], fault["returns"])
+            continue
         calls = Counter[str]()
 
         def strike(name: str, when: str, fault: dict[str, Any] = fault, calls: Counter[str] = calls) -> None:
             calls[when] += 1
             if (calls[when], when) == (fault["call"], fault["when"]):
                 (folder / "struck").write_text(str(time.time()))
+                if "error" in fault:
+                    raise RuntimeError(fault["error"])
                 send = os.killpg if fault["all"] else os.kill
                 send(os.getpgrp() if fault["all"] else os.getpid(), fault["signal"])
 
@@ -60,12 +66,28 @@ def count_calls(file: Path) -> None:
             _wrap(place, count)
 
 
-def _wrap(place: str, notice: Callable[[str, str], None]) -> None:
+def _find(place: str) -> tuple[Any, str]:
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
     for part in owners:
         owner = getattr(owner, part)
+    return owner, name
+
+
+def _return_instead(place: str, call: int, value: Any) -> None:
+    owner, name = _find(place)
+    original, calls = getattr(owner, name), Counter[str]()
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls[place] += 1
+        return value if calls[place] == call else original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _wrap(place: str, notice: Callable[[str, str], None]) -> None:
+    owner, name = _find(place)
     original = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:

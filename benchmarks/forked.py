@@ -1,15 +1,16 @@
 """Ranks started by fork from a process that has imported everything: a two-rank run takes seconds, not half a minute.
 
 A job is a JSON object: ``argv`` (of launch/train.py), ``folder`` (for the ranks' output), ``ranks``, ``timeout`` in
-seconds, and ``faults`` (see ``faulty.py``) or ``count``. The answer has each rank's exit code (negative: killed by that
-signal), whether a rank had to be killed because it ``hung``, and ``ended``, when the last one was gone.
+seconds, and perhaps ``faults`` (see ``faulty.py``), ``count`` or ``file_size``, a limit in bytes. The answer has each
+rank's exit code (negative: killed by that signal), whether a rank had to be killed because it ``hung``, and ``ended``,
+when the last one was gone.
 
 No launcher helps here: what ends the ranks that a failed one leaves behind is the program itself.
 """
 
-import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -62,12 +63,11 @@ def _import_everything() -> None:
     import taso_ds.training.run  # noqa: F401
 
 
-def _be_rank(job: dict[str, Any], rank: int, group: int, port: int) -> None:
+def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:
     """Become one rank of a job: does not return."""
     from faulty import count_calls, plant
 
     folder = Path(job["folder"])
-    os.setpgid(0, group)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_WORLD_SIZE=str(job["ranks"]),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -77,6 +77,8 @@ def _be_rank(job: dict[str, Any], rank: int, group: int, port: int) -> None:
         os.dup2(file, number)
     os.chdir(folder)
     sys.argv = ["train.py", *job["argv"]]
+    if "file_size" in job:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"],) * 2)
     plant([fault for fault in job.get("faults", []) if fault["rank"] == rank], folder)
     if job.get("count"):
         count_calls(folder / f"calls{rank}.json")
@@ -104,22 +106,32 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     for rank in range(job["ranks"]):
         child = os.fork()
         if child == 0:
-            _be_rank(job, rank, next(iter(children), 0), port)
+            try:
+                _be_rank(job, rank, port)
+            finally:
+                os._exit(1)
         children[child] = rank
+        os.setpgid(child, next(iter(children)))
     codes: dict[int, int] = {}
     hung = False
     while len(codes) < len(children):
         child, status = os.waitpid(-1, os.WNOHANG)
         if child in children:
             codes[children[child]] = os.waitstatus_to_exitcode(status)
-        elif time.monotonic() - started > job["timeout"]:
-            hung = True
-            for child, rank in children.items():
-                if rank not in codes:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(child, signal.SIGKILL)
+            continue
+        left = [child for child, rank in children.items() if rank not in codes]
+        late = time.monotonic() - started > job["timeout"]
+        # One that a fault has stopped would never end.
+        if late or (codes and all(_is_stopped(child) for child in left)):
+            hung |= late
+            for child in left:
+                os.kill(child, signal.SIGKILL)
         time.sleep(0.02)
     return {"codes": [codes[rank] for rank in range(job["ranks"])], "hung": hung, "ended": time.time()}
+
+
+def _is_stopped(child: int) -> bool:
+    return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _serve() -> None:

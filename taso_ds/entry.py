@@ -52,7 +52,7 @@ def _blame_another(*, wait: float) -> None:
     """Leave with another rank's failure, if there is one: a collective fails on all when one is gone."""
     comm = sys.modules.get("taso_ds.distributed.comm")
     failure = comm.cause_elsewhere(wait) if comm else None
-    if comm and failure:
+    if comm and failure and failure.code != INTERRUPTED:
         comm.give_up(f"error: {failure.message}", failure.code, failure)
 
 

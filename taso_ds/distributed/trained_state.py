@@ -8,6 +8,7 @@ other reads.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -53,8 +54,9 @@ def read_state(engine: Any, names: Mapping[str, nn.Parameter]) -> Iterator[tuple
         for kind in KINDS:
             bits = torch.zeros(shape.numel(), dtype=torch.int32, device=comm.device())
             for part in fragments.get(id(parameter), []):
-                held = part.holder if kind == MASTER else optimizer.state[part.holder][kind]
-                bits[part.start : part.start + part.length] = part.of(held).view(torch.int32).to(bits.device)
+                held = part.holder if kind == MASTER else optimizer.state[part.holder].get(kind)
+                if held is not None:  # before the first step there are no moments: zeros
+                    bits[part.start : part.start + part.length] = part.of(held).view(torch.int32).to(bits.device)
             comm.sum_on_main(bits)  # an element is on one rank; elsewhere its bits are zero
             yield kind, name, bits.view(torch.float32).view(shape).cpu() if comm.is_main() else torch.empty(0)
 
@@ -129,14 +131,19 @@ def _whole(optimizer: Any) -> Iterator[tuple[Tensor, Fragment]]:
 
 
 def _cut_groups(optimizer: Any) -> Iterator[tuple[Tensor, Fragment]]:
-    """Stages 1 and 2: a group's parameters lie one after the other, padded, cut into one range per rank."""
-    for number, holder in enumerate(optimizer.single_partition_of_fp32_groups):
+    """Stages 1 and 2: a group's parameters lie one after the other, perhaps padded, cut into one range per rank."""
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer, of stage 1
+        holders, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+        offsets = [accumulate((value.numel() for value in group), initial=0) for group in groups]
+    else:
+        holders, groups = optimizer.single_partition_of_fp32_groups, optimizer.round_robin_bit16_groups
+        offsets = optimizer.round_robin_bit16_offsets
+    for holder, parameters, begins in zip(holders, groups, offsets, strict=True):
         first = comm.rank() * holder.numel()
-        parameters, offsets = optimizer.round_robin_bit16_groups[number], optimizer.round_robin_bit16_offsets[number]
-        for parameter, begins in zip(parameters, offsets, strict=True):
-            start = max(0, first - begins)
-            stop = min(parameter.numel(), first + holder.numel() - begins)
-            yield parameter, Fragment(start, stop - start, holder, begins + start - first)
+        for parameter, begin in zip(parameters, begins, strict=False):
+            start = max(0, first - begin)
+            stop = min(parameter.numel(), first + holder.numel() - begin)
+            yield parameter, Fragment(start, stop - start, holder, begin + start - first)
 
 
 def _sharded(optimizer: Any) -> Iterator[tuple[Tensor, Fragment]]:

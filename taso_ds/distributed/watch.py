@@ -154,7 +154,7 @@ class Watch:
             with contextlib.suppress(*_STORE_IS_GONE):
                 self._store.set(_key("gone", self._rank), "")
         if self.speaks(failure):
-            print(f"error: {failure.message}", file=sys.stderr, flush=True)
+            print(f"\nerror: {failure.message}", file=sys.stderr, flush=True)
         os._exit(failure.code)
 
 
