@@ -60,12 +60,15 @@ def test_the_readme_has_commands() -> None:
 
 
 @pytest.mark.parametrize("words", OTHERS, ids=" ".join)
-def test_make_and_pip(words: list[str]) -> None:
+def test_make_pip_and_benchmarks(words: list[str]) -> None:
     if words[0] == "make":
         targets = [word for word in words[1:] if "=" not in word]
         rules = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
         assert targets
         assert set(targets) <= rules
+    elif words[1].startswith("benchmarks/"):
+        source = (ROOT / words[1]).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in source for word in words[2:] if word.startswith("--"))
     else:
         assert words[:2] == ["pip", "install"], "a kind of command this test does not know"
         here = re.fullmatch(r"\.(?:\[([\w,]+)\])?", words[-1])
