@@ -106,6 +106,12 @@ def leave() -> None:
         _exit(0)
 
 
+def _meet() -> None:
+    """Wait for ranks that may take long, with a download, tokens or the proof of an export."""
+    if _watches:
+        _watches[0].meet()
+
+
 def cause_elsewhere(wait: float) -> Failure | None:
     """Return what happened to another rank, which this one's trouble may come from; None where there is no other."""
     return _watches[0].cause_elsewhere(wait) if _watches else None
@@ -276,6 +282,7 @@ def on_main(action: Callable[[], Result]) -> Result:
             box[0] = action()
         except UserError as error:
             box[1] = str(error)
+    _meet()
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise UserError(box[1])
@@ -294,6 +301,7 @@ def together(action: Callable[[], Result]) -> Result:
         result = action()
     except UserError as error:
         message = str(error)
+    _meet()
     for number, other in enumerate(gather_objects(message)):
         if other is not None:
             raise UserError(other if number == 0 else f"rank {number}: {other}")

@@ -61,7 +61,7 @@ class Watch:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._host = socket.gethostname()
         self._signs = {rank: _Sign("", time.monotonic()) for rank in range(self._world_size) if rank != self._rank}
-        self._beats = 0
+        self._beats = self._meetings = 0
         self._leaving = threading.Event()
         self._speaking = threading.Lock()  # taken once, by whoever says why this process ends
         self._beat()
@@ -72,6 +72,14 @@ class Watch:
         """End the watch; the job has come to its end on all ranks."""
         self._leaving.set()
         self._thread.join()
+
+    def meet(self) -> None:
+        """Wait until all ranks have come here, for as long as they are alive: no backend's time-out runs meanwhile."""
+        self._meetings += 1
+        key = _key("meeting", self._meetings)
+        self._store.add(key, 1)
+        while self._store.add(key, 0) < self._world_size:
+            time.sleep(0.05)
 
     def cause_elsewhere(self, wait: float) -> Failure | None:
         """Return what happened to another rank, which this one's trouble may come from; looks for ``wait`` seconds."""
@@ -162,8 +170,8 @@ def _gone(rank: int, host: str) -> Failure:
     return Failure(rank, 1, f"rank {rank} on {host}: its process is gone (killed; out of memory?)")
 
 
-def _key(kind: str, rank: int) -> str:
-    return f"taso_ds/{kind}/{rank}"
+def _key(kind: str, number: int) -> str:
+    return f"taso_ds/{kind}/{number}"
 
 
 def _is_running(process: int) -> bool:
