@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ def _doctor() -> NoReturn:
     from taso_ds.doctor.examine import examine
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    warnings.filterwarnings("ignore", category=UserWarning, module="_distutils_hack")  # of DeepSpeed's probes
     with contextlib.redirect_stdout(sys.stderr):  # libraries talk while they load; stdout is for the findings
         findings = examine(arguments, flags)
     report = json.dumps(as_json(findings), indent=1, ensure_ascii=False) + "\n"

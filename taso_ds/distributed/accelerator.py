@@ -1,6 +1,8 @@
 """What DeepSpeed finds on this machine: the accelerator, its communication backend, what it could build."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ def cuda_toolkit() -> Toolkit:
     except builder.CUDAMismatchException as error:
         return Toolkit(version, str(error))
     return Toolkit(version)
+
+
+def build_folder() -> Path:
+    """Return where operators are compiled at first use."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 def can_build_async_io() -> bool:

@@ -5,11 +5,14 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 from taso_ds.distributed.accelerator import Accelerator, can_build_async_io, cuda_toolkit
 from taso_ds.doctor.finding import Finding, fail, ok, warn
+from taso_ds.doctor.folders import check_writing
 
+_LONGEST_BUILD = 600.0  # seconds
 _PROGRAM = "#include <vector>\nint main() { return static_cast<int>(std::vector<int>{}.size()); }\n"
 
 
@@ -59,6 +62,19 @@ def check_cuda_toolkit(accelerator: Accelerator, *, offload: bool) -> list[Findi
     if toolkit.problem:
         return [severe("CUDA toolkit", f"{toolkit.version}, but torch is built for {accelerator.cuda}", remedy)]
     return [ok("CUDA toolkit", f"{toolkit.version}, torch is built for {accelerator.cuda}")]
+
+
+def check_build_folder(folder: Path) -> list[Finding]:
+    """Look at the folder operators are built in, for one that cannot be written and for locks of builds that died.
+
+    torch waits for such a lock for ever, on every rank, and says nothing.
+    """
+    remedy = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
+    found = [check_writing("build folder", folder, remedy=remedy)]
+    old = [path for path in sorted(folder.glob("**/lock")) if time.time() - path.stat().st_mtime > _LONGEST_BUILD]
+    if old:
+        found.append(warn("build lock", f"{old[0]} is left from a build that did not end", f"rm {old[0]}"))
+    return found
 
 
 def check_libaio(*, offload: bool) -> Finding:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taso_ds.distributed.accelerator import build_folder
 from taso_ds.distributed.ds_config import read_ds_config
 from taso_ds.distributed.hostfile import read_hostfile
 from taso_ds.doctor import cluster, compilers, folders, limits, network, nvme
 from taso_ds.doctor.accelerator import check_accelerator, look_for_accelerator
 from taso_ds.doctor.arguments import DoctorArguments
-from taso_ds.doctor.cache import check_cache
+from taso_ds.doctor.cache import HubModel, check_cache
 from taso_ds.doctor.finding import Finding, fail, ok
 from taso_ds.doctor.versions import check_versions
 from taso_ds.errors import UserError
@@ -50,7 +51,7 @@ def examine(arguments: DoctorArguments, flags: Sequence[str]) -> list[Finding]:
     """
     try:
         job, findings = _read_job(arguments, flags), check_versions()
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # the ways in which importing torch fails
         job, findings = Job(arguments, None, None), [*check_versions(), _not_installed("flags", error)]
     accelerator, broken = look_for_accelerator()
     findings += broken
@@ -60,16 +61,18 @@ def examine(arguments: DoctorArguments, flags: Sequence[str]) -> list[Finding]:
     findings += compilers.check_compiler(accelerator, offload=job.nvme is not None)
     if accelerator is not None:
         findings.append(compilers.check_libaio(offload=job.nvme is not None))
+        findings += compilers.check_build_folder(build_folder())
     hosts, unread = _read_hosts(arguments.hostfile)
     nodes = max(len(hosts), cluster.slurm_nodes())
     ranks = arguments.gpus_per_node or max(hosts.values(), default=accelerator.devices if accelerator else 1)
-    findings += _folders(job, nodes=nodes)
+    needed, model, uncounted = _planned(job)
+    findings += [*uncounted, *_folders(job, needed, nodes=nodes)]
     findings += _limits(job, nodes=nodes, ranks=ranks, is_host=accelerator is None or accelerator.is_host)
-    findings += [network.check_port(arguments.master_port), network.check_hostname(nodes=nodes)]
     backend = accelerator.backend if accelerator else "gloo"
+    findings += [network.check_port(arguments.master_port), network.check_hostname(backend, nodes=nodes)]
     findings += _guarded("interface", lambda: [network.check_interfaces(backend)])
     findings += [cluster.check_slurm(), *unread, *(cluster.check_hosts(hosts) if hosts else [])]
-    return [*findings, *_guarded("HF cache", check_cache)]
+    return [*findings, *_guarded("HF cache", lambda: check_cache(model))]
 
 
 def _read_job(arguments: DoctorArguments, flags: Sequence[str]) -> Job:
@@ -91,12 +94,10 @@ def _read_hosts(hostfile: str | None) -> tuple[dict[str, int], list[Finding]]:
         return {}, [fail("hostfile", f"DeepSpeed cannot read it: {error}", "install DeepSpeed again (pip install .)")]
 
 
-def _folders(job: Job, *, nodes: int) -> list[Finding]:
+def _folders(job: Job, needed: dict[str, float] | None, *, nodes: int) -> list[Finding]:
     folder = job.output_dir
-    needed, found = _planned(job)
     remedy = "choose another --output_dir"
     findings = [
-        *found,
         folders.check_writing("output folder", folder, remedy=remedy),
         folders.check_space("output space", folder, needed, remedy=f"make room, or {remedy}"),
         folders.check_sharing("file system", folder, nodes=nodes),
@@ -106,19 +107,24 @@ def _folders(job: Job, *, nodes: int) -> list[Finding]:
     return findings
 
 
-def _planned(job: Job) -> tuple[dict[str, float] | None, list[Finding]]:
-    """Return what the run will write, from its model's ``config.json``; None where no model is named."""
+def _planned(job: Job) -> tuple[dict[str, float] | None, HubModel | None, list[Finding]]:
+    """Return what the run will write and download, from its model's ``config.json``, and whether that can be read."""
     if job.config is None or job.config.model.model_name_or_path is None:
-        return None, []
-    from taso_ds.training.forecast import planned_files
+        return None, None, []
+    from taso_ds.training.forecast import planned_files, read_shape
 
-    name = job.config.model.model_name_or_path
+    model = job.config.model
+    name = str(model.model_name_or_path)
     try:
-        needed = planned_files(job.config, checkpoints=job.arguments.save_total_limit)
+        shape, shapes = read_shape(job.config)
     except UserError as error:
         remedy = "correct the flag; a Hub id must be in the cache, or the Hub in reach"
-        return None, [fail("model", " ".join(str(error).split()), remedy)]
-    return needed, [ok("model", f"{name}: config.json is there")]
+        return None, None, [fail("model", " ".join(str(error).split()), remedy)]
+    needed = planned_files(job.config, shape, shapes, checkpoints=job.arguments.save_total_limit)
+    is_local = Path(name).is_dir() or model.gguf_file is not None
+    hub = None if is_local else HubModel(name, model.model_revision, float(shape.stored_bytes))
+    found = f"{name}: {shape.parameters:,} parameters, {shape.trainable:,} to train"
+    return needed, hub, [ok("model", found)]
 
 
 def _limits(job: Job, *, nodes: int, ranks: int, is_host: bool) -> list[Finding]:
@@ -139,5 +145,5 @@ def _guarded(check: str, action: Callable[[], list[Finding]]) -> list[Finding]:
         return [_not_installed(check, error)]
 
 
-def _not_installed(check: str, error: ImportError) -> Finding:
-    return fail(check, f"not checked: {error}", "pip install .")
+def _not_installed(check: str, error: Exception) -> Finding:
+    return fail(check, f"not checked: {error}", "install what is missing or broken (pip install .)")

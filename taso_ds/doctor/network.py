@@ -22,11 +22,15 @@ def check_port(port: int) -> Finding:
     return ok("master port", f"{port} is free")
 
 
-def check_hostname(*, nodes: int) -> Finding:
-    """Resolve this node's own name: gloo listens at the address it finds, and tells the other nodes."""
+def check_hostname(backend: str, *, nodes: int) -> Finding:
+    """Resolve this node's own name: gloo listens at the address it finds, and tells the other nodes.
+
+    Args:
+        backend: the communication library; others than gloo look at the interfaces instead.
+    """
     name = socket.gethostname()
     chosen = os.environ.get(_VARIABLES["gloo"])
-    severe = fail if nodes > 1 and not chosen else warn
+    severe = fail if backend == "gloo" and nodes > 1 and not chosen else warn
     remedy = "set GLOO_SOCKET_IFNAME to the interface between the nodes, or correct /etc/hosts"
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}

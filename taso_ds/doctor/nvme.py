@@ -22,7 +22,8 @@ def pinned_bytes(section: Mapping[str, Any], *, element: int) -> int:
     """Return the bytes of a rank's locked buffers: DeepSpeed's defaults where the JSON has no numbers."""
     if not section.get("pin_memory", False):
         return 0
-    return int(section.get("buffer_count", 5) * section.get("buffer_size", 100_000_000)) * element
+    count, size = section.get("buffer_count", 5), section.get("buffer_size", 100_000_000)
+    return int(count * size) * element if isinstance(count, int) and isinstance(size, (int, float)) else 0
 
 
 def check_folder(section: Mapping[str, Any], nvme_path: str | None) -> Finding:

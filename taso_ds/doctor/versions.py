@@ -46,7 +46,7 @@ KNOWN_BAD = (
 
 def check_versions() -> list[Finding]:
     """Return one finding for Python and one for each package the runs depend on."""
-    required, tested = _required(), tested_versions()
+    required, tested = _required(), constraints()
     found = [_check_python()]
     for package in PACKAGES:
         version = installed(package)
@@ -66,7 +66,7 @@ def installed(package: str) -> str | None:
         return None
 
 
-def tested_versions() -> dict[str, str]:
+def constraints() -> dict[str, str]:
     """Return ``constraints.txt`` as versions by package."""
     text = (resources.files(PROJECT) / "constraints.txt").read_text(encoding="utf-8")
     return dict(line.split("==") for line in text.splitlines() if line and not line.startswith("#"))

@@ -120,7 +120,7 @@ def make_forecast(config: RunConfig, plan: PlanArguments) -> Forecast:
     Raises:
         UserError: a model that cannot be read or built, batch numbers that do not multiply.
     """
-    shape, _ = _read_shape(config)
+    shape, _ = read_shape(config)
     work = _workload(config, nodes=plan.nodes, gpus_per_node=plan.gpus_per_node, share=plan.supervised_share)
     device = get_device(plan.device, memory_gb=plan.device_memory_gb, tflops=plan.device_tflops)
     hardware = Hardware(device, get_network(plan.network, gb_per_s=plan.network_gb_per_s), plan.host_memory_gb)
@@ -134,8 +134,12 @@ def make_forecast(config: RunConfig, plan: PlanArguments) -> Forecast:
     return Forecast(config, shape, work, hardware, [assess(shape, way, work, hardware) for way in ways])
 
 
-def _read_shape(config: RunConfig) -> tuple[ModelShape, dict[str, MatrixShape]]:
-    """Count a run's model from ``config.json``; also returns the matrices to adapt."""
+def read_shape(config: RunConfig) -> tuple[ModelShape, dict[str, MatrixShape]]:
+    """Count a run's model from ``config.json``; also returns the matrices to adapt.
+
+    Raises:
+        UserError: a model that cannot be read or built.
+    """
     base_config = read_config(config.model)
     prepare.check_length(config, base_config)
     model = meta_model(config.model, base_config, head=wants_head(config.model, base_config))
@@ -143,16 +147,14 @@ def _read_shape(config: RunConfig) -> tuple[ModelShape, dict[str, MatrixShape]]:
     return count_model(config, model, base_config, shapes), shapes
 
 
-def planned_files(config: RunConfig, *, checkpoints: int) -> dict[str, float]:
-    """Return the bytes a run will write into its folder, by cause, from ``config.json`` alone.
+def planned_files(
+    config: RunConfig, shape: ModelShape, shapes: Mapping[str, MatrixShape], *, checkpoints: int
+) -> dict[str, float]:
+    """Return the bytes a run will write into its folder, by cause.
 
     Args:
         checkpoints: how many stay on disk at a time.
-
-    Raises:
-        UserError: a model that cannot be read or built.
     """
-    shape, shapes = _read_shape(config)
     is_taso = config.adapter.method == "taso"
     return disk_bytes(
         shape,

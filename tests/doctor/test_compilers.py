@@ -1,13 +1,14 @@
 """Building operators: real compilers that work and that do not, a PATH without ninja, toolkits of other versions."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from faked import script
 
-from taso_ds.distributed.accelerator import Accelerator
-from taso_ds.doctor.compilers import check_compiler, check_cuda_toolkit, check_libaio
+from taso_ds.distributed.accelerator import Accelerator, build_folder
+from taso_ds.doctor.compilers import check_build_folder, check_compiler, check_cuda_toolkit, check_libaio
 from taso_ds.doctor.finding import FAIL, OK, WARN
 
 CPU = Accelerator("cpu", "gloo", 1, True, None)
@@ -74,6 +75,26 @@ def test_cuda_toolkit(tmp_path: Path, release: str | None, offload: bool, status
 def test_no_toolkit_is_needed_without_cuda() -> None:
     assert check_cuda_toolkit(CPU, offload=True) == []
     assert check_cuda_toolkit(Accelerator("xpu", "ccl", 4, True, None), offload=False) == []
+
+
+def test_locks_of_builds_that_died(tmp_path: Path) -> None:
+    (building,) = check_build_folder(tmp_path / "new")
+    assert (building.check, building.status) == ("build folder", OK)
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert len(check_build_folder(tmp_path)) == 1  # of a build that is running now
+    os.utime(lock, (0, 0))
+    _, left = check_build_folder(tmp_path)
+    assert (left.status, left.remedy) == (WARN, f"rm {lock}")
+    assert check_build_folder(Path("/proc/extensions"))[0].status == FAIL
+
+
+def test_where_operators_are_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert build_folder() == tmp_path
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    assert build_folder().name == "torch_extensions"
 
 
 def test_libaio(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from faked import soft_limit
 
-from taso_ds.doctor import cache
 from taso_ds.doctor.finding import FAIL, OK, WARN
 from taso_ds.doctor.folders import check_sharing, check_space, check_writing, existing, file_system
 
@@ -106,17 +105,3 @@ def test_memory_is_no_place_for_results() -> None:
 def test_existing(tmp_path: Path) -> None:
     assert existing(tmp_path / "a" / "b") == tmp_path
     assert existing(tmp_path) == tmp_path
-
-
-def test_the_hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert [one.check for one in cache.check_cache()] == ["HF Hub", "HF cache", "HF cache space"]
-    assert cache.check_cache()[1].status == OK
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/hub")
-    assert cache.check_cache()[1].status == FAIL
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    (offline,) = cache.check_cache()
-    assert (offline.status, "offline" in offline.found) == (OK, True)

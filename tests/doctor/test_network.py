@@ -26,21 +26,24 @@ def test_a_port_that_is_really_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "nodes", "chosen", "status"),
+    ("name", "backend", "nodes", "chosen", "status"),
     [
-        ("192.0.2.7", 2, None, OK),
-        ("localhost", 1, None, WARN),
-        ("localhost", 2, None, FAIL),
-        ("localhost", 2, "lo", OK),
-        ("no-such-node.invalid", 1, None, WARN),
-        ("no-such-node.invalid", 2, None, FAIL),
+        ("192.0.2.7", "gloo", 2, None, OK),
+        ("localhost", "gloo", 1, None, WARN),
+        ("localhost", "gloo", 2, None, FAIL),
+        ("localhost", "gloo", 2, "lo", OK),
+        ("localhost", "nccl", 2, None, WARN),
+        ("no-such-node.invalid", "gloo", 1, None, WARN),
+        ("no-such-node.invalid", "gloo", 2, None, FAIL),
     ],
 )
-def test_hostname(monkeypatch: pytest.MonkeyPatch, name: str, nodes: int, chosen: str | None, status: str) -> None:
+def test_hostname(
+    monkeypatch: pytest.MonkeyPatch, name: str, backend: str, nodes: int, chosen: str | None, status: str
+) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: name)
     if chosen is not None:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
-    found = check_hostname(nodes=nodes)
+    found = check_hostname(backend, nodes=nodes)
     assert found.status == status
     assert name in found.found
 

@@ -6,13 +6,13 @@ import pytest
 
 from taso_ds.doctor import versions
 from taso_ds.doctor.finding import FAIL, OK, WARN, Finding
-from taso_ds.doctor.versions import KNOWN_BAD, PACKAGES, check_versions, tested_versions
+from taso_ds.doctor.versions import KNOWN_BAD, PACKAGES, check_versions, constraints
 
 
 @pytest.fixture
 def _tested(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly the tested versions are installed, whatever this machine has."""
-    known = tested_versions()
+    known = constraints()
     monkeypatch.setattr(metadata, "version", lambda name: known[name])
 
 
@@ -33,7 +33,7 @@ def with_version(monkeypatch: pytest.MonkeyPatch, package: str, version: str | N
 
 
 @pytest.mark.usefixtures("_tested")
-def test_the_tested_versions_pass() -> None:
+def test_the_constraints_pass() -> None:
     found = check_versions()
     assert [finding.check for finding in found] == ["python", *PACKAGES]
     assert {finding.status for finding in found} == {OK}
@@ -45,7 +45,7 @@ def test_the_tested_versions_pass() -> None:
 def test_every_package_has_a_range_and_a_tested_version(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     old = with_version(monkeypatch, package, "0.0.1")
     assert old.status == FAIL
-    assert old.remedy == f"pip install {package}=={tested_versions()[package]}"
+    assert old.remedy == f"pip install {package}=={constraints()[package]}"
     assert "supported >=" in old.found
     monkeypatch.undo()
     new = with_version(monkeypatch, package, "9999.0")
@@ -60,7 +60,7 @@ def test_every_package_has_a_range_and_a_tested_version(monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("_tested")
 def test_between_the_bound_and_the_tested_version_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = with_version(monkeypatch, "torch", "2.9.1+cu128")
-    assert (found.status, found.found) == (OK, f"2.9.1+cu128, tested {tested_versions()['torch']}")
+    assert (found.status, found.found) == (OK, f"2.9.1+cu128, tested {constraints()['torch']}")
 
 
 @pytest.mark.usefixtures("_tested")
@@ -104,7 +104,7 @@ def test_python(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "3.9.18, outside" in found.found
 
 
-def test_tested_versions_are_those_of_the_file() -> None:
+def test_constraints_are_those_of_the_file() -> None:
     lines = (resources.files("taso_ds") / "constraints.txt").read_text().splitlines()
-    assert f"torch=={tested_versions()['torch']}" in lines
-    assert set(PACKAGES) <= set(tested_versions())
+    assert f"torch=={constraints()['torch']}" in lines
+    assert set(PACKAGES) <= set(constraints())
