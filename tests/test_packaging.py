@@ -95,6 +95,7 @@ def _ask_the_doctor(folder: Path) -> None:
     done = subprocess.run([folder / "taso-doctor", "--json", "-"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr[-2000:]
     findings = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert (findings["python"]["status"], "not compared" in findings["python"]["found"]) == ("fail", True)
     assert (findings["torch"]["status"], findings["torch"]["found"]) == ("fail", "not installed")
     assert findings["torch"]["remedy"].startswith("pip install 'torch>=")
     assert findings["accelerator"]["status"] == "fail"

@@ -104,6 +104,18 @@ def test_python(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "3.9.18, outside" in found.found
 
 
+@pytest.mark.usefixtures("_tested")
+def test_a_checkout_that_nobody_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "metadata", unknown)
+    monkeypatch.setattr(metadata, "requires", unknown)
+    python, *packages = check_versions()
+    assert (python.status, python.remedy) == (FAIL, "pip install .")
+    assert {finding.status for finding in packages} == {OK}
+
+
 def test_constraints_are_those_of_the_file() -> None:
     lines = (resources.files("taso_ds") / "constraints.txt").read_text().splitlines()
     assert f"torch=={constraints()['torch']}" in lines
