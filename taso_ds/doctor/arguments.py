@@ -26,14 +26,13 @@ class DoctorArguments:
     hostfile: str | None = _arg(None, "The deepspeed launcher's hostfile: resolve its hosts and log in to them.")
     master_port: int = _arg(29500, "Port at which the ranks will meet.")
     gpus_per_node: int | None = _arg(None, "Ranks of a node; default: the hostfile's slots, or the devices here.")
-    save_total_limit: int = _arg(1, "Checkpoints to leave room for in --output_dir.")
     json: str | None = _arg(None, "Write the findings as JSON to this file; - for stdout, instead of the table.")
 
     def __post_init__(self) -> None:
-        for name, low, high in (("master_port", 1, 65535), ("gpus_per_node", 1, 1024), ("save_total_limit", 0, 10**6)):
+        for name, high in (("master_port", 65535), ("gpus_per_node", 1024)):
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"{name}: {value} is not in [{low}, {high}]")
+            if value is not None and not 1 <= value <= high:
+                raise UserError(f"{name}: {value} is not in [1, {high}]")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -120,7 +120,7 @@ def _planned(job: Job) -> tuple[dict[str, float] | None, HubModel | None, list[F
     except UserError as error:
         remedy = "correct the flag; a Hub id must be in the cache, or the Hub in reach"
         return None, None, [fail("model", " ".join(str(error).split()), remedy)]
-    needed = planned_files(job.config, shape, shapes, checkpoints=job.arguments.save_total_limit)
+    needed = planned_files(job.config, shape, shapes)
     is_local = Path(name).is_dir() or model.gguf_file is not None
     hub = None if is_local else HubModel(name, model.model_revision, float(shape.stored_bytes))
     found = f"{name}: {shape.parameters:,} parameters, {shape.trainable:,} to train"

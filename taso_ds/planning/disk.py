@@ -6,7 +6,7 @@ columns of all adapted matrices, ``p`` the share of them that is core, ``k`` ele
 - **Adapter.** The compact file ``w·t`` and its indices ``8·p·E``, PEFT's file ``w·D``; LoRA's alone is ``w·t``. Full
   fine-tuning writes the model, ``w·P``.
 - **Core regions.** Scores, int32 counts for the ladder and fp32 sums, ``(4·k + 4)·E``, and the indices again.
-- **Checkpoints.** Trained state only: fp32 master and two moments, ``12·t`` each.
+- **Checkpoints.** Trained state only: fp32 master and two moments, ``12·t``, and int32 indices, in each.
 """
 
 from taso_ds.planning.model_shape import ModelShape
@@ -21,11 +21,11 @@ def disk_bytes(
         element: bytes of a trained number.
         edges: ``E``; 0 for what has no regions.
         ladder: ``k``.
-        checkpoints: how many stay on disk at a time.
+        checkpoints: how many are on disk at a time.
     """
     indices = 8.0 * core_fraction * edges
     return {
         "adapter": float(element * (shape.trainable + shape.adapter_dense)) + indices,
         "core regions": 4.0 * (ladder + 1) * edges + indices,
-        "checkpoints": 12.0 * shape.trainable * checkpoints,
+        "checkpoints": (12.0 * shape.trainable + indices / 2) * checkpoints,
     }

@@ -147,14 +147,8 @@ def read_shape(config: RunConfig) -> tuple[ModelShape, dict[str, MatrixShape]]:
     return count_model(config, model, base_config, shapes), shapes
 
 
-def planned_files(
-    config: RunConfig, shape: ModelShape, shapes: Mapping[str, MatrixShape], *, checkpoints: int
-) -> dict[str, float]:
-    """Return the bytes a run will write into its folder, by cause.
-
-    Args:
-        checkpoints: how many stay on disk at a time.
-    """
+def planned_files(config: RunConfig, shape: ModelShape, shapes: Mapping[str, MatrixShape]) -> dict[str, float]:
+    """Return the bytes a run will have in its folder at most, by cause."""
     is_taso = config.adapter.method == "taso"
     return disk_bytes(
         shape,
@@ -162,7 +156,7 @@ def planned_files(
         edges=sum(matrix.out_features + matrix.in_features for matrix in shapes.values()) if is_taso else 0,
         core_fraction=config.calibration.core_fraction,
         ladder=len(ladder_with(config.calibration.element_fraction)),
-        checkpoints=checkpoints,
+        checkpoints=config.training.save_total_limit + 1,  # the oldest goes when the newest is whole
     )
 
 

@@ -36,7 +36,8 @@ def test_files_are_as_large_as_planned(tmp_path: Path, structure: str, rank: int
     written = sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
     assert written == pytest.approx(planned["adapter"], rel=0.03)  # headers on top
     assert (tmp_path / "regions").stat().st_size == pytest.approx(planned["core regions"], rel=0.03)
-    assert planned["checkpoints"] == 2 * 12 * adapter.flat.numel()
+    indices = sum(4 * (len(region.rows) + len(region.cols)) for region in regions.values())
+    assert planned["checkpoints"] == 2 * (12 * adapter.flat.numel() + indices)
 
 
 def _scores() -> RegionScores:
