@@ -1,6 +1,8 @@
 # Everything is made inside this checkout. `make` alone says what there is.
 
-# A Python that can make an environment and is new enough for constraints.txt.
+# The tested versions; inside the package, where an installed `taso-doctor` finds them too.
+CONSTRAINTS := taso_ds/constraints.txt
+# A Python that can make an environment and is new enough for its constraints.
 USABLE := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(USABLE)' 2>/dev/null && echo $$p && break; done)
 # Where to get torch, and only torch: https://download.pytorch.org/whl/cpu on a machine without a GPU.
@@ -28,11 +30,11 @@ help:
 setup: .venv/.ready
 
 # torch first and by itself: it may come from another index, and building DeepSpeed looks for it.
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer with venv: make setup PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $$(grep '^torch==' constraints.txt)
-	.venv/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	.venv/bin/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $$(grep '^torch==' $(CONSTRAINTS))
+	.venv/bin/python -m pip install -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 demo-data: .venv/.demo-data

@@ -22,8 +22,10 @@ ALLOWED: dict[str, set[str]] = {
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
     "planning": {"errors", "adapters"},
     "training": {"errors", "adapters", "data", "distributed", "config", "planning"},
+    # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
+    "doctor": {"errors", "config", "distributed", "training"},
     "entry": {"errors", "distributed"},
-    "launch": {"errors", "adapters", "data", "distributed", "config", "training", "entry", "taso_ds"},
+    "launch": {"errors", "adapters", "data", "distributed", "config", "training", "doctor", "entry", "taso_ds"},
 }
 # The method runs wherever torch does.
 ADAPTERS_NEED = {"torch", "safetensors"}

@@ -19,6 +19,7 @@ ENTRY_POINTS = {
     "taso-evaluate": "taso_ds.launch.evaluate:main",
     "taso-export": "taso_ds.launch.export:main",
     "taso-plan": "taso_ds.launch.plan:main",
+    "taso-doctor": "taso_ds.launch.doctor:main",
 }
 
 # Runs in an environment with the wheel and nothing else. Resolving a DeepSpeed JSON needs neither torch nor DeepSpeed.
@@ -69,7 +70,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"taso_ds"}
-    expected = {f"taso_ds/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
+    expected = {"taso_ds/constraints.txt"}
+    expected |= {f"taso_ds/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
     for folder, inside in (("taso_ds", "taso_ds"), ("launch", "taso_ds/launch")):
         modules = [path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")]
         expected |= {f"{inside}/{module.as_posix()}" for module in modules}
@@ -85,3 +87,16 @@ def test_installed_wheel_finds_its_configurations_and_commands(wheel: Path, tmp_
     assert found == {"stages": [0, 1, 2, 3, 3, 3, 3, 3], "scripts": ENTRY_POINTS, "missing": []}
     for script in ENTRY_POINTS:
         assert (tmp_path / "bare" / "bin" / script).is_file()
+    _ask_the_doctor(tmp_path / "bare" / "bin")
+
+
+def _ask_the_doctor(folder: Path) -> None:
+    """Where nothing but the wheel is installed, the doctor still says so, with the versions of the wheel itself."""
+    done = subprocess.run([folder / "taso-doctor", "--json", "-"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr[-2000:]
+    findings = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert (findings["python"]["status"], "not compared" in findings["python"]["found"]) == ("fail", True)
+    assert (findings["torch"]["status"], findings["torch"]["found"]) == ("fail", "not installed")
+    assert findings["torch"]["remedy"].startswith("pip install 'torch>=")
+    assert findings["accelerator"]["status"] == "fail"
+    assert findings["output folder"]["status"] == "ok"

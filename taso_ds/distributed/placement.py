@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.distributed import ds_config_keys as keys
+from taso_ds.distributed.accelerator import can_build_async_io
 from taso_ds.errors import UserError
 
 _DEVICES = ("none", "cpu", "nvme")
@@ -77,14 +78,13 @@ def check_nvme(ds_config: dict[str, Any]) -> None:
     section = ds_config["zero_optimization"].get("offload_param", {})
     if section.get("device") != "nvme":
         return
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    if not can_build_async_io():
         raise UserError("nvme_path: DeepSpeed's async_io needs libaio: install libaio-dev (libaio-devel on Red Hat)")
-    _check_direct_io(Path(section["nvme_path"]))
+    check_direct_io(Path(section["nvme_path"]))
 
 
-def _check_direct_io(folder: Path) -> None:
+def check_direct_io(folder: Path) -> None:
+    """Refuse a folder that cannot be written past the page cache."""
     probe = folder / f".taso-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

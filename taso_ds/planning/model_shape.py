@@ -67,6 +67,11 @@ class ModelShape:
         return self.output > 0 and self.parameters < sum(self.blocks) + self.embedding + self.output
 
     @property
+    def stored_bytes(self) -> int:
+        """Return the size of the checkpoint: 2 bytes per parameter, unless its config says fp32."""
+        return self.parameters * (4 if self.stored_dtype == "float32" else 2)
+
+    @property
     def active(self) -> int:
         """Parameters one token is multiplied with: blocks without the experts it does not visit. No output layer."""
         return sum(self.blocks) - round(self.experts * (1.0 - self.expert_share))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from taso_ds.adapters.selection import ladder_with
 from taso_ds.adapters.structure import count_dense
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import GROUPS, RunConfig, arg, parse_groups
@@ -19,6 +20,7 @@ from taso_ds.distributed.ds_config_keys import ZERO_AUTO
 from taso_ds.errors import UserError
 from taso_ds.planning import report
 from taso_ds.planning.devices import DEVICES, NETWORKS, get_device, get_network
+from taso_ds.planning.disk import disk_bytes
 from taso_ds.planning.host import available_host_bytes, check_host_memory
 from taso_ds.planning.memory import Limits, Strategy, Workload, phase_usage
 from taso_ds.planning.model_shape import ModelShape, read_model_shape
@@ -118,11 +120,7 @@ def make_forecast(config: RunConfig, plan: PlanArguments) -> Forecast:
     Raises:
         UserError: a model that cannot be read or built, batch numbers that do not multiply.
     """
-    base_config = read_config(config.model)
-    prepare.check_length(config, base_config)
-    head = wants_head(config.model, base_config)
-    model = meta_model(config.model, base_config, head=head)
-    shape = count_model(config, model, base_config, prepare.target_shapes(config, model))
+    shape, _ = read_shape(config)
     work = _workload(config, nodes=plan.nodes, gpus_per_node=plan.gpus_per_node, share=plan.supervised_share)
     device = get_device(plan.device, memory_gb=plan.device_memory_gb, tflops=plan.device_tflops)
     hardware = Hardware(device, get_network(plan.network, gb_per_s=plan.network_gb_per_s), plan.host_memory_gb)
@@ -134,6 +132,32 @@ def make_forecast(config: RunConfig, plan: PlanArguments) -> Forecast:
     quantized = (False,) if config.adapter.method == "full" else (False, True)
     ways = strategies(work, limits=limits, quantized=quantized, offloads=not device.is_host)
     return Forecast(config, shape, work, hardware, [assess(shape, way, work, hardware) for way in ways])
+
+
+def read_shape(config: RunConfig) -> tuple[ModelShape, dict[str, MatrixShape]]:
+    """Count a run's model from ``config.json``; also returns the matrices to adapt.
+
+    Raises:
+        UserError: a model that cannot be read or built.
+    """
+    base_config = read_config(config.model)
+    prepare.check_length(config, base_config)
+    model = meta_model(config.model, base_config, head=wants_head(config.model, base_config))
+    shapes = prepare.target_shapes(config, model)
+    return count_model(config, model, base_config, shapes), shapes
+
+
+def planned_files(config: RunConfig, shape: ModelShape, shapes: Mapping[str, MatrixShape]) -> dict[str, float]:
+    """Return the bytes a run will have in its folder at most, by cause."""
+    is_taso = config.adapter.method == "taso"
+    return disk_bytes(
+        shape,
+        element=2 if config.model.bf16 else 4,
+        edges=sum(matrix.out_features + matrix.in_features for matrix in shapes.values()) if is_taso else 0,
+        core_fraction=config.calibration.core_fraction,
+        ladder=len(ladder_with(config.calibration.element_fraction)),
+        checkpoints=config.training.save_total_limit + 1,  # the oldest goes when the newest is whole
+    )
 
 
 def _workload(

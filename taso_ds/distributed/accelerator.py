@@ -1,0 +1,73 @@
+"""What DeepSpeed finds on this machine: the accelerator, its communication backend, what it could build."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """This machine's devices as DeepSpeed sees them.
+
+    Attributes:
+        name: DeepSpeed's name of the device.
+        backend: its communication library.
+        cuda: the CUDA version torch was built for; None for other builds.
+    """
+
+    name: str
+    backend: str
+    devices: int
+    bf16: bool
+    cuda: str | None
+
+    @property
+    def is_host(self) -> bool:
+        return self.name == "cpu"
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """The CUDA toolkit, and why DeepSpeed would not compile with it."""
+
+    version: str | None
+    problem: str | None = None
+
+
+def find_accelerator() -> Accelerator:
+    """Return the accelerator DeepSpeed would use; raises whatever a broken installation raises."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    found = get_accelerator()
+    backend, bf16 = found.communication_backend_name(), bool(found.is_bf16_supported())
+    return Accelerator(found.device_name(), backend, found.device_count(), bf16, torch.version.cuda)
+
+
+def cuda_toolkit() -> Toolkit:
+    """Return the toolkit that would compile operators, judged by DeepSpeed's own rule."""
+    from deepspeed.ops.op_builder import builder
+
+    try:
+        version = ".".join(map(str, builder.installed_cuda_version()))
+    except builder.MissingCUDAException as error:
+        return Toolkit(None, str(error))
+    try:
+        builder.assert_no_cuda_mismatch()
+    except builder.CUDAMismatchException as error:
+        return Toolkit(version, str(error))
+    return Toolkit(version)
+
+
+def build_folder() -> Path:
+    """Return where operators are compiled at first use."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def can_build_async_io() -> bool:
+    """Say whether DeepSpeed's asynchronous disk access can be built here."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))
