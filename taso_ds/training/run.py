@@ -21,7 +21,6 @@ from taso_ds.training.base_model import (
 from taso_ds.training.build import Setup, Trained, attach, base_fingerprint, find_regions, load_base, set_up
 from taso_ds.training.divergence import Diverged
 from taso_ds.training.interrupts import Interrupts
-from taso_ds.training.life import Life
 from taso_ds.training.lora_baseline import lora_parameters
 from taso_ds.training.optim import (
     Group,
@@ -34,6 +33,7 @@ from taso_ds.training.optim import (
 )
 from taso_ds.training.prove import Proof, probe_logits, prove_export
 from taso_ds.training.quantized_base import num_parameters
+from taso_ds.training.recoverable import RecoverableTraining
 from taso_ds.training.resume import Start, check_base, check_data, check_same_run, find_start
 from taso_ds.training.run_folder import ADAPTER, RESULTS, RUN, RunFolder, choose_folder, versions
 
@@ -75,9 +75,11 @@ def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrup
     evaluate = partial(setup.evaluator, engine.module)
     before = evaluate() if start.progress is None else start.progress.before
     log.info("before: %s", _in_words(before))
-    life = Life(setup, folder, engine, trained, schedule, found, fingerprint=fingerprint, before=before)
+    training = RecoverableTraining(
+        setup, folder, engine, trained, schedule, found, fingerprint=fingerprint, before=before
+    )
     try:
-        life.train(start, interrupts)
+        training.train(start, interrupts)
     except Diverged as error:
         _save_last_good(setup, folder, base, trained, error)
         raise

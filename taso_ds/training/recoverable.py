@@ -1,4 +1,4 @@
-"""The life of a run between its first and last step: train, save, and go back where that was asked for."""
+"""Training between the first and the last step: save, go on from a checkpoint, go back to one where asked for."""
 
 import logging
 from typing import Any
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 ROLLBACK_FACTOR = 0.5
 
 
-class Life:
+class RecoverableTraining:
     """Trainer and checkpoints of one run, which know of each other through this alone."""
 
     def __init__(
