@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from taso_ds.training.optim import Group, Schedule
 _STOP, _SAVE = 1, 2  # what a rank may wish for at a step's start
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains for ``schedule.total_steps`` steps.
 
@@ -29,7 +31,7 @@ class Trainer:
     number and of the trained state: rows, learning rate and random numbers are drawn from the number, so nothing else
     has to be saved for a run to go on exactly.
 
-    Args:
+    Attributes:
         engine: a DeepSpeed engine.
         feed: the rows.
         loss_sum: loss summed over supervised units, and their number.
@@ -44,41 +46,22 @@ class Trainer:
         on_save: called on every rank with the number of steps done, when a checkpoint is due.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        feed: Feed,
-        *,
-        loss_sum: LossSum,
-        groups: Sequence[Group],
-        schedule: Schedule,
-        logging_steps: int,
-        eval_steps: int | None,
-        on_log: Callable[[dict[str, Any]], None],
-        on_eval: Callable[[int], None],
-        on_save: Callable[[int], None] = lambda step: None,
-        save_steps: int | None = None,
-        save_minutes: float | None = None,
-        trained: int = 0,
-        loss_watch: LossWatch | None = None,
-        brake: float = 1.0,
-    ) -> None:
-        self.engine = engine
-        self.feed = feed
-        self.loss_sum = loss_sum
-        self.groups = groups
-        self.schedule = schedule
-        self.logging_steps = logging_steps
-        self.eval_steps = eval_steps
-        self.on_log = on_log
-        self.on_eval = on_eval
-        self.on_save = on_save
-        self.save_steps = save_steps
-        self.save_minutes = save_minutes
-        self.trained = trained
-        self.loss_watch = loss_watch or LossWatch(0.0)
-        self.brake = brake
-        self._saved_at = time.monotonic()
+    engine: Any
+    feed: Feed
+    loss_sum: LossSum
+    groups: Sequence[Group]
+    schedule: Schedule
+    logging_steps: int
+    eval_steps: int | None
+    on_log: Callable[[dict[str, Any]], None]
+    on_eval: Callable[[int], None]
+    on_save: Callable[[int], None] = lambda step: None
+    save_steps: int | None = None
+    save_minutes: float | None = None
+    trained: int = 0
+    loss_watch: LossWatch = field(default_factory=lambda: LossWatch(0.0))
+    brake: float = 1.0
+    _saved_at: float = field(default_factory=time.monotonic, init=False)
 
     def fit(self, *, first: int = 0, interrupts: Interrupts | None = None) -> None:
         """Run all steps from ``first`` on; a checkpoint is due at the end too.
