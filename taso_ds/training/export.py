@@ -17,11 +17,9 @@ from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
 from taso_ds.training.disk_tensors import DiskTensors
 from taso_ds.training.lora_baseline import lora_tensors
-from taso_ds.training.prove import relative_distance
+from taso_ds.training.prove import MERGE_ROUNDING, relative_distance
 from taso_ds.training.run_folder import ADAPTER, MODEL, RunFolder
 
-# Relative error of logits after every adapted weight was rounded once more.
-_MERGE_ROUNDING = {"float32": 1e-4, "bfloat16": 6e-2}
 _MODEL_FILE_SIZE = "2GB"
 
 
@@ -161,7 +159,7 @@ def merge_adapter(model: nn.Module, adapter: TasoAdapter, disk: DiskTensors) -> 
 def check_merged(merged: Sequence[Tensor], live: Sequence[Tensor], *, dtype: Any) -> float:
     """Return how far the merged model's logits are from the adapter's; UserError when it is more than rounding."""
     error = relative_distance(merged, live)
-    if not error <= _MERGE_ROUNDING[dtype_name(dtype)]:
+    if not error <= MERGE_ROUNDING[dtype_name(dtype)]:
         raise UserError(f"export: the merged model differs from the adapter by {error:.1e} of its logits")
     return error
 

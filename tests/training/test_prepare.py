@@ -16,6 +16,7 @@ from taso_ds.errors import UserError
 from taso_ds.training.prepare import (
     calibration_rows,
     check_length,
+    check_quantization,
     count_adapter,
     encode_training_rows,
     load_task_data,
