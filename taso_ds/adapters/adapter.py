@@ -137,8 +137,8 @@ class TasoAdapter(nn.Module):
         body = getattr(model, "base_model", model)
         self._handles.append(body.register_forward_pre_hook(self._expand))
         targets = {name: get_target(model, name) for name in self.regions}
-        matrices = [(name, target) for name, target in targets.items() if isinstance(target, ExpertMatrix)]
-        self._handles += hook_experts(matrices, self._update_of_experts)
+        experts = {name: target for name, target in targets.items() if isinstance(target, ExpertMatrix)}
+        self._handles += hook_experts(experts, self._update_of_experts)
         for name, module in targets.items():
             if isinstance(module, ExpertMatrix):
                 continue
@@ -165,13 +165,12 @@ class TasoAdapter(nn.Module):
 
         return hook
 
-    def _update_of_experts(self, names: dict[tuple[str, int], str]) -> ExpertHook:
-        def hook(attribute: str, counts: Sequence[int], inputs: Tensor, output: Tensor) -> Tensor:
-            parts = list(output.split(counts))
-            for index, rows in enumerate(inputs.split(counts)):
-                name = names.get((attribute, index))
-                if name is not None and len(rows):
-                    parts[index] = low_rank_update(parts[index], rows, self._pairs[name], self.scaling)
+    def _update_of_experts(self, names: dict[int, str]) -> ExpertHook:
+        def hook(counts: Sequence[int], inputs: Tensor, output: Tensor) -> Tensor:
+            parts, rows = list(output.split(counts)), inputs.split(counts)
+            for index, name in names.items():
+                if counts[index]:
+                    parts[index] = low_rank_update(parts[index], rows[index], self._pairs[name], self.scaling)
             return torch.cat(parts)
 
         return hook

@@ -8,7 +8,7 @@ one call that a hook sees. Whatever the routing, the graph is the same on every 
 backward delivers; an expert without a token has no rows there.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# (parameter's attribute, number of rows of each expert, inputs (rows, in), outputs (rows, out)) -> outputs
-ExpertHook = Callable[[str, Sequence[int], Tensor, Tensor], Tensor]
+# Of one parameter: (number of rows of each expert, inputs (rows, in), outputs (rows, out)) -> outputs
+ExpertHook = Callable[[Sequence[int], Tensor, Tensor], Tensor]
 
 _DESCRIPTION = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
 
@@ -82,37 +82,41 @@ def fused_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
 
 
 class HookedExperts:
-    """One module of fused experts that shows a hook each parameter's inputs and outputs until it is removed."""
+    """One module of fused experts whose parameters, by attribute, have hooks until ``remove``."""
 
-    def __init__(self, experts: nn.Module, hook: ExpertHook) -> None:
+    def __init__(self, experts: nn.Module, hooks: Mapping[str, ExpertHook]) -> None:
         assert "forward" not in vars(experts), "hooked already"
         self._experts: Any = experts
-        self._experts.forward = partial(_forward, experts, hook)
+        self._experts.forward = partial(_forward, experts, hooks)
 
     def remove(self) -> None:
         del self._experts.forward
 
 
 def hook_experts(
-    matrices: Iterable[tuple[str, ExpertMatrix]],
-    make_hook: Callable[[dict[tuple[str, int], str]], ExpertHook],
+    matrices: Mapping[str, ExpertMatrix], make_hook: Callable[[dict[int, str]], ExpertHook]
 ) -> list[HookedExperts]:
     """Hook the modules that hold some named matrices.
 
     Args:
-        make_hook: gets the names of one module's matrices by attribute and index, and returns its hook.
+        make_hook: gets the names of one parameter's matrices by expert, and returns its hook.
     """
-    modules: dict[nn.Module, dict[tuple[str, int], str]] = {}
-    for name, matrix in matrices:
-        modules.setdefault(matrix.experts, {})[matrix.attribute, matrix.index] = name
-    return [HookedExperts(module, make_hook(names)) for module, names in modules.items()]
+    modules: dict[nn.Module, dict[str, dict[int, str]]] = {}
+    for name, matrix in matrices.items():
+        modules.setdefault(matrix.experts, {}).setdefault(matrix.attribute, {})[matrix.index] = name
+    return [
+        HookedExperts(module, {attribute: make_hook(names) for attribute, names in parameters.items()})
+        for module, parameters in modules.items()
+    ]
 
 
 def _first_projection(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def _forward(experts: Any, hook: ExpertHook, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _forward(
+    experts: Any, hooks: Mapping[str, ExpertHook], hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """Return what ``experts.forward`` does; ``hidden (tokens, h)``, the others ``(tokens, experts per token)``."""
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
@@ -123,7 +127,7 @@ def _forward(experts: Any, hook: ExpertHook, hidden: Tensor, top_k_index: Tensor
         output = _SortedLinear.apply(inputs.to(weight.dtype), weight, counts, experts.is_transposed)
         if experts.has_bias:
             output = output + getattr(experts, f"{attribute}_bias")[chosen[order]]
-        return hook(attribute, counts, inputs, output)
+        return hooks[attribute](counts, inputs, output) if attribute in hooks else output
 
     rows = apply(_first_projection(experts), hidden[order // top_k_index.shape[-1]])
     rows = apply("down_proj", experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows))

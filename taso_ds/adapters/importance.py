@@ -61,20 +61,18 @@ def tap_expert_gradients(
     An expert without a token is delivered with no rows.
     """
 
-    def make_hook(names: dict[tuple[str, int], str]) -> ExpertHook:
-        listening = {attribute for attribute, _ in names}
-
-        def hook(attribute: str, counts: Sequence[int], inputs: Tensor, output: Tensor) -> Tensor:
+    def make_hook(names: dict[int, str]) -> ExpertHook:
+        def hook(counts: Sequence[int], inputs: Tensor, output: Tensor) -> Tensor:
             def deliver_each(x: Tensor, g: Tensor) -> None:
-                for index, (rows, slopes) in enumerate(zip(x.split(counts), g.split(counts), strict=True)):
-                    if (attribute, index) in names:
-                        deliver(names[attribute, index], rows, slopes)
+                parts = list(zip(x.split(counts), g.split(counts), strict=True))
+                for index, name in names.items():
+                    deliver(name, *parts[index])
 
-            return _tapped(output, inputs, deliver_each) if attribute in listening else output
+            return _tapped(output, inputs, deliver_each)
 
         return hook
 
-    return hook_experts(matrices.items(), make_hook)
+    return hook_experts(matrices, make_hook)
 
 
 def _tapped(output: Tensor, inputs: Tensor, deliver: Deliver) -> Tensor:

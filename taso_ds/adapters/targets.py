@@ -60,7 +60,7 @@ def get_target(model: nn.Module, name: str) -> Target:
 
 def find_targets(
     model: nn.Module, target_modules: Sequence[str] | None = None, *, experts: bool = False
-) -> dict[str, Any]:  # of Target
+) -> dict[str, Target]:
     """Return the matrices to adapt by module name, in model order.
 
     Args:

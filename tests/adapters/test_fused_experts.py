@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def test_the_shown_forward_computes_the_same(make: Make) -> None:
         return output
 
     experts = [module for module in model.modules() if fused_parameters(module)]
-    hooked = [HookedExperts(module, hook) for module in experts]
+    hooked = [
+        HookedExperts(module, {name: partial(hook, name) for name in fused_parameters(module)}) for module in experts
+    ]
     torch.testing.assert_close(model(**BATCH).logits, before, rtol=1e-4, atol=1e-5)
     first, second = (
         matrix_shape(get_target(model, f"model.layers.0.mlp.experts.{a}_proj.0")) for a in ("gate_up", "down")
