@@ -52,7 +52,7 @@ def fused_parameters(module: nn.Module) -> list[str]:
     if not all(hasattr(experts, name) for name in _DESCRIPTION):
         return []
     wanted = (_first_projection(experts), "down_proj")
-    return [name for name, value in module.named_parameters(recurse=False) if name in wanted and value is not None]
+    return [name for name, _ in module.named_parameters(recurse=False) if name in wanted]
 
 
 def expert_matrices(module: nn.Module) -> dict[str, ExpertMatrix]:
