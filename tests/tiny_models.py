@@ -61,13 +61,20 @@ def mixtral(*, experts: int = 4, seed: int = 0) -> Any:
     return MixtralForCausalLM(MixtralConfig(**_EXPERTS, intermediate_size=48, num_local_experts=experts)).eval()
 
 
-def qwen3_moe(*, seed: int = 0) -> Any:
-    """A Qwen3-MoE with 4 experts a layer, 2 of them for each token, and no dense layer."""
+def qwen3_moe(*, dense_layers: tuple[int, ...] = (), seed: int = 0) -> Any:
+    """A Qwen3-MoE with 4 experts a layer, 2 of them for each token, and no dense layer but those named."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
     return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**_EXPERTS, intermediate_size=48, moe_intermediate_size=48, num_experts=4, head_dim=8)
+        Qwen3MoeConfig(
+            **_EXPERTS,
+            intermediate_size=48,
+            moe_intermediate_size=48,
+            num_experts=4,
+            head_dim=8,
+            mlp_only_layers=list(dense_layers),
+        )
     ).eval()
 
 

@@ -25,6 +25,9 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 KIND = "taso_adapter"
 _PREFIX = "base_model.model."
+# What experts were called before transformers fused them. Where it has, PEFT takes these names among the target modules
+# for the fused parameters, also where they are those of a dense layer or of a shared expert.
+_NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def peft_tensors(adapter: TasoAdapter, flat: Tensor, *, experts: Mapping[str, int] | None = None) -> dict[str, Tensor]:
@@ -73,17 +76,21 @@ def peft_config(
     fan_in_fan_out: bool,
     modules_to_save: Sequence[str],
     experts: Sequence[str] = (),
+    has_fused_experts: bool = False,
 ) -> dict[str, Any]:
     """Return ``adapter_config.json``.
 
     Args:
         linear_names: every linear of the model, to know whether the short names select exactly the adapted ones.
-        experts: every fused parameter with adapted experts.
         fan_in_fan_out: whether the targets store their weight transposed (GPT-2's ``Conv1D``).
         modules_to_save: modules trained in full (a task head).
+        experts: every fused parameter with adapted experts.
+        has_fused_experts: whether the model has such parameters at all, adapted or not.
     """
     total_rank = dense_rank(adapter.structure, adapter.rank)
     linears = [name for name in adapter.regions if name.rpartition(".")[0] not in experts]
+    by_weight = [name for name in linears if has_fused_experts and name.rpartition(".")[2] in _NAMES_OF_EXPERTS]
+    by_name = [name for name in linears if name not in set(by_weight)]
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -92,8 +99,8 @@ def peft_config(
         "lora_alpha": total_rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": _short_names(linears, linear_names),
-        "target_parameters": list(experts) or None,
+        "target_modules": _short_names(by_name, linear_names),
+        "target_parameters": [*experts, *(f"{name}.weight" for name in by_weight)] or None,
         "fan_in_fan_out": fan_in_fan_out,
         "modules_to_save": list(modules_to_save) or None,
         "inference_mode": True,

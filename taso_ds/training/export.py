@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from taso_ds.adapters.adapter import TasoAdapter, merge_into
 from taso_ds.adapters.files import dtype_name, write_json, write_tensors
-from taso_ds.adapters.fused_experts import ExpertMatrix, fused_sizes
+from taso_ds.adapters.fused_experts import ExpertMatrix, fused_parameters, fused_sizes
 from taso_ds.adapters.peft_format import PEFT_CONFIG_FILE, PEFT_FILE, peft_config, save_adapter
 from taso_ds.adapters.targets import get_target, matrix_shape
 from taso_ds.distributed import comm, zero
@@ -56,6 +56,7 @@ def save_taso(
         fan_in_fan_out=_any_transposed(model, list(adapter.regions)),
         modules_to_save=head_modules(head),
         experts=list(experts),
+        has_fused_experts=any(map(fused_parameters, model.modules())),
     )
 
     def write() -> None:

@@ -181,11 +181,13 @@ def test_only_what_is_listened_to_is_delivered() -> None:
 # The adapter ----------------------------------------------------------------------------------------------------------
 
 
-def trained_adapter(model: Any, targets: list[str] | None = None, **changes: Any) -> TasoAdapter:
+def trained_adapter(
+    model: Any, targets: list[str] | None = None, *, experts: bool = True, **changes: Any
+) -> TasoAdapter:
     """An adapter on 30 % of the rows and columns of linears and experts, with random values everywhere."""
     generator = torch.Generator().manual_seed(1)
     regions = {}
-    for name, target in find_targets(model, targets, experts=True).items():
+    for name, target in find_targets(model, targets, experts=experts).items():
         shape = matrix_shape(target)
         assert shape is not None
         rows, cols = (
@@ -295,6 +297,7 @@ def opened_by_peft(model: Any, adapter: TasoAdapter, folder: Path) -> Any:
         fan_in_fan_out=False,
         modules_to_save=[],
         experts=list(experts),
+        has_fused_experts=True,
     )
     save_adapter(folder, adapter, adapter.flat.detach(), config=config, head={}, experts=experts)
     return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
@@ -321,6 +324,22 @@ def test_peft_computes_what_the_live_adapter_does(
     again, _ = load_adapter(tmp_path)
     assert torch.equal(again.flat, adapter.flat)
     assert list(again.regions) == list(adapter.regions)
+
+
+@pytest.mark.parametrize("experts", [True, False], ids=["adapted", "left alone"])
+@pytest.mark.parametrize(
+    "make", [partial(tiny_models.qwen3_moe, dense_layers=(0,)), tiny_models.qwen2_moe], ids=["dense layer", "shared"]
+)
+def test_dense_layers_are_not_taken_for_experts(tmp_path: Path, make: Make, experts: bool) -> None:
+    """Their linears have the names that experts had before they were fused."""
+    model = make().requires_grad_(False)
+    adapter = trained_adapter(model, experts=experts)
+    assert any(name.endswith("gate_proj") for name in adapter.regions)
+    opened = opened_by_peft(model, adapter, tmp_path)
+    held = {name.replace(".default", "") for name, _ in opened.named_parameters() if ".lora_" in name}
+    assert held == set(load_file(tmp_path / PEFT_FILE))
+    adapter.attach(model)
+    torch.testing.assert_close(opened(**BATCH).logits, model(**BATCH).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_pefts_tensors_by_name_and_shape(tmp_path: Path) -> None:
