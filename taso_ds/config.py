@@ -130,6 +130,7 @@ class AdapterArguments:
     alpha: float | None = arg(None, "Scaling is alpha / rank; default: alpha = rank.")
     rho: str = arg("mask", "Pruned share for the learning rate: mask (1 - p), parameters, a number, or off.")
     target_modules: list[str] | None = arg(None, "Names of the linears to adapt; default: all inside the blocks.")
+    adapt_experts: bool = arg(False, "Take in the experts that a mixture of experts keeps in fused parameters.")
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -137,6 +138,8 @@ class AdapterArguments:
         _require(self.rank > 0, "rank", self.rank, "a positive number")
         _require(self.alpha is None or _is_positive(self.alpha), "alpha", self.alpha, "positive and finite")
         parse_rho(self.rho)
+        if self.adapt_experts and self.method != "taso":
+            raise UserError(f"adapt_experts: --method {self.method} does not adapt single experts; drop the flag")
 
     @property
     def scaling(self) -> float:

@@ -53,22 +53,50 @@ _EXPERTS: dict[str, Any] = {
 }
 
 
-def mixtral(*, seed: int = 0) -> Any:
+def mixtral(*, experts: int = 4, seed: int = 0) -> Any:
     """A Mixtral with 4 experts a layer, 2 of them for each token."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(seed)
-    return MixtralForCausalLM(MixtralConfig(**_EXPERTS, intermediate_size=48, num_local_experts=4)).eval()
+    return MixtralForCausalLM(MixtralConfig(**_EXPERTS, intermediate_size=48, num_local_experts=experts)).eval()
 
 
-def qwen3_moe(*, seed: int = 0) -> Any:
-    """A Qwen3-MoE with 4 experts a layer, 2 of them for each token, and no dense layer."""
+def qwen3_moe(*, dense_layers: tuple[int, ...] = (), seed: int = 0) -> Any:
+    """A Qwen3-MoE with 4 experts a layer, 2 of them for each token, and no dense layer but those named."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
     return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**_EXPERTS, intermediate_size=48, moe_intermediate_size=48, num_experts=4, head_dim=8)
+        Qwen3MoeConfig(
+            **_EXPERTS,
+            intermediate_size=48,
+            moe_intermediate_size=48,
+            num_experts=4,
+            head_dim=8,
+            mlp_only_layers=list(dense_layers),
+        )
     ).eval()
+
+
+def qwen2_moe(*, seed: int = 0) -> Any:
+    """A Qwen2-MoE with 4 experts a layer, 2 of them for each token, and one more that every token passes."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(seed)
+    widths = {"intermediate_size": 48, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_EXPERTS, **widths, num_experts=4)).eval()
+
+
+def gpt_oss(*, seed: int = 0) -> Any:
+    """A gpt-oss: experts stored as (in, out), with biases, gate and up interleaved."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(seed)
+    model = GptOssForCausalLM(GptOssConfig(**_EXPERTS, intermediate_size=48, num_local_experts=4, head_dim=8))
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj_bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
 
 
 def gpt2(*, seed: int = 0) -> Any:

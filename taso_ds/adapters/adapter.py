@@ -6,20 +6,22 @@ parameters would each be gathered after every step; one flat parameter costs one
 and one reduction per step, for a 135M and for a 70B model alike.
 
 The base is not touched: no module is swapped, no name changes. A forward hook on each target adds ``s · (x Aᵀ) Bᵀ`` to
-its output, and a hook on the model's body expands the flat parameter once per forward, outside any checkpointed block.
+its output (on each module of fused experts: to the rows of each of its experts), and a hook on the model's body expands
+the flat parameter once per forward, outside any checkpointed block.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from taso_ds.adapters.fused_experts import ExpertHook, ExpertMatrix, HookedExperts, hook_experts
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.structure import STRUCTURES, count_dense, dense_positions, dense_rank
-from taso_ds.adapters.targets import matrix_shape
+from taso_ds.adapters.targets import get_target, matrix_shape
 
 ADAPTER_MODULE = "taso_adapter"
 
@@ -70,7 +72,7 @@ class TasoAdapter(nn.Module):
         self.rank = rank
         self.scaling = scaling
         self._pairs: dict[str, Factors] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | HookedExperts] = []
         self._sizes: list[int] = []  # of each A and B in the dense tensor
         generator = torch.Generator().manual_seed(seed)
         values, positions, offset = [], [], 0
@@ -134,8 +136,12 @@ class TasoAdapter(nn.Module):
         model.add_module(ADAPTER_MODULE, self)
         body = getattr(model, "base_model", model)
         self._handles.append(body.register_forward_pre_hook(self._expand))
-        for name in self.regions:
-            module = model.get_submodule(name)
+        targets = {name: get_target(model, name) for name in self.regions}
+        experts = {name: target for name, target in targets.items() if isinstance(target, ExpertMatrix)}
+        self._handles += hook_experts(experts, self._update_of_experts)
+        for name, module in targets.items():
+            if isinstance(module, ExpertMatrix):
+                continue
             shape, region = matrix_shape(module), self.regions[name]
             assert shape is not None, name
             assert (shape.out_features, shape.in_features) == (region.out_features, region.in_features), name
@@ -156,6 +162,16 @@ class TasoAdapter(nn.Module):
     def _update_of(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return low_rank_update(output, args[0], self._pairs[name], self.scaling)
+
+        return hook
+
+    def _update_of_experts(self, names: dict[int, str]) -> ExpertHook:
+        def hook(counts: Sequence[int], inputs: Tensor, output: Tensor) -> Tensor:
+            parts, rows = list(output.split(counts)), inputs.split(counts)
+            for index, name in names.items():
+                if counts[index]:
+                    parts[index] = low_rank_update(parts[index], rows[index], self._pairs[name], self.scaling)
+            return torch.cat(parts)
 
         return hook
 

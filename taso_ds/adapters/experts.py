@@ -1,36 +1,52 @@
-"""Mixture-of-experts weights: which a model has, and the blocks they stand in. They are left alone, and named.
+"""Mixture-of-experts weights: which a model has, and the blocks they stand in. What is not adapted of them is named.
 
 Current transformers keep the experts of a block as fused parameters ``(num_experts, ·, ·)``; models with code of their
-own keep a list of modules called ``experts``. Which expert of such a list runs depends on a rank's tokens, so whatever
-the ranks do together must not hang on it: ZeRO-3 gathers whole blocks, and scoring stays outside the list.
+own keep a list of modules called ``experts``. Which expert runs depends on a rank's tokens, so whatever the ranks do
+together must not hang on it: ZeRO-3 gathers whole blocks, scoring stays outside such lists, and the experts in fused
+parameters are left alone too unless they are asked for (see ``fused_experts``).
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from taso_ds.adapters.fused_experts import fused_parameters
+
 _LIST = "experts"
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Elements of every expert parameter by name, and the names of the modules that hold experts and router."""
+    """Elements of every expert parameter by name, and the names of the modules that hold experts and router.
+
+    Attributes:
+        fused: those parameters whose slices can be adapted.
+    """
 
     sizes: dict[str, int]
+    fused: frozenset[str]
     blocks: list[str]
     total: int
 
-    def in_words(self) -> str:
-        """Return one line: share of the model, and names with ``*`` for the numbers in them."""
-        number = sum(self.sizes.values())
-        names = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in self.sizes})
+    def left_in_words(self, targets: Iterable[str]) -> str | None:
+        """Return one line on the parameters that hold no target, or None: their share of the model, and their names.
+
+        Numbers in names are written as ``*``.
+        """
+        adapted = {name.rpartition(".")[0] for name in targets}
+        left = {name: size for name, size in self.sizes.items() if name not in adapted}
+        if not left:
+            return None
+        number = sum(left.values())
+        names = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in left})
+        remedy = "" if self.fused.isdisjoint(left) else " (--adapt_experts takes in those in fused parameters)"
         return (
             f"experts: {number:,} of {self.total:,} parameters ({number / self.total:.1%}) stay as they are, scored and"
-            f" adapted are the other linears: {', '.join(names)}"
+            f" adapted are the other linears{remedy}: {', '.join(names)}"
         )
 
 
@@ -55,9 +71,10 @@ def find_experts(
         if in_expert_list(name)
         or (any(name.startswith(f"{block}.") for block in lists) and _is_stack(shape_of(parameter)))
     }
+    fused = (f"{name}.{inner}" for name, module in model.named_modules() for inner in fused_parameters(module))
     owners = {re.sub(rf"(^|\.){_LIST}\.\d+\..*", rf"\1{_LIST}.", name).rpartition(".")[0] for name in sizes}
     total = sum(shape_of(parameter).numel() for parameter in model.parameters())
-    return Experts(sizes, sorted(_block_of(owner) for owner in owners), total)
+    return Experts(sizes, frozenset(fused), sorted(_block_of(owner) for owner in owners), total)
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

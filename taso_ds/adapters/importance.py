@@ -6,12 +6,14 @@ two instead of from ``weight.grad`` leaves the base frozen: it serves partitione
 gradient can be consumed before the next one exists.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from taso_ds.adapters.fused_experts import ExpertHook, ExpertMatrix, HookedExperts, hook_experts
 
 SCORES = ("importance", "magnitude", "gradient", "random")
 REDUCTIONS = ("signed_mean", "per_batch_abs")
@@ -46,11 +48,37 @@ def tap_gradient(linear: nn.Module, deliver: Deliver) -> RemovableHandle:
     """
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not output.requires_grad and torch.is_grad_enabled():
-            output.requires_grad_(True)
-        return _OutputTap.apply(output, args[0].detach(), deliver)
+        return _tapped(output, args[0], deliver)
 
     return linear.register_forward_hook(hook)
+
+
+def tap_expert_gradients(
+    matrices: Mapping[str, ExpertMatrix], deliver: Callable[[str, Tensor, Tensor], None]
+) -> list[HookedExperts]:
+    """Do the same for experts: ``deliver(name, x, g)``, in one order whatever the routing.
+
+    An expert without a token is delivered with no rows.
+    """
+
+    def make_hook(names: dict[int, str]) -> ExpertHook:
+        def hook(counts: Sequence[int], inputs: Tensor, output: Tensor) -> Tensor:
+            def deliver_each(x: Tensor, g: Tensor) -> None:
+                parts = list(zip(x.split(counts), g.split(counts), strict=True))
+                for index, name in names.items():
+                    deliver(name, *parts[index])
+
+            return _tapped(output, inputs, deliver_each)
+
+        return hook
+
+    return hook_experts(matrices, make_hook)
+
+
+def _tapped(output: Tensor, inputs: Tensor, deliver: Deliver) -> Tensor:
+    if not output.requires_grad and torch.is_grad_enabled():
+        output.requires_grad_(True)
+    return _OutputTap.apply(output, inputs.detach(), deliver)
 
 
 def weight_gradient(inputs: Tensor, grad_output: Tensor, *, out: Tensor | None = None) -> Tensor:

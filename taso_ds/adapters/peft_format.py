@@ -2,7 +2,8 @@
 
 ``adapter_config.json`` + ``adapter_model.safetensors`` hold the dense pair of every matrix with the scaling folded into
 ``B`` and ``lora_alpha = r``, one rank for all modules: servers such as vLLM ignore per-module rank and alpha patterns.
-A ``union`` adapter is LoRA of rank ``2 · rank``. ``taso_adapter.safetensors`` holds the trained values and their rows
+A ``union`` adapter is LoRA of rank ``2 · rank``. The pairs of all experts in a fused parameter are one pair of tensors,
+as PEFT reads them for its ``target_parameters``. ``taso_adapter.safetensors`` holds the trained values and their rows
 and columns only, from which the adapter is built again.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taso_ds.adapters.adapter import TasoAdapter
+from taso_ds.adapters.adapter import Factors, TasoAdapter
 from taso_ds.adapters.files import dtype_name, read_tensors, write_json, write_tensors
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.structure import STRUCTURES, dense_rank
@@ -24,16 +25,46 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 KIND = "taso_adapter"
 _PREFIX = "base_model.model."
+# What experts were called before transformers fused them. Where it has, PEFT takes these names among the target modules
+# for the fused parameters, also where they are those of a dense layer or of a shared expert.
+_NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
-def peft_tensors(adapter: TasoAdapter, flat: Tensor) -> dict[str, Tensor]:
-    """Return PEFT's tensors: ``….lora_A.weight (R, in)`` and ``….lora_B.weight (out, R)``, scaling folded into B."""
+def peft_tensors(adapter: TasoAdapter, flat: Tensor, *, experts: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    """Return PEFT's tensors: ``….lora_A.weight (R, in)`` and ``….lora_B.weight (out, R)``, scaling folded into B.
+
+    Args:
+        experts: number of experts of every fused parameter with adapted experts, in the model's order.
+    """
     dense = torch.zeros(adapter.num_dense, dtype=flat.dtype).index_copy(0, adapter.positions.cpu(), flat.cpu())
-    tensors = {}
-    for name, pair in adapter.factors(dense).items():
+    pairs = adapter.factors(dense)
+    tensors: dict[str, Tensor] = {}
+    for parameter, number in (experts or {}).items():
+        found = [pairs.pop(f"{parameter}.{index}", None) for index in range(number)]
+        module = _wrapper_of(parameter, list(experts or {}))
+        tensors |= {f"{_PREFIX}{module}.{key}": value for key, value in _stacked(found, adapter.scaling).items()}
+    for name, pair in pairs.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B * adapter.scaling
     return tensors
+
+
+def _wrapper_of(parameter: str, parameters: Sequence[str]) -> str:
+    """Return what PEFT calls its wrapper of one parameter: those of a module's later parameters are put around it."""
+    module = parameter.rpartition(".")[0]
+    siblings = [name for name in parameters if name.rpartition(".")[0] == module]
+    return module + ".base_layer" * (len(siblings) - 1 - siblings.index(parameter))
+
+
+def _stacked(pairs: Sequence[Factors | None], scaling: float) -> dict[str, Tensor]:
+    """Return the pairs of all experts as PEFT stores them, zero where an expert has none.
+
+    ``A (E · R, in)`` goes through one expert's rows after the other, ``B (out, R · E)`` through one rank's columns.
+    """
+    empty = next(Factors(torch.zeros_like(pair.A), torch.zeros_like(pair.B)) for pair in pairs if pair is not None)
+    A = torch.stack([(pair or empty).A for pair in pairs])
+    B = torch.stack([(pair or empty).B for pair in pairs])
+    return {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": scaling * B.permute(1, 2, 0).flatten(1)}
 
 
 def peft_config(
@@ -44,6 +75,8 @@ def peft_config(
     linear_names: Sequence[str],
     fan_in_fan_out: bool,
     modules_to_save: Sequence[str],
+    experts: Sequence[str] = (),
+    has_fused_experts: bool = False,
 ) -> dict[str, Any]:
     """Return ``adapter_config.json``.
 
@@ -51,8 +84,13 @@ def peft_config(
         linear_names: every linear of the model, to know whether the short names select exactly the adapted ones.
         fan_in_fan_out: whether the targets store their weight transposed (GPT-2's ``Conv1D``).
         modules_to_save: modules trained in full (a task head).
+        experts: every fused parameter with adapted experts.
+        has_fused_experts: whether the model has such parameters at all, adapted or not.
     """
     total_rank = dense_rank(adapter.structure, adapter.rank)
+    linears = [name for name in adapter.regions if name.rpartition(".")[0] not in experts]
+    by_weight = [name for name in linears if has_fused_experts and name.rpartition(".")[2] in _NAMES_OF_EXPERTS]
+    by_name = [name for name in linears if name not in set(by_weight)]
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -61,7 +99,8 @@ def peft_config(
         "lora_alpha": total_rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": _short_names(list(adapter.regions), linear_names),
+        "target_modules": _short_names(by_name, linear_names),
+        "target_parameters": [*experts, *(f"{name}.weight" for name in by_weight)] or None,
         "fan_in_fan_out": fan_in_fan_out,
         "modules_to_save": list(modules_to_save) or None,
         "inference_mode": True,
@@ -76,7 +115,13 @@ def _short_names(adapted: Sequence[str], linear_names: Sequence[str]) -> list[st
 
 
 def save_adapter(
-    folder: Path, adapter: TasoAdapter, flat: Tensor, *, config: Mapping[str, Any], head: Mapping[str, Tensor]
+    folder: Path,
+    adapter: TasoAdapter,
+    flat: Tensor,
+    *,
+    config: Mapping[str, Any],
+    head: Mapping[str, Tensor],
+    experts: Mapping[str, int] | None = None,
 ) -> None:
     """Write the PEFT files and the compact file into ``folder``.
 
@@ -84,11 +129,12 @@ def save_adapter(
         flat: the full flat parameter, gathered.
         config: what ``peft_config`` returned.
         head: tensors of modules trained in full, by parameter name.
+        experts: as for ``peft_tensors``.
 
     Raises:
         FloatingPointError: when the adapter is not finite or still all zero in every ``B``: nothing was trained.
     """
-    tensors = peft_tensors(adapter, flat)
+    tensors = peft_tensors(adapter, flat, experts=experts)
     if not torch.isfinite(flat).all():
         raise FloatingPointError("the adapter holds NaN or infinity")
     if not any(bool(tensor.any()) for name, tensor in tensors.items() if ".lora_B." in name):

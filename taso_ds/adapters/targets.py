@@ -2,17 +2,19 @@
 
 By default every linear of the transformer blocks: ``nn.Linear`` and its subclasses (quantized ones too) and GPT-2's
 ``Conv1D``, whose weight is stored transposed. Embeddings, the output head, norms and biases are left alone, and so are
-experts (see ``experts``).
+experts (see ``experts``), unless those in fused parameters are asked for: then each of their slices is a target too.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from taso_ds.adapters.experts import in_expert_list
+from taso_ds.adapters.fused_experts import ExpertMatrix, expert_matrices, get_expert_matrix
 from taso_ds.errors import UserError, nearest
 
 
@@ -29,8 +31,21 @@ class MatrixShape:
         return self.out_features * self.in_features
 
 
-def matrix_shape(module: Any) -> MatrixShape | None:
-    """Return the shape of a linear map, or None for any other module. Reads no weight, which may be partitioned."""
+# A linear, or what stands for one.
+Target = nn.Module | ExpertMatrix
+
+
+def matrix_shape(
+    module: Any, *, shape_of: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape
+) -> MatrixShape | None:
+    """Return the shape of a linear map, or None for any other module. Reads no weight, which may be partitioned.
+
+    Args:
+        shape_of: the whole shape of a parameter that may be partitioned; experts do not say it otherwise.
+    """
+    if isinstance(module, ExpertMatrix):
+        _, first, second = shape_of(module.parameter)
+        return MatrixShape(second, first, transposed=True) if module.transposed else MatrixShape(first, second)
     if isinstance(module, nn.Linear):
         return MatrixShape(module.out_features, module.in_features)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
@@ -38,22 +53,27 @@ def matrix_shape(module: Any) -> MatrixShape | None:
     return None
 
 
-def find_targets(model: nn.Module, target_modules: Sequence[str] | None = None) -> dict[str, nn.Module]:
+def get_target(model: nn.Module, name: str) -> Target:
+    """Return the target of this name."""
+    return get_expert_matrix(model, name) or model.get_submodule(name)
+
+
+def find_targets(
+    model: nn.Module, target_modules: Sequence[str] | None = None, *, experts: bool = False
+) -> dict[str, Target]:
     """Return the matrices to adapt by module name, in model order.
 
     Args:
         model: any model whose blocks stand in an ``nn.ModuleList``.
         target_modules: None for every linear inside the blocks; otherwise names matched against the end of the module
-            path (``q_proj``, ``mlp.down_proj``), or a regular expression for the whole path.
+            path (``q_proj``, ``mlp.down_proj``), or a regular expression for the whole path. The matrices of a fused
+            parameter answer to the parameter's name too.
+        experts: take in the experts of fused parameters, as ``<module>.<parameter>.<expert>``.
 
     Raises:
-        UserError: when a name matches no linear, with the nearest one that exists.
+        UserError: when a name matches no linear, with the nearest one that exists; when there are no such experts.
     """
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if matrix_shape(module) is not None and not in_expert_list(name)
-    }
+    linears = _linears(model, experts=experts)
     if not target_modules:
         blocks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         found = {
@@ -62,16 +82,38 @@ def find_targets(model: nn.Module, target_modules: Sequence[str] | None = None) 
         if not found:
             raise UserError(f"{type(model).__name__} has no linear inside a block list: name --target_modules")
         return found
-    matches = {pattern: [name for name in linears if _matches(pattern, name)] for pattern in target_modules}
+    called = {
+        name: (name, name.rpartition(".")[0]) if isinstance(target, ExpertMatrix) else (name,)
+        for name, target in linears.items()
+    }
+    matches = {
+        pattern: [name for name, names in called.items() if any(_matches(pattern, one) for one in names)]
+        for pattern in target_modules
+    }
     for pattern, names in matches.items():
         if not names:
-            suffixes = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            suffixes = sorted({names[-1].rsplit(".", 1)[-1] for names in called.values()})
             raise UserError(
                 f"target_modules: {pattern!r} matches no linear of {type(model).__name__}"
                 f"{nearest(pattern, suffixes)}; there are {', '.join(suffixes)}"
             )
     chosen = {name for names in matches.values() for name in names}
-    return {name: module for name, module in linears.items() if name in chosen}
+    found = {name: module for name, module in linears.items() if name in chosen}
+    if experts and not any(isinstance(target, ExpertMatrix) for target in found.values()):
+        raise UserError("adapt_experts: target_modules names no experts; name theirs too, or drop the flag")
+    return found
+
+
+def _linears(model: nn.Module, *, experts: bool) -> dict[str, Target]:
+    linears: dict[str, Target] = {}
+    for name, module in model.named_modules():
+        if matrix_shape(module) is not None and not in_expert_list(name):
+            linears[name] = module
+        if experts:
+            linears |= {f"{name}.{inner}": matrix for inner, matrix in expert_matrices(module).items()}
+    if experts and not any(isinstance(target, ExpertMatrix) for target in linears.values()):
+        raise UserError(f"adapt_experts: {type(model).__name__} has no experts in fused parameters; drop the flag")
+    return linears
 
 
 def _matches(pattern: str, name: str) -> bool:

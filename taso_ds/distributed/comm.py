@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -223,6 +223,25 @@ def concatenate_on(part: Tensor, owner: int) -> Tensor | None:
         return part
     whole = torch.empty(world_size() * part.numel(), dtype=part.dtype, device=part.device) if rank() == owner else None
     dist.gather(part, None if whole is None else list(whole.chunk(world_size())), dst=owner)
+    return whole
+
+
+def join_on(part: Tensor, owner: int, *, lengths: Sequence[int]) -> Tensor | None:
+    """Return flat parts of the given lengths, many of them perhaps 0, end to end on ``owner``; None elsewhere.
+
+    Only ranks that have something send it.
+    """
+    if world_size() == 1:
+        return part
+    whole = torch.empty(sum(lengths), dtype=part.dtype, device=part.device) if rank() == owner else None
+    if whole is None:
+        sent = [dist.P2POp(dist.isend, part, owner)] if lengths[rank()] else []
+    else:
+        parts = whole.split(list(lengths))
+        parts[owner].copy_(part)
+        sent = [dist.P2POp(dist.irecv, parts[other], other) for other, n in enumerate(lengths) if n and other != owner]
+    for work in dist.batch_isend_irecv(sent) if sent else []:
+        work.wait()
     return whole
 
 

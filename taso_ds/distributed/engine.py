@@ -76,6 +76,12 @@ def scoring_engine(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[nn.M
             # unrecorded, hence never ahead of need.
             for name in ("pre_bwd_fn", "post_bwd_fn"):
                 module.__dict__.pop(name, None)
+        for parameter in engine.module.parameters():
+            # Gathered for a module whose backward never ended, for the graph begins inside it or behind it: the next
+            # engine would keep it whole for ever.
+            parameter.ds_active_sub_modules.clear()
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()
 
 
 def set_leaf_modules(model: nn.Module, names: Sequence[str]) -> None:

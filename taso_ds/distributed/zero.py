@@ -47,16 +47,32 @@ def assign(parameter: nn.Parameter, whole: Tensor) -> None:
             parameter.copy_(whole)
 
 
-def gathered_on(parameter: Any, owner: int) -> Tensor | None:
-    """Return the whole parameter, detached, on rank ``owner`` and None elsewhere. A collective.
+def gathered_on(parameter: Any, owner: int, *, index: int | None = None) -> Tensor | None:
+    """Return the whole parameter, or its slice ``[index]``, detached, on rank ``owner`` and None elsewhere.
 
-    The shards travel to the owner only, and not at all where ZeRO has the parameter whole at the moment.
+    A collective. The shards, or what they have of the slice, travel to the owner only, and not at all where ZeRO has
+    the parameter whole at the moment.
     """
     if is_partitioned(parameter) and parameter.ds_status.name != "AVAILABLE":
+        if index is not None:
+            return _slice_on(parameter, owner, index)
         whole = comm.concatenate_on(_read_shard(parameter).to(comm.device()), owner)
         return None if whole is None else whole[: parameter.ds_numel].view(parameter.ds_shape)
     whole = parameter.detach()
-    return whole if comm.rank() == owner else None
+    if comm.rank() != owner:
+        return None
+    return whole if index is None else whole[index]
+
+
+def _slice_on(parameter: Any, owner: int, index: int) -> Tensor | None:
+    shape = full_shape(parameter)[1:]
+    start, size = index * shape.numel(), parameter.ds_tensor.ds_numel
+    # What each rank's shard, the next ``size`` elements, has of the slice: elements of the shard from one to another.
+    ends = [(max(0, start - n * size), min(size, start + shape.numel() - n * size)) for n in range(comm.world_size())]
+    first, last = ends[comm.rank()]
+    part = _read_shard(parameter)[first:last] if last > first else torch.empty(0, dtype=parameter.dtype)
+    whole = comm.join_on(part.to(comm.device()), owner, lengths=[max(0, last - first) for first, last in ends])
+    return None if whole is None else whole.view(shape)
 
 
 def full_copy(parameter: nn.Parameter, *, to_rank: int | None = None) -> Tensor:

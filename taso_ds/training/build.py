@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.region_file import load_region_file
-from taso_ds.adapters.targets import MatrixShape, find_targets
+from taso_ds.adapters.targets import MatrixShape, Target
 from taso_ds.config import BatchSizes, RunConfig
 from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow, pad_token_id
@@ -150,13 +149,13 @@ def set_up(config: RunConfig) -> Setup:
     setup.evaluator.check()
     log.info("train: %d rows from %s", len(rows), data.train_source)
     log.info("evaluation: %d rows from %s", len(data.evaluation), data.eval_source)
-    experts = find_experts(model)
-    if experts.sizes and config.adapter.method != "full":
-        log.info(experts.in_words())
+    left_alone = find_experts(model).left_in_words(shapes)
+    if left_alone is not None and config.adapter.method != "full":
+        log.info(left_alone)
     return setup
 
 
-def load_base(setup: Setup) -> tuple[BaseModel, dict[str, nn.Module], dict[str, MatrixShape]]:
+def load_base(setup: Setup) -> tuple[BaseModel, dict[str, Target], dict[str, MatrixShape]]:
     """Load the base and find its targets."""
     config = setup.config
     base = load_base_model(
@@ -169,14 +168,13 @@ def load_base(setup: Setup) -> tuple[BaseModel, dict[str, nn.Module], dict[str, 
         base.model.gradient_checkpointing_enable({"use_reentrant": False, **check})  # type: ignore[operator]
     if engines.zero_stage(setup.ds_config) == 3:
         engines.set_leaf_modules(base.model, find_experts(base.model, shape_of=zero.full_shape).blocks)
-    targets = find_targets(base.model, config.adapter.target_modules)
-    return base, targets, prepare.target_shapes(config, base.model)
+    return base, prepare.targets_of(config, base.model), prepare.target_shapes(config, base.model)
 
 
 def find_regions(
     setup: Setup,
     base: BaseModel,
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, Target],
     shapes: Mapping[str, MatrixShape],
     *,
     earlier: Path | None = None,
@@ -209,7 +207,7 @@ def find_regions(
         )
 
 
-def base_fingerprint(setup: Setup, base: BaseModel, targets: Mapping[str, nn.Module]) -> str:
+def base_fingerprint(setup: Setup, base: BaseModel, targets: Mapping[str, Target]) -> str:
     """Return the digest of the base's target weights; empty where training changes them. A collective."""
     if setup.config.adapter.method == "full":
         return ""

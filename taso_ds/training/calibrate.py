@@ -22,9 +22,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from taso_ds.adapters.importance import needs_gradient, needs_weight, score_matrix, tap_gradient, weight_gradient
+from taso_ds.adapters.fused_experts import ExpertMatrix
+from taso_ds.adapters.importance import (
+    needs_gradient,
+    needs_weight,
+    score_matrix,
+    tap_expert_gradients,
+    tap_gradient,
+    weight_gradient,
+)
 from taso_ds.adapters.selection import RegionScores, score_rows_and_cols
-from taso_ds.adapters.targets import MatrixShape
+from taso_ds.adapters.targets import MatrixShape, Target
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed.quantized import weight_of
 from taso_ds.errors import UserError
@@ -145,9 +153,12 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _tapped(model: nn.Module, targets: Mapping[str, nn.Module], deliver: Deliver) -> Iterator[None]:
+def _tapped(model: nn.Module, targets: Mapping[str, Target], deliver: Deliver) -> Iterator[None]:
     """Deliver the inputs and output gradients of the targets, in ``scoring_mode``; no weight wants a gradient."""
-    handles = [tap_gradient(module, partial(deliver, name)) for name, module in targets.items()]
+    experts = {name: target for name, target in targets.items() if isinstance(target, ExpertMatrix)}
+    linears = {name: target for name, target in targets.items() if not isinstance(target, ExpertMatrix)}
+    handles: list[Any] = [tap_gradient(module, partial(deliver, name)) for name, module in linears.items()]
+    handles += tap_expert_gradients(experts, deliver)
     heads = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in heads:  # a task head: its gradients are not asked for here
         parameter.requires_grad_(False)
@@ -163,7 +174,7 @@ def _tapped(model: nn.Module, targets: Mapping[str, nn.Module], deliver: Deliver
 
 def score_regions(
     model: nn.Module,
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, Target],
     shapes: Mapping[str, MatrixShape],
     batches: Sequence[Batch],
     *,
@@ -234,7 +245,7 @@ class _Pass:
 
     def __init__(
         self,
-        targets: Mapping[str, nn.Module],
+        targets: Mapping[str, Target],
         shapes: Mapping[str, MatrixShape],
         settings: ScoringSettings,
         seeds: Mapping[str, int],
@@ -290,7 +301,7 @@ class _Pass:
         score, shape, owner = self._settings.score, self._shapes[name], self.owners[name]
         original = self._settings.original_weight
         wanted = needs_weight(score)
-        stored = zero.gathered_on(self.targets[name].weight, owner) if wanted and original is None else None
+        stored = _stored_on(self.targets[name], owner) if wanted and original is None else None
         if comm.rank() != owner:
             return
         weight = weight_of(self.targets[name], stored) if stored is not None else None
@@ -313,6 +324,12 @@ class _Pass:
             self._scores[name] = score_rows_and_cols(importance, self._settings.ladder)
         except FloatingPointError:
             self._not_finite.append(name)
+
+
+def _stored_on(target: Any, owner: int) -> Tensor | None:
+    if isinstance(target, ExpertMatrix):
+        return zero.gathered_on(target.parameter, owner, index=target.index)
+    return zero.gathered_on(target.weight, owner)
 
 
 def _share(

@@ -32,7 +32,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     prepare.prepare_labels(base_config, task, head=head)
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
-    experts = find_experts(model)
+    left_alone = None if config.adapter.method == "full" else find_experts(model).left_in_words(shapes)
     prepare.check_quantization(config, base_config, ds_config, model)
     read_regions(config, shapes)
     count = prepare.count_adapter(config, shapes)
@@ -62,7 +62,7 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"batch: {sizes.in_words()}",
         f"steps: {steps} ({rows_in_words})",
         f"targets: {len(shapes)} matrices",
-        *([experts.in_words()] if experts.sizes and not is_full else []),
+        *([] if left_alone is None else [left_alone]),
         f"parameters: {trainable:,} trainable of {everything:,} ({trainable / everything:.3%})",
         *describe_groups(table),
     ]

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from taso_ds.adapters.adapter import TasoAdapter, merge_into
 from taso_ds.adapters.files import dtype_name, write_json, write_tensors
+from taso_ds.adapters.fused_experts import ExpertMatrix, fused_parameters, fused_sizes
 from taso_ds.adapters.peft_format import PEFT_CONFIG_FILE, PEFT_FILE, peft_config, save_adapter
-from taso_ds.adapters.targets import matrix_shape
+from taso_ds.adapters.targets import get_target, matrix_shape
 from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
 from taso_ds.training.disk_tensors import DiskTensors
 from taso_ds.training.lora_baseline import lora_tensors
-from taso_ds.training.prove import relative_distance
+from taso_ds.training.prove import MERGE_ROUNDING, relative_distance
 from taso_ds.training.run_folder import ADAPTER, MODEL, RunFolder
 
-# Relative error of logits after every adapted weight was rounded once more.
-_MERGE_ROUNDING = {"float32": 1e-4, "bfloat16": 6e-2}
 _MODEL_FILE_SIZE = "2GB"
 
 
@@ -48,6 +47,7 @@ def save_taso(
     """
     flat = zero.full_copy(adapter.flat)
     head_tensors = {name: zero.full_copy(parameter) for name, parameter in head.items()}
+    experts = fused_sizes(model, adapter.regions)
     config = peft_config(
         adapter,
         base_model_name_or_path=base_name,
@@ -55,12 +55,15 @@ def save_taso(
         linear_names=linear_names(model),
         fan_in_fan_out=_any_transposed(model, list(adapter.regions)),
         modules_to_save=head_modules(head),
+        experts=list(experts),
+        has_fused_experts=any(map(fused_parameters, model.modules())),
     )
 
     def write() -> None:
         try:
             folder.write_folder(
-                ADAPTER, lambda path: save_adapter(path, adapter, flat, config=config, head=head_tensors)
+                ADAPTER,
+                lambda path: save_adapter(path, adapter, flat, config=config, head=head_tensors, experts=experts),
             )
         except FloatingPointError as error:
             raise UserError(f"export: {error}") from error
@@ -139,18 +142,25 @@ def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
 
 def merge_adapter(model: nn.Module, adapter: TasoAdapter, disk: DiskTensors) -> None:
     """Replace every adapted weight by ``W + ΔW`` on disk. One process, whole weights."""
+    on_disk: set[nn.Parameter] = set()
     for name in adapter.regions:
-        module: Any = model.get_submodule(name)
-        shape = matrix_shape(module)
+        target: Any = get_target(model, name)
+        shape = matrix_shape(target)
         assert shape is not None
-        merged = merge_into(module.weight.detach(), adapter.delta_weight(name), transposed=shape.transposed)
-        module.weight.data = disk.keep(merged)
+        merged = merge_into(target.weight.detach(), adapter.delta_weight(name), transposed=shape.transposed)
+        if not isinstance(target, ExpertMatrix):
+            target.weight.data = disk.keep(merged)
+            continue
+        if target.parameter not in on_disk:
+            target.parameter.data = disk.keep(target.parameter.detach())
+            on_disk.add(target.parameter)
+        target.parameter.data[target.index] = merged
 
 
 def check_merged(merged: Sequence[Tensor], live: Sequence[Tensor], *, dtype: Any) -> float:
     """Return how far the merged model's logits are from the adapter's; UserError when it is more than rounding."""
     error = relative_distance(merged, live)
-    if not error <= _MERGE_ROUNDING[dtype_name(dtype)]:
+    if not error <= MERGE_ROUNDING[dtype_name(dtype)]:
         raise UserError(f"export: the merged model differs from the adapter by {error:.1e} of its logits")
     return error
 
@@ -161,5 +171,6 @@ def probe_rows(rows: Sequence[Any], *, number: int = 2, length: int = 64) -> lis
 
 
 def _any_transposed(model: nn.Module, names: Sequence[str]) -> bool:
-    shapes = [matrix_shape(model.get_submodule(name)) for name in names]
+    targets = [get_target(model, name) for name in names]
+    shapes = [matrix_shape(target) for target in targets if not isinstance(target, ExpertMatrix)]
     return any(shape is not None and shape.transposed for shape in shapes)

@@ -21,7 +21,7 @@ def draw_regions(
     element_fraction: float,
     core_fraction: float,
 ) -> None:
-    """Draw one column per kind of matrix (the last part of its name), one line per layer.
+    """Draw one column per kind of matrix (the last part of its name), one line per layer (and expert).
 
     First row: where core elements lie among the output rows, relative to an even spread. Second row: among the input
     columns. Third row: the share of core elements inside the core rows and columns, against that of a random region.
@@ -34,6 +34,7 @@ def draw_regions(
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, len(kinds), squeeze=False, sharey="row")
     for column, (kind, names) in enumerate(kinds.items()):
+        num_layers = len({_split(name)[0] for name in names})
         shares = [concentration(scores[name], regions[name], element_fraction) for name in names]
         step = [scores[name].ladder.index(element_fraction) for name in names]
         for line, field in enumerate(("row_counts", "col_counts")):
@@ -44,14 +45,14 @@ def draw_regions(
                 cmap="magma",
                 vmin=0.0,
                 vmax=4.0,
-                extent=(0, len(counts[0]), len(names), 0),
+                extent=(0, len(counts[0]), num_layers, 0),
                 interpolation="nearest",
             )
             axes[line][column].set_xlabel("output row" if line == 0 else "input column", fontsize=8)
             axes[line][column].tick_params(labelsize=7)
         axes[0][column].set_title(kind, fontsize=9)
         low = axes[2][column]
-        layers = np.arange(len(names))
+        layers = np.arange(len(names)) * num_layers / len(names)
         low.plot([share for share, _ in shares], layers, label="in core rows", color="tab:blue", lw=1.2)
         low.plot([share for _, share in shares], layers, label="in core columns", color="tab:orange", lw=1.2)
         low.axvline(core_fraction, color="gray", ls=":", lw=1, label="random region")
@@ -76,9 +77,15 @@ def _kinds(names: list[str]) -> dict[str, list[str]]:
     """Group modules of the same role and width over the layers, in model order."""
     grouped: dict[str, list[str]] = {}
     for name in names:
-        parts = re.split(r"\.\d+\.", name, maxsplit=1)
-        grouped.setdefault(parts[-1].removeprefix("self_attn.").removeprefix("mlp."), []).append(name)
+        grouped.setdefault(_split(name)[1].removeprefix("self_attn.").removeprefix("mlp."), []).append(name)
     return dict(list(grouped.items())[:_MAX_KINDS])
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return the layer a matrix stands in, and its role there, the same for all experts."""
+    found = re.fullmatch(r"(.*?\.\d+\.|)(.*?)(\.\d+)?", name)
+    assert found is not None
+    return found[1], found[2]
 
 
 def _relative(counts: Tensor) -> np.ndarray:

@@ -11,13 +11,13 @@ from torch import nn
 
 from taso_ds.adapters.compensation import parse_rho, pruned_share
 from taso_ds.adapters.structure import count_dense, count_parameters
-from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
+from taso_ds.adapters.targets import MatrixShape, Target, find_targets, matrix_shape
 from taso_ds.config import BatchSizes, RunConfig, TrainArguments, batch_sizes
 from taso_ds.data.embedded import EMBEDDED, embedded_model, embedded_records
 from taso_ds.data.encode import EncodedRow, encode_examples, pad_token_id
 from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
 from taso_ds.data.tasks import Example, Task, get_task
-from taso_ds.distributed import comm
+from taso_ds.distributed import comm, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.errors import UserError
 from taso_ds.training.quantized_base import quantization_of
@@ -167,6 +167,8 @@ def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str,
     if quantization is None:
         return
     quantization.names(model)
+    if config.adapter.adapt_experts:
+        raise UserError("adapt_experts: the base is quantized; drop the flag, or load the base in 16 bits")
     if config.adapter.method == "full":
         raise UserError("method: full trains all weights, which quantized ones do not allow; use taso or lora")
     for name in _ALTERS_BITS:
@@ -211,11 +213,16 @@ def resolve_deepspeed(config: RunConfig, world_size: int) -> tuple[dict[str, Any
     return resolved, sizes
 
 
+def targets_of(config: RunConfig, model: nn.Module) -> dict[str, Target]:
+    """Return the matrices to adapt by module name."""
+    return find_targets(model, config.adapter.target_modules, experts=config.adapter.adapt_experts)
+
+
 def target_shapes(config: RunConfig, model: nn.Module) -> dict[str, MatrixShape]:
     """Return the shape of every matrix to adapt, by module name."""
     shapes = {}
-    for name, module in find_targets(model, config.adapter.target_modules).items():
-        shape = matrix_shape(module)
+    for name, module in targets_of(config, model).items():
+        shape = matrix_shape(module, shape_of=zero.full_shape)
         assert shape is not None
         shapes[name] = shape
     return shapes

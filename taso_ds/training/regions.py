@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.region_file import (
     RegionFile,
     check_region_file,
@@ -20,7 +21,7 @@ from taso_ds.adapters.region_file import (
     save_region_file,
 )
 from taso_ds.adapters.selection import CoreRegion, RegionScores, concentration, ladder_with
-from taso_ds.adapters.targets import MatrixShape
+from taso_ds.adapters.targets import MatrixShape, Target
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm, zero
@@ -44,27 +45,50 @@ class Regions:
     cut: dict[str, CoreRegion]
     rows: Sequence[EncodedRow]
 
+    @property
+    def out_of_reach(self) -> list[str]:
+        """Matrices whose importance is zero everywhere: experts that no calibration token was sent to."""
+        found = [name for name, scores in self.file.scores.items() if not scores.row_importance.any()]
+        return found if len(found) < len(self.cut) else []
+
     def mean_concentration(self, element_fraction: float) -> dict[str, float]:
-        """Return the mean shares of core elements inside the core rows and columns."""
-        shares = [concentration(self.file.scores[name], region, element_fraction) for name, region in self.cut.items()]
+        """Return the mean shares of core elements inside the core rows and columns, experts out of reach left out."""
+        scores, left_out = self.file.scores, set(self.out_of_reach)
+        shares = [
+            concentration(scores[name], region, element_fraction)
+            for name, region in self.cut.items()
+            if name not in left_out
+        ]
         return {
             "rows": sum(rows for rows, _ in shares) / len(shares),
             "cols": sum(cols for _, cols in shares) / len(shares),
         }
 
 
-def fingerprint(targets: Mapping[str, nn.Module], stored: StoredWeights | None = None) -> str:
+def fingerprint(targets: Mapping[str, Target], stored: StoredWeights | None = None) -> str:
     """Return a digest of the target weights that does not depend on sharding or on fp32/bf16 loading. A collective.
 
     Of a quantized base it is the digest of what is ``stored``: the same whether a run quantizes the base or not.
     """
     if stored is None:
-        weights: list[Any] = [module.weight for module in targets.values()]
-        shapes, sums = [zero.full_shape(weight) for weight in weights], zero.checksum(weights)
+        weights = _own_weights(targets)
+        shapes, sums = [zero.full_shape(weight) for weight in weights.values()], zero.checksum(list(weights.values()))
+        names = list(weights)
     else:
         shapes, sums = [stored.stored_shape(name) for name in targets], stored.checksums()
-    lines = [f"{name} {tuple(shape)} {value}" for name, shape, value in zip(targets, shapes, sums, strict=True)]
+        names = list(targets)
+    lines = [f"{name} {tuple(shape)} {value}" for name, shape, value in zip(names, shapes, sums, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _own_weights(targets: Mapping[str, Any]) -> dict[str, nn.Parameter]:
+    """Return the parameters the targets lie in, a fused one once and by its own name."""
+    return {
+        name.rpartition(".")[0] if isinstance(target, ExpertMatrix) else name: (
+            target.parameter if isinstance(target, ExpertMatrix) else target.weight
+        )
+        for name, target in targets.items()
+    }
 
 
 def read_regions(config: RunConfig, shapes: Mapping[str, MatrixShape]) -> RegionFile | None:
@@ -83,7 +107,7 @@ def read_regions(config: RunConfig, shapes: Mapping[str, MatrixShape]) -> Region
 def reuse_regions(
     config: RunConfig,
     file: RegionFile,
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, Target],
     shapes: Mapping[str, MatrixShape],
     *,
     source: str,
@@ -104,7 +128,7 @@ def reuse_regions(
 def score_base(
     config: RunConfig,
     model: nn.Module,
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, Target],
     shapes: Mapping[str, MatrixShape],
     rows: Sequence[EncodedRow],
     *,
@@ -250,7 +274,13 @@ def describe_regions(regions: Regions, config: RunConfig) -> str:
     """Return one line that lets a user see whether importance concentrated."""
     found = regions.mean_concentration(config.calibration.element_fraction)
     p = config.calibration.core_fraction
-    return (
+    line = (
         f"core regions: {len(regions.cut)} matrices; the top {p:.0%} of rows hold {found['rows']:.0%} and the top"
         f" {p:.0%} of columns {found['cols']:.0%} of the core elements (a random region: {p:.0%})"
     )
+    if out_of_reach := len(regions.out_of_reach):
+        line += (
+            f"; no calibration token reached {out_of_reach} expert matrices, whose regions are their first rows and"
+            " columns: raise --calibration_samples"
+        )
+    return line

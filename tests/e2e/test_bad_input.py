@@ -315,6 +315,11 @@ add(
     "multiple of 8",
 )
 
+# Experts --------------------------------------------------------------------------------------------------------------
+
+add("experts of a dense model", "--adapt_experts", "adapt_experts", "no experts in fused parameters", "drop the flag")
+add("experts with lora", "--adapt_experts --method lora", "adapt_experts", "--method lora", "drop the flag")
+
 # Core regions ---------------------------------------------------------------------------------------------------------
 
 REGIONS = "--core_regions {regions}/"

@@ -59,11 +59,18 @@ def ds_config_of(stage: int, split: case.Split, *, bf16: bool = False) -> dict[s
 
 
 def load(
-    folder: str, ds_config: dict[str, Any], *, bf16: bool = False, head: bool = False, checkpointing: bool = False
+    folder: str,
+    ds_config: dict[str, Any],
+    *,
+    bf16: bool = False,
+    head: bool = False,
+    checkpointing: bool = False,
+    experts: bool = False,
 ) -> Any:
     """The base, its targets and their shapes, as a run loads them."""
     flags = ["--model_name_or_path", folder, "--task", "sst2", "--bf16" if bf16 else "--no_bf16"]
     flags += ["--seed", str(case.SEED), *(["--gradient_checkpointing"] if checkpointing else [])]
+    flags += ["--adapt_experts"] if experts else []
     config = parse_run_config(flags)
     setup: Any = SimpleNamespace(
         config=config, source=folder, base_config=load_config(config.model, folder), head=head, ds_config=ds_config
@@ -113,7 +120,7 @@ def left_behind(model: nn.Module, stage: int) -> list[str]:
             if shard.ds_tensor.numel() > -(-zero.full_numel(parameter) // comm.world_size()):
                 found.append(f"{name} has more than its shard")
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
             found.append(f"{name} has hooks")
         if {"pre_bwd_fn", "post_bwd_fn"} & vars(module).keys():  # the next engine would gather through this one
             found.append(f"{name} keeps the scoring engine's backward functions")
@@ -121,11 +128,17 @@ def left_behind(model: nn.Module, stage: int) -> list[str]:
 
 
 def score(
-    folder: str, stage: int, runs: Sequence[tuple[str, str, str, int]], *, bf16: bool = False
+    folder: str,
+    stage: int,
+    runs: Sequence[tuple[str, str, str, int]],
+    *,
+    bf16: bool = False,
+    checkpointing: bool = False,
+    experts: bool = False,
 ) -> tuple[dict[str, Any], Any]:
     """Score one base several times; ``runs`` are (label, score, reduction, rows per batch)."""
     ds_config = ds_config_of(stage, case.SPLITS[comm.world_size()][0], bf16=bf16)
-    base, targets, shapes = load(folder, ds_config, bf16=bf16)
+    base, targets, shapes = load(folder, ds_config, bf16=bf16, checkpointing=checkpointing, experts=experts)
     calibrate.GradientSum = Watched  # type: ignore[misc]
     hooks_before = left_behind(base.model, stage)
     found: dict[str, Any] = {"held": {}}

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taso_ds.adapters.adapter import TasoAdapter
+from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.targets import find_targets, matrix_shape
 from taso_ds.config import BatchSizes
@@ -63,7 +64,7 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, head: bool = False
 # Scoring: the reference -----------------------------------------------------------------------------------------------
 
 
-def gradients(model: Any, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
+def gradients(model: Any, rows: Sequence[EncodedRow], *, experts: bool = False) -> dict[str, Tensor]:
     """∂L/∂W of every target as (out, in): L is the mean over all supervised tokens of the rows, in one batch."""
     model.eval().requires_grad_(True)
     model.zero_grad()
@@ -71,17 +72,24 @@ def gradients(model: Any, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     labels = batch["labels"]
     F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100).backward()
-    return {name: as_out_in(module, module.weight.grad).clone() for name, module in find_targets(model).items()}
+    targets = find_targets(model, experts=experts)
+    return {name: as_out_in(target, gradient_of(target)).clone() for name, target in targets.items()}
 
 
-def as_out_in(module: nn.Module, value: Tensor) -> Tensor:
+def gradient_of(target: Any) -> Tensor:
+    gradient: Tensor = target.parameter.grad[target.index] if isinstance(target, ExpertMatrix) else target.weight.grad
+    return gradient
+
+
+def as_out_in(module: Any, value: Tensor) -> Tensor:
     shape = matrix_shape(module)
     assert shape is not None
     return value.detach().t() if shape.transposed else value.detach()
 
 
-def weights(model: Any) -> dict[str, Tensor]:
-    return {name: as_out_in(module, module.weight) for name, module in find_targets(model).items()}
+def weights(model: Any, *, experts: bool = False) -> dict[str, Tensor]:
+    targets = find_targets(model, experts=experts)
+    return {name: as_out_in(target, target.weight) for name, target in targets.items()}
 
 
 def longhand(importance: Tensor) -> tuple[list[int], list[int]]:

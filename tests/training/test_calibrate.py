@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from taso_ds.adapters.selection import ladder_with, score_rows_and_cols
+from taso_ds.adapters.fused_experts import ExpertMatrix
+from taso_ds.adapters.region_file import RegionFile
+from taso_ds.adapters.selection import concentration, ladder_with, score_rows_and_cols
 from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.training.calibrate import ScoringSettings, assign_owners, score_regions, scoring_mode
 from taso_ds.training.loss import loss_sum
-from taso_ds.training.regions import fingerprint
+from taso_ds.training.regions import Regions, fingerprint
 
 LADDER = ladder_with(0.05)
 
@@ -32,14 +34,22 @@ def shapes_of(targets: dict[str, nn.Module]) -> dict[str, MatrixShape]:
     return {name: shape for name, module in targets.items() if (shape := matrix_shape(module)) is not None}
 
 
-def scores_of(model: Any, batches: list[dict[str, Tensor]], *, score: str = "importance", head: bool = False) -> Any:
-    targets = find_targets(model)
-    settings = ScoringSettings(score=score, reduction="signed_mean", ladder=LADDER, seed=0)
+def scores_of(
+    model: Any,
+    batches: list[dict[str, Tensor]],
+    *,
+    score: str = "importance",
+    head: bool = False,
+    experts: bool = False,
+    passes: int = 1,
+) -> Any:
+    targets = find_targets(model, experts=experts)
+    settings = ScoringSettings(score=score, reduction="signed_mean", ladder=LADDER, seed=0, passes=passes)
     loss = partial(loss_sum, head=head)
     return score_regions(model, targets, shapes_of(targets), batches, loss_sum=loss, settings=settings)
 
 
-def reference(model: Any, batches: list[dict[str, Tensor]], *, head: bool = False) -> Any:
+def reference(model: Any, batches: list[dict[str, Tensor]], *, head: bool = False, experts: bool = False) -> Any:
     """|W ⊙ ∂L/∂W|, L the mean over all supervised units, by plain autograd on weights that want a gradient."""
     model.eval().requires_grad_(True)
     total, units = torch.zeros(()), 0
@@ -48,18 +58,24 @@ def reference(model: Any, batches: list[dict[str, Tensor]], *, head: bool = Fals
         total, units = total + loss, units + number
     (total / units).backward()
     found = {}
-    for name, module in find_targets(model).items():
-        value = (module.weight.detach() * module.weight.grad).abs()
-        found[name] = score_rows_and_cols(value.t() if type(module).__name__ == "Conv1D" else value, LADDER)
+    for name, module in find_targets(model, experts=experts).items():
+        if isinstance(module, ExpertMatrix):
+            weight, grad = module.weight, module.parameter.grad[module.index]  # type: ignore[index]
+        else:
+            weight, grad = module.weight, module.weight.grad
+        value = (weight.detach() * grad).abs()
+        shape = matrix_shape(module)
+        assert shape is not None
+        found[name] = score_rows_and_cols(value.t() if shape.transposed else value, LADDER)
     return found
 
 
-def assert_same(found: Any, expected: Any) -> None:
+def assert_same(found: Any, expected: Any, *, atol: float = 0.0) -> None:
     assert list(found) == list(expected)
     for name, scores in found.items():
         assert torch.equal(scores.row_counts, expected[name].row_counts), name
         assert torch.equal(scores.col_counts, expected[name].col_counts), name
-        torch.testing.assert_close(scores.row_importance, expected[name].row_importance, rtol=1e-4, atol=0)
+        torch.testing.assert_close(scores.row_importance, expected[name].row_importance, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.gpt2])
@@ -67,6 +83,36 @@ def test_scores_are_autograds(make: Any) -> None:
     batches = [tiny_models.token_batch(seed=seed, length=length) for seed, length in ((0, 12), (1, 9), (2, 15))]
     expected = reference(make(), batches)
     assert_same(scores_of(make().requires_grad_(False), batches), expected)
+
+
+@pytest.mark.parametrize("number", [1, 3], ids=["at once", "summed"])
+@pytest.mark.parametrize("make", [tiny_models.mixtral, tiny_models.qwen2_moe, tiny_models.gpt_oss])
+def test_experts_are_scored_like_autograd(make: Any, number: int) -> None:
+    batches = [tiny_models.token_batch(seed=seed, length=9 + seed) for seed in range(number)]
+    expected = reference(make(), batches, experts=True)
+    assert_same(scores_of(make().requires_grad_(False), batches, experts=True), expected)
+    assert_same(scores_of(make().requires_grad_(False), batches, experts=True, passes=5), expected)
+
+
+def test_an_expert_no_token_reaches_has_zero_importance() -> None:
+    """One row of 9 tokens, 2 of 32 experts each: 18 at most are reached."""
+
+    def make() -> Any:
+        return tiny_models.mixtral(experts=32)
+
+    batches = [tiny_models.token_batch(rows=1, length=9, prompt=1)]
+    expected = reference(make(), batches, experts=True)
+    found = scores_of(make().requires_grad_(False), batches, experts=True)
+    assert_same(found, expected, atol=1e-7)  # of an expert that a single token reaches
+    unreached = [name for name, scores in found.items() if not scores.row_importance.any()]
+    assert len(unreached) >= 2 * 2 * (32 - 18)
+    file = RegionFile(found, {}, "")
+    regions = Regions(file, file.cut(element_fraction=0.05, core_fraction=0.25, source=""), rows=[])
+    assert regions.out_of_reach == unreached
+    first = regions.cut[unreached[0]]
+    assert (first.rows.tolist(), first.cols.tolist()) == (list(range(24)), list(range(8)))
+    shares = [concentration(found[name], regions.cut[name], 0.05)[0] for name in found if name not in unreached]
+    assert regions.mean_concentration(0.05)["rows"] == pytest.approx(sum(shares) / len(shares))
 
 
 def test_nothing_but_sums_lives_into_the_next_micro_batch() -> None:
@@ -205,3 +251,14 @@ def test_the_fingerprint_knows_weights_and_not_their_dtype() -> None:
         weight = model.model.layers[0].mlp.up_proj.weight
         weight[[0, 1]] = weight[[1, 0]]  # the same numbers in another order
     assert fingerprint(find_targets(model)) != digest
+
+
+def test_the_fingerprint_knows_the_experts_it_adapts() -> None:
+    model = tiny_models.mixtral()
+    linears, all_targets = fingerprint(find_targets(model)), fingerprint(find_targets(model, experts=True))
+    assert linears != all_targets
+    with torch.no_grad():
+        experts = model.model.layers[1].mlp.experts.down_proj
+        experts[[0, 1]] = experts[[1, 0]]  # two experts change places
+    assert fingerprint(find_targets(model)) == linears
+    assert fingerprint(find_targets(model, experts=True)) != all_targets

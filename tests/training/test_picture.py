@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from taso_ds.adapters.selection import CoreRegion, RegionScores, cut_region, ladder_with, score_rows_and_cols
-from taso_ds.training.picture import draw_regions
+from taso_ds.training.picture import _kinds, draw_regions
 
 K, P = 0.05, 0.1
 
@@ -54,3 +54,9 @@ def test_shows_whether_importance_concentrates(tmp_path: Path) -> None:
 
 def test_one_layer_is_enough(tmp_path: Path) -> None:
     assert draw(tmp_path, layers=1).size > 0
+
+
+def test_the_experts_of_a_layer_are_lines_of_one_column() -> None:
+    experts = [f"model.layers.{layer}.mlp.experts.up_proj.{index}" for layer in (0, 1) for index in (0, 1, 2)]
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert _kinds([*names, *experts]) == {"q_proj": names, "experts.up_proj": experts}

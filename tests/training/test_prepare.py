@@ -16,6 +16,7 @@ from taso_ds.errors import UserError
 from taso_ds.training.prepare import (
     calibration_rows,
     check_length,
+    check_quantization,
     count_adapter,
     encode_training_rows,
     load_task_data,
@@ -145,6 +146,29 @@ def test_the_count_is_the_adapters_own(make: Any, structure: str) -> None:
     adapter = TasoAdapter(regions, structure=structure, rank=2, scaling=1.0, seed=0, dtype=torch.float32)
     count = count_adapter(config, shapes)
     assert (count.trainable, count.dense) == (adapter.flat.numel(), adapter.num_dense)
+
+
+def test_experts_count_once_they_are_adapted() -> None:
+    """Mixtral: 2 layers of 4 experts with a (96, 32) and a (32, 48) beside q, o (32, 32) and k, v (16, 32)."""
+    attention = 2 * (2 * (32 + 32) + 2 * (16 + 32))
+    experts = 2 * 4 * ((96 + 32) + (32 + 48))
+    for flags, number in (([], attention), (["--adapt_experts"], attention + experts)):
+        config = config_of("--core_fraction", "1.0", *flags)
+        # union at p = 1: two full branches
+        assert count_adapter(config, target_shapes(config, tiny_models.mixtral())).trainable == 2 * number
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_only_taso_adapts_experts(method: str) -> None:
+    with pytest.raises(UserError, match=f"adapt_experts: --method {method} does not adapt single experts"):
+        config_of("--adapt_experts", "--method", method)
+
+
+def test_experts_of_a_quantized_base_are_refused() -> None:
+    config = config_of("--adapt_experts", "--load_in_4bit")
+    model = tiny_models.mixtral()
+    with pytest.raises(UserError, match="adapt_experts: the base is quantized"):
+        check_quantization(config, model.config, {"zero_optimization": {}}, model)
 
 
 # The rest -------------------------------------------------------------------------------------------------------------
