@@ -33,9 +33,8 @@ def run_script(action: Callable[[], str | None]) -> None:
 
 def _set_up_logging() -> None:
     # A single script, many ranks: what all of them know is said once.
-    is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
-    log.setLevel(logging.INFO if is_main else logging.ERROR)
+    log.setLevel(logging.INFO if _speaks() else logging.ERROR)
     # Names that newer torch versions prefer inside DeepSpeed; nothing a user of this program can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -52,6 +51,23 @@ def _leave_script_folder() -> None:
 def _fail(error: UserError) -> NoReturn:
     if "--debug" in sys.argv:
         raise error
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if _speaks():
+        print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _speaks() -> bool:
+    """Say whether this process talks to the user: rank 0, or any whose rank no launcher can have given."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
+
+
+_LONGEST_LINE = 560
+
+
+def _printable(message: str) -> str:
+    """Return one line of bounded length in which nothing a file held can move the cursor or turn the text around."""
+    line = " ".join(message.split())
+    if len(line) > _LONGEST_LINE:  # what is wrong stands at the start, the remedy at the end
+        line = f"{line[: _LONGEST_LINE - 160]} … {line[-150:]}"
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)

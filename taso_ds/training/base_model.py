@@ -14,6 +14,7 @@ from torch import nn
 from taso_ds.adapters.adapter import ADAPTER_MODULE
 from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm, engine, zero
+from taso_ds.distributed.safetensors_files import check_index
 from taso_ds.errors import UserError
 from taso_ds.training.load_quantized import QuantizedLoad
 from taso_ds.training.load_sharded import (
@@ -52,6 +53,7 @@ class BaseModel:
 
 def check_weight_files(source: str) -> None:
     """Refuse a folder with a damaged safetensors file, on every rank, before partitioned loading could hang on it."""
+    check_index(Path(source))
     for path in sorted(Path(source).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):

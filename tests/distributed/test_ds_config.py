@@ -63,7 +63,7 @@ def test_missing_file_lists_the_shipped_ones_and_the_nearest(tmp_path: Path) -> 
     ("text", "message"),
     [
         ('{\n  "a": 1,\n}', r"line 3, column 1: |line 2, column 9: "),
-        ("", "line 1, column 1: "),
+        ("", "column 1: "),
         ('{"a": {"b": 1, "b": 2}}', "the key 'b' twice"),
         ("[1]", "holds a list"),
         ("2", "holds a number"),

@@ -73,8 +73,8 @@ def add_json(name: str, content: str, *words: str, flags: str = "") -> None:
 
 add("JSON missing", "--ds_config zeroo3.json", "ds_config", "no such file", "nearest: 'zero3.json'")
 add("JSON folder", "--ds_config .", "ds_config", "a folder", "zero3.json")
-add_json("malformed", '{"bf16": }', "line 1, column 10")
-add_json("empty", "", "line 1")
+add_json("malformed", '{"bf16": }', "column 10")
+add_json("empty", "", "column 1")
 add_json("list", "[]", "a list")
 add_json("duplicate key", '{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', "'gradient_clipping' twice")
 add_json("unknown key", '{"zero_optimisation": {"stage": 3}}', "'zero_optimisation'", "nearest: 'zero_optimization'")
