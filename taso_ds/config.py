@@ -310,13 +310,20 @@ def read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
+_DEEPEST = 8  # a list of values stands 2 deep; PyYAML's time grows with the square of the depth
+
+
 def _check_plain(text: str, path: str) -> None:
-    """Refuse a key given twice, of which YAML would keep the last, and aliases, which a few lines nest to gigabytes.
+    """Refuse what costs more than it says (nested brackets, aliases), and a key given twice: YAML keeps the last.
 
     Raises:
-        UserError: names the key or the alias.
+        UserError: names the alias or the key.
     """
+    depth = 0
     for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise UserError(f"config: {path} nests values {_DEEPEST} deep: an argument is a value or a list of values")
         if isinstance(event, yaml.AliasEvent):
             raise UserError(f"config: {path} holds the alias *{event.anchor}: write the value itself")
     root = yaml.compose(text)

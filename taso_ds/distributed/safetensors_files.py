@@ -150,7 +150,7 @@ def _indexed_files(index: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"model_name_or_path: {index} is not a checkpoint index: copy it again") from error
     for file in dict.fromkeys(found.values()):
-        if Path(file).name != file or not file.isprintable() or len(file.encode()) > 255:
+        if file in ("", "..") or Path(file).name != file or not file.isprintable() or len(file.encode()) > 255:
             raise UserError(f"model_name_or_path: {index} names {file!r}, which is not a file of its folder")
         if not (index.parent / file).is_file():
             raise UserError(f"model_name_or_path: {index} names {file}, which is missing: download it")

@@ -96,4 +96,6 @@ def loading(what: str, load: Callable[[], Loaded], *, flag: str = "model_name_or
     except Exception as error:
         # transformers, tokenizers, safetensors and gguf raise a dozen unrelated types; --debug shows which and where.
         first = " ".join(str(error).split())[:300] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            first = "code comes with it: read that code, then pass --trust_remote_code to run it"
         raise UserError(f"{flag}: cannot load {what}: {first}") from error
