@@ -10,11 +10,12 @@ from typing import Any
 from taso_ds.errors import UserError
 
 
-def parse_json(text: str, source: str) -> Any:
+def parse_json(text: str, source: str, *, constants: bool = False) -> Any:
     """Return the value a JSON text holds.
 
     Args:
         source: what to call the text in errors.
+        constants: take NaN and Infinity, which Python writes although they are not JSON.
 
     Raises:
         UserError: not JSON, a key given twice in one object, or a value that no text file or number can hold.
@@ -28,11 +29,13 @@ def parse_json(text: str, source: str) -> Any:
             raise UserError(f"{source}: has the key {twice!r} twice in one object")
         return found
 
-    def refuse(constant: str) -> None:
-        raise UserError(f"{source}: holds {constant}, which is not JSON")
+    def constant(name: str) -> float:
+        if not constants:
+            raise UserError(f"{source}: holds {name}, which is not JSON")
+        return float(name)
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except UserError:

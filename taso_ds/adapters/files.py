@@ -31,6 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
+            temporary.unlink(missing_ok=True)  # what a killed run left
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary

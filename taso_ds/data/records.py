@@ -98,7 +98,7 @@ def _read_text(path: Path) -> str:
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    row = parse_json(line, f"{path}:{number}")
+    row = parse_json(line, f"{path}:{number}", constants=True)
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: expected a JSON object with named fields, found {line.strip()[:60]}")
     return row

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm, engine, zero
 from taso_ds.distributed.safetensors_files import check_index
 from taso_ds.errors import UserError
+from taso_ds.json_text import parse_json
 from taso_ds.training.load_quantized import QuantizedLoad
 from taso_ds.training.load_sharded import (
     LoadReport,
@@ -66,6 +68,10 @@ def load_config(arguments: ModelArguments, source: str) -> Any:
     """Return the transformers configuration of the base."""
     from transformers import AutoConfig
 
+    file = Path(source) / "config.json"
+    if file.is_file():  # of a key given twice transformers would keep the last
+        text = loading(source, partial(file.read_text, encoding="utf-8"))
+        parse_json(text, f"model_name_or_path: {file}", constants=True)
     return loading(
         source,
         lambda: AutoConfig.from_pretrained(

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from taso_ds.adapters.files import read_tensors, write_tensors
@@ -55,6 +57,33 @@ def test_round_trip(path: Path) -> None:
             found, expected = getattr(scores, field), getattr(written.scores[name], field)
             assert found.dtype == expected.dtype
             assert torch.equal(found, expected)
+
+
+names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.dictionaries(names, st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    ladder=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3, unique=True).map(sorted),
+    p=st.floats(0.001, 1.0),
+    settings_in_file=st.dictionaries(names, st.one_of(st.none(), st.integers(), names, st.booleans()), max_size=3),
+)
+def test_round_trip_of_any_shapes_names_and_settings(
+    path: Path,
+    shapes: dict[str, tuple[int, int]],
+    ladder: list[float],
+    p: float,
+    settings_in_file: dict[str, object],
+) -> None:
+    scores = {name: score_rows_and_cols(torch.rand(shape), ladder) for name, shape in shapes.items()}
+    written = RegionFile(scores, settings_in_file, fingerprint="abc")
+    cut = written.cut(element_fraction=ladder[0], core_fraction=p, source="here")
+    save_region_file(path, written, cut)
+    read = load_region_file(path)
+    assert (list(read.scores), read.settings, read.fingerprint) == (list(shapes), settings_in_file, "abc")
+    again = read.cut(element_fraction=ladder[0], core_fraction=p, source="there")
+    assert {name: lists(region) for name, region in again.items()} == {name: lists(cut[name]) for name in shapes}
 
 
 def test_the_regions_in_use_can_be_read_without_this_package(path: Path) -> None:

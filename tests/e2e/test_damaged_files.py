@@ -129,6 +129,24 @@ def test_a_damaged_index(
     refused(llama_folder, desk, flags, "model_name_or_path", "model.safetensors.index.json", *words)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"model_type": "llama", "hidden_size": 32, "hidden_size": 64}', ("'hidden_size' twice",)),
+        (b"\xff\xfe", ("cannot load", "utf-8")),
+        (b"[" * 100_000, ("not readable JSON",)),
+        (b"[]", ("cannot load",)),
+        (b'{"model_type": "llama", "hidden_size": "wide"}', ("cannot load",)),
+    ],
+)
+def test_a_damaged_config(
+    content: bytes, words: tuple[str, ...], llama_folder: Path, desk: Path, forbid_weights: None
+) -> None:
+    shutil.copytree(llama_folder, desk / "model")
+    (desk / "model" / "config.json").write_bytes(content)
+    refused(llama_folder, desk, "--model_name_or_path model", "model_name_or_path", "model", *words)
+
+
 # Region files and adapters --------------------------------------------------------------------------------------------
 
 

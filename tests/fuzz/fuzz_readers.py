@@ -1,12 +1,13 @@
 """Throw mutated files at every reader until one raises anything but a ``UserError``; needs the extra ``fuzz``.
 
 python tests/fuzz/fuzz_readers.py "core regions" -runs=100000 -max_total_time=60
-make fuzz RUNS=100000
+python tests/fuzz/fuzz_readers.py all -runs=10000
 
-The first argument names a reader of ``tests/readers.py``; the others are libFuzzer's. What it finds is written to
-``crash-…`` in the current folder: turn it into a test first.
+The first argument names a reader of ``tests/readers.py``, or all of them one after the other; the others are
+libFuzzer's. What it finds is written to ``crash-…`` in the current folder: turn it into a test first.
 """
 
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,8 +28,13 @@ from readers import READERS, read_bytes, valid_files
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in READERS:
-        sys.exit(f"usage: fuzz_readers.py {{{'|'.join(READERS)}}} [libFuzzer flags]")
+    if len(sys.argv) < 2 or sys.argv[1] not in ("all", *READERS):
+        sys.exit(f"usage: fuzz_readers.py {{all|{'|'.join(READERS)}}} [libFuzzer flags]")
+    if sys.argv[1] == "all":  # libFuzzer ends its process
+        for name in READERS:
+            print(f"fuzzing: {name}", flush=True)
+            subprocess.run([sys.executable, __file__, name, *sys.argv[2:]], check=True)
+        return
     reader = READERS[sys.argv.pop(1)]
     with tempfile.TemporaryDirectory(prefix="taso_fuzz_") as place:
         folder, corpus = Path(place) / "files", Path(place) / "corpus"
