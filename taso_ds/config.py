@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
-import yaml
-
 from taso_ds.adapters.compensation import parse_rho
 from taso_ds.adapters.importance import REDUCTIONS, SCORES
 from taso_ds.adapters.structure import STRUCTURES
 from taso_ds.errors import UserError, nearest
+from taso_ds.yaml_text import parse_yaml
 
 METHODS = ("taso", "lora", "full")
 IMPORTANCE_WEIGHTS = ("loaded", "original")
@@ -293,46 +292,15 @@ def batch_sizes(training: TrainArguments, world_size: int) -> BatchSizes:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Read a configuration file; UserError when it is missing, malformed or has an unknown key."""
+    """Read a configuration file; UserError when it is missing or malformed, or names another one."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        _check_plain(text, path)
-        values = yaml.safe_load(text)
-    except UserError:
-        raise
-    except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        # The reader meets dates, numbers and tags it cannot make sense of with errors of Python's own.
-        raise UserError(f"config: cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config: {path} is not a mapping of argument names to values")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: cannot read {path}: {error}") from error
+    values = parse_yaml(text, f"config: {path}")
     if "config" in values:
         raise UserError(f"config: {path} names another configuration file: put all arguments into one")
     return values
-
-
-_DEEPEST = 8  # a list of values stands 2 deep; PyYAML's time grows with the square of the depth
-
-
-def _check_plain(text: str, path: str) -> None:
-    """Refuse what costs more than it says (nested brackets, aliases), and a key given twice: YAML keeps the last.
-
-    Raises:
-        UserError: names the alias or the key.
-    """
-    depth = 0
-    for event in yaml.parse(text):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise UserError(f"config: {path} nests values {_DEEPEST} deep: an argument is a value or a list of values")
-        if isinstance(event, yaml.AliasEvent):
-            raise UserError(f"config: {path} holds the alias *{event.anchor}: write the value itself")
-    root = yaml.compose(text)
-    pairs = root.value if isinstance(root, yaml.MappingNode) else []
-    seen: set[Any] = set()
-    for key, _ in pairs:
-        if isinstance(key, yaml.ScalarNode) and key.value in seen:
-            raise UserError(f"config: {path} has the key {key.value!r} twice")
-        seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
 
 
 def _known_names() -> list[str]:
@@ -414,21 +382,21 @@ def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         if key not in _known_names():
             raise UserError(f"{source} has the unknown key {key!r}{nearest(str(key), _known_names())}")
     hints = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}
-    typed: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         kind, *others = get_args(hints[key]) or (hints[key],)
         if key == "rho" and value is False:  # `off` is a boolean to YAML
-            typed[key] = "off"
+            found[key] = "off"
         elif value is None and others:
-            typed[key] = None
+            found[key] = None
         else:
             try:
-                typed[key] = _as_kind(value, kind)
+                found[key] = _as_kind(value, kind)
             except (TypeError, ValueError) as error:
                 name = "a list of texts" if kind == list[str] else kind.__name__
                 remedy = "; put it in quotes" if kind is str else ""
                 raise UserError(f"{source}: {key} is {value!r}, not {name}{remedy}") from error
-    return typed
+    return found
 
 
 def _as_kind(value: Any, kind: Any) -> Any:

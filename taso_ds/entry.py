@@ -68,6 +68,7 @@ _LONGEST_LINE = 560
 def _printable(message: str) -> str:
     """Return one line of bounded length in which nothing a file held can move the cursor or turn the text around."""
     line = " ".join(message.split())
-    if len(line) > _LONGEST_LINE:  # what is wrong stands at the start, the remedy at the end
-        line = f"{line[: _LONGEST_LINE - 160]} … {line[-150:]}"
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    if len(line) <= _LONGEST_LINE:
+        return line
+    return f"{line[: _LONGEST_LINE - 153]} … {line[-150:]}"  # what is wrong at the start, the remedy at the end

@@ -5,6 +5,7 @@ several types. Whoever reads a file of a user's reads it here.
 """
 
 import json
+from collections import Counter
 from typing import Any
 
 from taso_ds.errors import UserError
@@ -24,8 +25,7 @@ def parse_json(text: str, source: str, *, constants: bool = False) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(key for key in names if names.count(key) > 1)
+            twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
             raise UserError(f"{source}: has the key {twice!r} twice in one object")
         return found
 

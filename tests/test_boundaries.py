@@ -16,10 +16,11 @@ ALLOWED: dict[str, set[str]] = {
     "taso_ds": set(),
     "errors": set(),
     "json_text": {"errors"},
+    "yaml_text": {"errors"},
     "adapters": {"errors", "json_text"},
     "data": {"errors", "json_text"},
     "distributed": {"errors", "json_text"},
-    "config": {"errors", "adapters", "data"},
+    "config": {"errors", "yaml_text", "adapters", "data"},
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
     "planning": {"errors", "adapters"},
     "training": {"errors", "json_text", "adapters", "data", "distributed", "config", "planning"},
