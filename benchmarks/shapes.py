@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 # name: hidden size, layers, feed-forward size, attention heads, key/value heads; the vocabulary is 32,000.
 SHAPES = {
+    "tiny": (32, 2, 48, 4, 2),
     "0.1b": (768, 12, 2048, 12, 12),
     "0.4b": (1024, 24, 2816, 16, 16),
     "1.1b": (2048, 22, 5632, 32, 4),  # TinyLlama

@@ -163,6 +163,12 @@ class TrainArguments:
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
     logging_steps: int = arg(1, "Steps between two lines of metrics.jsonl.")
     eval_steps: int | None = arg(None, "Steps between evaluations; default: before and after training only.")
+    save_steps: int | None = arg(None, "Steps between checkpoints; default: by save_minutes only.")
+    save_minutes: float | None = arg(15.0, "Minutes between checkpoints; one is always written at the end.")
+    save_total_limit: int = arg(2, "Checkpoints to keep.")
+    max_loss_jump: float = arg(5.0, "A loss this far above the median of the last 16 is divergence; 0 for never.")
+    on_divergence: str = arg("stop", "stop, or rollback to the last checkpoint and go on at half the learning rate.")
+    max_rollbacks: int = arg(3, "Rollbacks before the run stops.")
     per_device_eval_batch_size: int = arg(8, "Rows per rank and forward in evaluation.")
     max_new_tokens: int = arg(256, "Tokens generated per answer in generation tasks.")
 
@@ -173,10 +179,15 @@ class TrainArguments:
         _require(0.0 <= self.warmup_ratio <= 1.0, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "max_new_tokens"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ("gradient_accumulation_steps", "global_batch_size", "eval_steps"):
+        _one_of("on_divergence", self.on_divergence, ("stop", "rollback"))
+        minutes = self.save_minutes
+        _require(minutes is None or _is_positive(minutes), "save_minutes", minutes, "positive and finite")
+        _require(self.save_total_limit > 0, "save_total_limit", self.save_total_limit, "a positive number")
+        _require(self.max_rollbacks >= 0, "max_rollbacks", self.max_rollbacks, "0 or more")
+        for name in ("gradient_accumulation_steps", "global_batch_size", "eval_steps", "save_steps"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "a positive number")
-        for name in ("weight_decay", "max_grad_norm"):
+        for name in ("weight_decay", "max_grad_norm", "max_loss_jump"):
             _require(0.0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more and finite")
         for name in ("adam_beta1", "adam_beta2"):
             _require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")
@@ -191,6 +202,7 @@ class RunArguments:
     nvme_path: str | None = arg(None, "Folder on each node's local NVMe disk, for zero3_nvme.json.")
     output_dir: str | None = arg(None, "Run folder; default: runs/<method>-<task>, numbered.")
     overwrite_output_dir: bool = arg(False, "Replace a different run in output_dir.")
+    resume: str = arg("auto", "auto: go on with an interrupted run in output_dir; none: anew; or a checkpoint folder.")
     seed: int = arg(0, "Seed of data order, initial adapters and new heads.")
     verify_export: bool = arg(True, "Re-open the exported adapter in a fresh process and compare logits.")
     dry_run: bool = arg(False, "Print what would be done, without loading weights, and exit.")
@@ -219,6 +231,7 @@ _NOT_RECORDED = (
     "config",
     "local_rank",
     "overwrite_output_dir",
+    "resume",
     "verify_export",
     "output_dir",
     "nvme_path",

@@ -3,12 +3,19 @@
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from taso_ds.errors import UserError
+from taso_ds.errors import Interrupted, UserError, speaks_for_all
+
+CRASH, USER_ERROR = 1, 2
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not an error, start me again
+
+# Seconds in which the death of another rank is noticed, if that is what broke a collective.
+_LOOK_AROUND = 4.0
 
 log = logging.getLogger("taso_ds")
 
@@ -16,14 +23,24 @@ log = logging.getLogger("taso_ds")
 def run_script(action: Callable[[], str | None]) -> None:
     """Run ``action``; print what it returns as the last line of rank 0.
 
-    A ``UserError`` becomes ``error: …`` on rank 0 and exit code 2 on every rank; ``--debug`` shows the traceback.
+    A ``UserError`` becomes one line ``error: …`` and exit code 2, ``--debug`` shows its traceback; ``Interrupted``
+    becomes exit code 75; anything else is a bug, with traceback and exit code 1. In each case no rank is left waiting.
     """
     _set_up_logging()
     _leave_script_folder()
     try:
         last_line = action()
     except UserError as error:
-        _fail(error)
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        _leave(f"error: {_printable(str(error))}", USER_ERROR)
+    except Interrupted as reason:
+        _blame_another(wait=0.0)  # a launcher stops the ranks that a failed one leaves behind
+        _leave(str(reason), INTERRUPTED)
+    except Exception as error:
+        _blame_another(wait=_LOOK_AROUND)
+        traceback.print_exc()
+        _leave(f"error: {type(error).__name__}: {_printable(str(error))}", CRASH)
     from taso_ds.distributed import comm
 
     if last_line is not None and comm.is_main():
@@ -31,13 +48,31 @@ def run_script(action: Callable[[], str | None]) -> None:
     comm.leave()
 
 
+def _blame_another(*, wait: float) -> None:
+    """Leave with another rank's failure, if there is one: a collective fails on all when one is gone."""
+    comm = sys.modules.get("taso_ds.distributed.comm")
+    failure = comm.cause_elsewhere(wait) if comm else None
+    if comm and failure:
+        comm.give_up(f"error: {failure.message}", failure.code, failure)
+
+
+def _leave(line: str, code: int) -> NoReturn:
+    """Say the line on rank 0 and leave; the others leave too."""
+    if comm := sys.modules.get("taso_ds.distributed.comm"):
+        comm.give_up(line, code)
+    if speaks_for_all():
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
 def _set_up_logging() -> None:
     # A single script, many ranks: what all of them know is said once.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
-    log.setLevel(logging.INFO if _speaks() else logging.ERROR)
+    log.setLevel(logging.INFO if speaks_for_all() else logging.ERROR)
     # Names that newer torch versions prefer inside DeepSpeed; nothing a user of this program can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a lost connection fills the screen
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -46,20 +81,6 @@ def _leave_script_folder() -> None:
     """Take the script's own folder off the import path, where ``evaluate.py`` would hide the library of that name."""
     folder = Path(sys.argv[0]).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
-
-
-def _fail(error: UserError) -> NoReturn:
-    if "--debug" in sys.argv:
-        raise error
-    if _speaks():
-        print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-def _speaks() -> bool:
-    """Say whether this process talks to the user: rank 0, or any whose rank no launcher can have given."""
-    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
 
 _LONGEST_LINE = 560

@@ -4,6 +4,8 @@ A new reader is one entry in ``READERS``: ``test_readers.py`` mutates its file a
 ``fuzz/fuzz_readers.py`` for as long as one likes.
 """
 
+import dataclasses
+import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -26,6 +28,8 @@ from taso_ds.data.tasks import TASKS
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.safetensors_files import open_checkpoint
 from taso_ds.errors import UserError
+from taso_ds.training.checkpoint import MANIFEST, MARKER, PROGRESS, STATE, Checkpoints, resolve_checkpoint
+from taso_ds.training.resume import Progress, read_progress
 
 LADDER = (0.05, 0.1)
 
@@ -144,6 +148,26 @@ def read_configuration(folder: Path) -> None:
     typed(read_yaml(str(folder / "run.yaml")), "run.yaml")
 
 
+SAVED = "step-00000001"
+
+
+def write_saved(folder: Path) -> None:
+    record = Progress(
+        step=1, total_steps=2, optimizer_steps=1, config={"rank": 1}, world_size=1, zero_stage=0, global_batch_size=4,
+        base="abc", data="def", before={"loss": 1.0}, recent_losses=[1.0], rollbacks=0,
+    )  # fmt: skip
+    progress = json.dumps(dataclasses.asdict(record))
+    files = {STATE: lambda path: path.touch(), PROGRESS: lambda path: path.write_text(progress)}
+    Checkpoints(folder).write(1, files, limit=1)
+
+
+def read_saved(folder: Path) -> None:
+    """With a digest of the manifest as it is: the one there would hide all else."""
+    checkpoint = folder / SAVED
+    (checkpoint / MARKER).write_text(hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest())
+    resolve_checkpoint(checkpoint)
+
+
 READERS: dict[str, Reader] = {
     "core regions": Reader("core_regions.safetensors", write_regions, read_regions),
     "adapter": Reader("taso_adapter.safetensors", write_adapter, read_adapter),
@@ -151,6 +175,8 @@ READERS: dict[str, Reader] = {
     "index of weights": Reader("model.safetensors.index.json", write_indexed_checkpoint, read_checkpoint),
     "DeepSpeed JSON": Reader("ds.json", write_ds_config, read_ds),
     "rows": Reader("rows.jsonl", write_rows, read_rows),
+    "manifest of a checkpoint": Reader(f"{SAVED}/{MANIFEST}", write_saved, read_saved),
+    "record of a checkpoint": Reader(f"{SAVED}/{PROGRESS}", write_saved, lambda folder: read_progress(folder / SAVED)),
     "configuration": Reader("run.yaml", write_yaml, read_configuration),
 }
 

@@ -3,19 +3,23 @@
 import atexit
 import datetime
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from taso_ds.errors import UserError
+from taso_ds.distributed.watch import Failure, Watch
+from taso_ds.errors import UserError, speaks_for_all
 
 Result = TypeVar("Result")
+# The watch belongs to the process group, which is the process's own too: none, or one.
+_watches: list[Watch] = []
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -98,6 +102,8 @@ def init(timeout_minutes: float = 30.0) -> None:
         raise UserError(f"environment: cannot meet at {where}: {first}; choose another --master_port") from error
     if accelerator.device_name() == "cpu":
         _unlink_shared_buffers()
+    if world_size() > 1:
+        _watches.append(Watch())
 
 
 def _unlink_shared_buffers() -> None:
@@ -126,13 +132,46 @@ def leave() -> None:
     """
     if not dist.is_initialized():
         return
+    barrier()
+    while _watches:
+        _watches.pop().stop()
     alone = dist.get_world_size() == 1
     dist.destroy_process_group()
     if not alone:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        _exit(0)
+
+
+def cause_elsewhere(wait: float) -> Failure | None:
+    """Return what happened to another rank, which this one's trouble may come from; None where there is no other."""
+    return _watches[0].cause_elsewhere(wait) if _watches else None
+
+
+def give_up(line: str, code: int, failure: Failure | None = None) -> NoReturn:
+    """Say ``line`` on the rank that speaks for all, tell the other ranks, and end this process.
+
+    They leave too, whatever they wait for.
+
+    Args:
+        failure: of another rank, if that is the reason.
+    """
+    if not _watches:
+        if speaks_for_all():
+            print(line, file=sys.stderr, flush=True)
+        sys.exit(code)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a launcher's, which ends what a failed rank leaves behind
+        signal.signal(number, signal.SIG_IGN)
+    if failure is None:
+        _watches[0].tell(line.removeprefix("error: "), code)
+    if _watches[0].speaks(failure):
+        print(line, file=sys.stderr, flush=True)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def rank() -> int:
@@ -223,6 +262,12 @@ def sum_everywhere(tensor: Tensor) -> None:
         dist.all_reduce(tensor)
 
 
+def sum_on_main(tensor: Tensor) -> None:
+    """Add ``tensor`` over all ranks on rank 0, in place; undefined elsewhere afterwards."""
+    if world_size() > 1:
+        dist.reduce(tensor, 0)
+
+
 def largest_everywhere(tensor: Tensor) -> None:
     """Take each element's maximum over all ranks, in place, everywhere."""
     if world_size() > 1:
@@ -233,6 +278,15 @@ def broadcast(tensor: Tensor, source: int) -> None:
     """Copy ``tensor`` from ``source`` to all ranks, in place."""
     if world_size() > 1:
         dist.broadcast(tensor, source)
+
+
+def gather_rows(row: Tensor) -> Tensor:
+    """Return the equally long tensors of all ranks, stacked by rank ``(ranks, length)``, on every rank."""
+    if world_size() == 1:
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(world_size())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -22,6 +22,17 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config["zero_optimization"]["stage"])
 
 
+def zero_stage_of(engine: Any) -> int:
+    return int(engine.zero_optimization_stage())
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that DeepSpeed's own, if there is one, wraps."""
+    optimizer = engine.optimizer
+    inner: torch.optim.Optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+    return inner
+
+
 @contextmanager
 def zero3_loading(ds_config: dict[str, Any]) -> Iterator[None]:
     """Make ``from_pretrained`` partition parameters as it creates them, at stage 3; nothing below.

@@ -40,6 +40,13 @@ def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iter
         yield
 
 
+def assign(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Give ``parameter`` the values of ``whole``, which every rank has. A collective."""
+    with gathered([parameter], write=True), torch.no_grad():
+        if comm.is_main() or not is_partitioned(parameter):
+            parameter.copy_(whole)
+
+
 def gathered_on(parameter: Any, owner: int) -> Tensor | None:
     """Return the whole parameter, detached, on rank ``owner`` and None elsewhere. A collective.
 

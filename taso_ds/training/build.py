@@ -1,21 +1,26 @@
 """What a run is made of: everything known before weights are loaded, then the base, its regions, the trained parts."""
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.experts import find_experts
+from taso_ds.adapters.region_file import load_region_file
 from taso_ds.adapters.targets import MatrixShape, find_targets
 from taso_ds.config import BatchSizes, RunConfig
 from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow, pad_token_id
+from taso_ds.data.plan import BatchPlan
 from taso_ds.distributed import comm, placement, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.quantized import quiet_bitsandbytes
@@ -68,6 +73,20 @@ class Setup:
         if self.head:
             return partial(collate_head, pad_id=pad_id, is_regression=self.data.task.is_regression)
         return partial(collate, pad_id=pad_id)
+
+    @property
+    def plan(self) -> BatchPlan:
+        return BatchPlan(len(self.rows), self.sizes.global_batch_size, seed=self.config.run.seed)
+
+    @cached_property
+    def data_digest(self) -> str:
+        """Digest of the training rows, as tokens."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(np.asarray(row.input_ids, dtype=np.int64).tobytes())
+            digest.update(np.asarray(row.labels, dtype=np.int64).tobytes())
+            digest.update(str(row.target).encode())
+        return digest.hexdigest()
 
     @cached_property
     def loss_sum(self) -> LossSum:
@@ -157,25 +176,47 @@ def load_base(setup: Setup) -> tuple[BaseModel, dict[str, nn.Module], dict[str, 
 
 
 def find_regions(
-    setup: Setup, base: BaseModel, targets: Mapping[str, nn.Module], shapes: Mapping[str, MatrixShape]
+    setup: Setup,
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    shapes: Mapping[str, MatrixShape],
+    *,
+    earlier: Path | None = None,
 ) -> regions.Regions:
-    """Read or score the core regions."""
+    """Read or score the core regions.
+
+    Args:
+        earlier: region file of the interrupted run that goes on; rank 0 sees it.
+    """
     config = setup.config
+    rows = prepare.calibration_rows(config, list(setup.rows))
     with _stored(setup, base) as stored:
+        if earlier is not None:
+            file, known = comm.on_main(lambda: load_region_file(earlier)), rows if setup.region_file is None else []
+            return regions.reuse_regions(config, file, targets, shapes, source=str(earlier), rows=known, stored=stored)
         if setup.region_file is not None:
-            return regions.reuse_regions(config, setup.region_file, targets, shapes, stored=stored)
+            source = str(config.calibration.core_regions)
+            return regions.reuse_regions(config, setup.region_file, targets, shapes, source=source, stored=stored)
         return regions.score_base(
             config,
             base.model,
             targets,
             shapes,
-            prepare.calibration_rows(config, list(setup.rows)),
+            rows,
             collate=setup.collate,
             filler=setup.filler,
             loss_sum=setup.loss_sum,
             ds_config=setup.ds_config,
             stored=stored,
         )
+
+
+def base_fingerprint(setup: Setup, base: BaseModel, targets: Mapping[str, nn.Module]) -> str:
+    """Return the digest of the base's target weights; empty where training changes them. A collective."""
+    if setup.config.adapter.method == "full":
+        return ""
+    with _stored(setup, base) as stored:
+        return regions.fingerprint(targets, stored)
 
 
 def _stored(setup: Setup, base: BaseModel) -> AbstractContextManager[StoredWeights | None]:

@@ -76,7 +76,7 @@ def read_regions(config: RunConfig, shapes: Mapping[str, MatrixShape]) -> Region
         raise UserError(f"core_regions: --method {config.adapter.method} has none; drop --core_regions")
     file = load_region_file(Path(path))
     check_region_shapes(file, shapes, source=path)
-    _cut(config, file)
+    _cut(config, file, path)
     return file
 
 
@@ -86,14 +86,19 @@ def reuse_regions(
     targets: Mapping[str, nn.Module],
     shapes: Mapping[str, MatrixShape],
     *,
+    source: str,
+    rows: Sequence[EncodedRow] = (),
     stored: StoredWeights | None = None,
 ) -> Regions:
-    """Check that a region file belongs to this base and cut it at this run's fractions."""
-    source = str(config.calibration.core_regions)
+    """Check that a region file belongs to this base and cut it at this run's fractions.
+
+    Args:
+        rows: what it was scored on, where that is known.
+    """
     digest = fingerprint(targets, stored)
     comm.together(lambda: check_region_file(file, shapes, fingerprint=digest, source=source))
     log.info("core regions: read from %s, cut at p = %s", source, config.calibration.core_fraction)
-    return Regions(file, _cut(config, file), rows=[])
+    return Regions(file, _cut(config, file, source), rows)
 
 
 def score_base(
@@ -150,7 +155,7 @@ def score_base(
             on_pass=partial_file.write,
         )
     file = RegionFile(scores, made_of, digest)
-    return Regions(file, _cut(config, file), rows)
+    return Regions(file, _cut(config, file, "the scores"), rows)
 
 
 def _describe(config: RunConfig, rows: Sequence[EncodedRow]) -> dict[str, Any]:
@@ -219,12 +224,10 @@ def _original_weight(config: RunConfig, stored: StoredWeights | None) -> Callabl
     return lambda name: found.read(name).to(dtype)
 
 
-def _cut(config: RunConfig, file: RegionFile) -> dict[str, CoreRegion]:
+def _cut(config: RunConfig, file: RegionFile, source: str) -> dict[str, CoreRegion]:
     calibration = config.calibration
     return file.cut(
-        element_fraction=calibration.element_fraction,
-        core_fraction=calibration.core_fraction,
-        source=str(calibration.core_regions),
+        element_fraction=calibration.element_fraction, core_fraction=calibration.core_fraction, source=source
     )
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import pad_token_id
-from taso_ds.data.plan import BatchPlan
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.errors import UserError
@@ -19,8 +18,10 @@ from taso_ds.training import export, prepare, regions
 from taso_ds.training.base_model import (
     BaseModel,
 )
-from taso_ds.training.build import Setup, Trained, attach, find_regions, load_base, set_up
-from taso_ds.training.feed import Feed
+from taso_ds.training.build import Setup, Trained, attach, base_fingerprint, find_regions, load_base, set_up
+from taso_ds.training.divergence import Diverged
+from taso_ds.training.interrupts import Interrupts
+from taso_ds.training.life import Life
 from taso_ds.training.lora_baseline import lora_parameters
 from taso_ds.training.optim import (
     Group,
@@ -33,52 +34,50 @@ from taso_ds.training.optim import (
 )
 from taso_ds.training.prove import Proof, probe_logits, prove_export
 from taso_ds.training.quantized_base import num_parameters
+from taso_ds.training.resume import Start, check_base, check_data, check_same_run, find_start
 from taso_ds.training.run_folder import ADAPTER, RESULTS, RUN, RunFolder, choose_folder, versions
-from taso_ds.training.trainer import Diverged, Trainer
 
 log = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> Path:
-    """Run everything and return the run folder.
+    """Run everything, or what an interrupted run has left to do, and return the run folder.
 
     Raises:
         UserError: on every rank; before training nothing is left behind.
+        Interrupted: a signal asked the run to stop; started again, it goes on.
     """
-    path = comm.on_main(lambda: choose_folder(config))
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path)))
-    setup, folder = comm.together(lambda: set_up(config)), RunFolder(path)
+    with Interrupts() as interrupts:
+        path = comm.on_main(lambda: choose_folder(config))
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path)))
+        start = comm.on_main(lambda: find_start(config, path))
+        if start.is_finished:
+            log.info("%s holds this run, finished; --resume none runs it again", path)
+            return path
+        return _run(config, start, RunFolder(path), interrupts)
+
+
+def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrupts) -> Path:
+    config = start.adapt(asked)
+    setup = comm.together(lambda: set_up(config))
+    if start.progress is not None:
+        comm.on_main(lambda: check_data(setup.data_digest, start))
     base, targets, shapes = load_base(setup)
-    found = find_regions(setup, base, targets, shapes) if config.adapter.method == "taso" else None
+    taso = config.adapter.method == "taso"
+    found = find_regions(setup, base, targets, shapes, earlier=start.regions) if taso else None
+    fingerprint = base_fingerprint(setup, base, targets) if found is None else found.file.fingerprint
+    comm.on_main(lambda: check_base(fingerprint, start))
     trained = attach(setup, base, shapes, found)
-    plan = BatchPlan(len(setup.rows), setup.sizes.global_batch_size, seed=config.run.seed)
-    schedule = make_schedule(config.training, total_steps(config.training, plan.steps_per_epoch))
-    record = run_record(setup, base.model, trained.groups, schedule)
-    comm.on_main(lambda: _start(folder, config, record, found))
+    schedule = make_schedule(config.training, total_steps(config.training, setup.plan.steps_per_epoch))
+    record = run_record(setup, base.model, trained.groups, schedule) | {"config": asked.flags()}
+    comm.on_main(lambda: _start(folder, config, record, found, start))
     engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.ds_config)
     evaluate = partial(setup.evaluator, engine.module)
-    before = evaluate()
+    before = evaluate() if start.progress is None else start.progress.before
     log.info("before: %s", _in_words(before))
-
-    def on_eval(step: int) -> None:
-        scores = evaluate()
-        if comm.is_main():
-            folder.log({"step": step, "eval": scores})
-
-    trainer = Trainer(
-        engine,
-        Feed(setup.rows, plan, setup.sizes, setup.collate, setup.filler),
-        loss_sum=setup.loss_sum,
-        groups=trained.groups,
-        schedule=schedule,
-        logging_steps=config.training.logging_steps,
-        eval_steps=config.training.eval_steps,
-        on_log=lambda metrics: folder.log(metrics) if comm.is_main() else None,
-        on_eval=on_eval,
-    )
-    engine.train()
+    life = Life(setup, folder, engine, trained, schedule, found, fingerprint=fingerprint, before=before)
     try:
-        trainer.fit()
+        life.train(start, interrupts)
     except Diverged as error:
         _save_last_good(setup, folder, base, trained, error)
         raise
@@ -97,16 +96,23 @@ def train(config: RunConfig) -> Path:
         "concentration": None if found is None else found.mean_concentration(config.calibration.element_fraction),
     }
     comm.on_main(lambda: folder.write_json(RESULTS, results))
-    return path
+    return folder.path
 
 
-def _start(folder: RunFolder, config: RunConfig, record: dict[str, Any], found: regions.Regions | None) -> None:
-    """Create the folder and write what is known before the first step."""
-    folder.start()
+def _start(
+    folder: RunFolder, config: RunConfig, record: dict[str, Any], found: regions.Regions | None, start: Start
+) -> None:
+    """Make the folder ready and write what is known before the first step; the record, which makes it ours, first."""
+    goes_on_here = start.is_same_folder(folder.path)
+    if not goes_on_here:
+        folder.start()
+    folder.forget_after(start.step)
+    folder.write_json(RUN, record)
     if found is not None:
         log.info(regions.describe_regions(found, config))
-        regions.write_regions(folder, config, found)
-    folder.write_json(RUN, record)
+        if not (goes_on_here and start.regions):
+            regions.write_regions(folder, config, found)
+    folder.finish_scoring()
     log.info(describe_record(record))
 
 
@@ -198,6 +204,7 @@ def calibrate(config: RunConfig) -> Path:
         raise UserError("calibrate: makes core regions; drop --core_regions and --method")
     path = comm.on_main(lambda: choose_folder(config))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path)))
+    comm.on_main(lambda: check_same_run(config, path))
     setup, folder = comm.together(lambda: set_up(config)), RunFolder(path)
     base, targets, shapes = load_base(setup)
     found = find_regions(setup, base, targets, shapes)
@@ -222,7 +229,7 @@ def calibrate(config: RunConfig) -> Path:
 
 def _save_last_good(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, error: Diverged) -> None:
     """Keep what the finished steps learned."""
-    if error.good_steps == 0 or trained.adapter is None:
+    if error.good_steps == 0 or error.applied or trained.adapter is None:
         return
     export.save_taso(
         folder,

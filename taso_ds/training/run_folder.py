@@ -7,6 +7,7 @@ full fine-tuning), ``metrics.jsonl``, ``results.json``.
 import errno
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -20,12 +21,16 @@ from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
 from taso_ds.errors import UserError
 from taso_ds.json_text import parse_json
+from taso_ds.training.checkpoint import CHECKPOINTS, resolve_checkpoint
+
+log = logging.getLogger(__name__)
 
 RUN, RESULTS, METRICS = "run.json", "results.json", "metrics.jsonl"
 CALIBRATION, REGIONS, PICTURE = "calibration.jsonl", "core_regions.safetensors", "core_regions.png"
 PARTIAL = "core_regions.partial.safetensors"  # scores of the finished passes; gone when scoring is done
 ADAPTER, MODEL = "adapter", "model"
-_ENTRIES = (RUN, RESULTS, METRICS, CALIBRATION, REGIONS, PICTURE, PARTIAL, ADAPTER, MODEL)
+# The record last: a folder without one is taken for somebody else's.
+_ENTRIES = (RESULTS, METRICS, CALIBRATION, REGIONS, PICTURE, PARTIAL, ADAPTER, MODEL, CHECKPOINTS, RUN)
 _VERSIONS = ("taso_ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "bitsandbytes")
 
 
@@ -36,7 +41,7 @@ class RunFolder:
     path: Path
 
     def start(self) -> None:
-        """Create the folder and remove what an earlier run of the same configuration left."""
+        """Create the folder and remove what an earlier run left."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for name in _ENTRIES:
@@ -60,6 +65,25 @@ class RunFolder:
             except OSError:
                 file.truncate(end)
                 raise
+
+    def finish_scoring(self) -> None:
+        """Remove the scores of single passes: the regions are written."""
+        (self.path / PARTIAL).unlink(missing_ok=True)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that are done again, and of a line that was cut short."""
+        path = self.path / METRICS
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s: a line that was cut short is dropped", path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
     def write_rows(self, name: str, rows: Sequence[EncodedRow]) -> None:
         """Write encoded rows as JSON lines: enough for anyone to recompute the regions with plain autograd."""
@@ -95,12 +119,15 @@ class RunFolder:
 
 
 def choose_folder(config: RunConfig) -> Path:
-    """Return the folder of this run: the one asked for, or the first free ``runs/<method>-<task>[-N]``.
+    """Return the folder of this run: the one asked for, that of the checkpoint to resume from, or the first free
+    ``runs/<method>-<task>[-N]``.
 
     Raises:
-        UserError: when it cannot be written, or holds something else than a run of the same configuration.
+        UserError: when it cannot be written, or holds something else than a run.
     """
-    if config.run.output_dir is None:
+    if config.run.output_dir is None and config.run.resume not in ("auto", "none"):
+        path = resolve_checkpoint(Path(config.run.resume)).parent.parent
+    elif config.run.output_dir is None:
         first = Path("runs") / f"{config.adapter.method}-{config.data.task}"
         number = 1
         path = first
@@ -130,21 +157,16 @@ def _check_content(path: Path, config: RunConfig) -> None:
         return
     if not path.is_dir():
         raise UserError(f"output_dir: {path} is a file")
-    if {entry.name for entry in path.iterdir()} <= {PARTIAL}:
+    if (path / RUN).is_file() or all(_is_ours_before_start(entry) for entry in path.iterdir()):
         return
-    remedy = "choose another --output_dir, or pass --overwrite_output_dir"
-    if not (path / RUN).is_file():
-        raise UserError(f"output_dir: {path} is not empty and holds no run; {remedy}")
-    earlier = read_run(path)["config"]
-    now = json.loads(json.dumps(config.flags()))
-    different = sorted(key for key in {*earlier, *now} if earlier.get(key) != now.get(key))
-    if different:
-        key = different[0]
-        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-        raise UserError(
-            f"output_dir: {path} holds another run ({key}: {earlier.get(key)!r} there, {now.get(key)!r} here{more});"
-            f" {remedy}"
-        )
+    raise UserError(
+        f"output_dir: {path} is not empty and holds no run; choose another --output_dir, or pass --overwrite_output_dir"
+    )
+
+
+def _is_ours_before_start(entry: Path) -> bool:
+    """Say whether a run that was cut short before its first record may have left this."""
+    return entry.name == PARTIAL or (entry.name.startswith(".") and entry.name.endswith(".tmp"))
 
 
 def _check_writable(path: Path) -> None:

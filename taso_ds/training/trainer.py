@@ -10,33 +10,38 @@ from tqdm import tqdm
 
 from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
-from taso_ds.errors import UserError
+from taso_ds.errors import Interrupted, UserError
+from taso_ds.training.agreement import Place, agree, digest
+from taso_ds.training.divergence import Diverged, LossWatch
 from taso_ds.training.feed import Feed, Step
+from taso_ds.training.interrupts import Interrupts
 from taso_ds.training.loss import LossSum
 from taso_ds.training.optim import Group, Schedule
 
-
-class Diverged(UserError):
-    """The loss is not finite. Raised on every rank before the step is applied: the parameters are still good."""
-
-    def __init__(self, message: str, *, good_steps: int) -> None:
-        super().__init__(message)
-        self.good_steps = good_steps
+_STOP, _SAVE = 1, 2  # what a rank may wish for at a step's start
 
 
 class Trainer:
     """Trains for ``schedule.total_steps`` steps.
 
     The loss of a step is the mean over the supervised units of its global batch, whatever the split over micro-batches
-    and ranks: each micro-batch contributes its sum divided by the units of the whole batch.
+    and ranks: each micro-batch contributes its sum divided by the units of the whole batch. A step is a function of its
+    number and of the trained state: rows, learning rate and random numbers are drawn from the number, so nothing else
+    has to be saved for a run to go on exactly.
 
     Args:
         engine: a DeepSpeed engine.
         feed: the rows.
         loss_sum: loss summed over supervised units, and their number.
         groups: the parameter groups, in the optimizer's order.
+        trained: digest of what is trained, the same on all ranks.
+        loss_watch: tells when the loss diverges.
+        brake: factor on every learning rate; below 1 after a rollback.
+        save_steps: steps between checkpoints; None for none by number.
+        save_minutes: time between checkpoints on rank 0's clock; None for none by time.
         on_log: called on every rank with each logged step's metrics.
         on_eval: called every ``eval_steps`` steps with the number of steps done.
+        on_save: called on every rank with the number of steps done, when a checkpoint is due.
     """
 
     def __init__(
@@ -51,6 +56,12 @@ class Trainer:
         eval_steps: int | None,
         on_log: Callable[[dict[str, Any]], None],
         on_eval: Callable[[int], None],
+        on_save: Callable[[int], None] = lambda step: None,
+        save_steps: int | None = None,
+        save_minutes: float | None = None,
+        trained: int = 0,
+        loss_watch: LossWatch | None = None,
+        brake: float = 1.0,
     ) -> None:
         self.engine = engine
         self.feed = feed
@@ -61,17 +72,26 @@ class Trainer:
         self.eval_steps = eval_steps
         self.on_log = on_log
         self.on_eval = on_eval
+        self.on_save = on_save
+        self.save_steps = save_steps
+        self.save_minutes = save_minutes
+        self.trained = trained
+        self.loss_watch = loss_watch or LossWatch(0.0)
+        self.brake = brake
+        self._saved_at = time.monotonic()
 
-    def fit(self) -> None:
-        """Run all steps.
+    def fit(self, *, first: int = 0, interrupts: Interrupts | None = None) -> None:
+        """Run all steps from ``first`` on; a checkpoint is due at the end too.
 
         Raises:
-            Diverged: when the loss is not finite.
-            UserError: when the first step moved nothing, or a gradient is not finite.
+            Diverged: when loss or gradient is not finite, or the loss has jumped.
+            UserError: when the first step moved nothing, or the ranks do not agree.
+            Interrupted: on every rank, when a signal asked any of them to stop; a checkpoint is saved.
         """
         total = self.schedule.total_steps
-        with tqdm(total=total, desc="training", unit="step", disable=not comm.is_main()) as bar:
-            for step in range(total):
+        with tqdm(total=total, initial=first, desc="training", unit="step", disable=not comm.is_main()) as bar:
+            for step in range(first, total):
+                self._meet(step, saved=step == first, interrupts=interrupts)
                 started = time.perf_counter()
                 metrics = self.step(step)
                 metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - started)
@@ -81,10 +101,28 @@ class Trainer:
                     self.on_log(metrics)
                 if self.eval_steps and metrics["step"] % self.eval_steps == 0 and metrics["step"] < total:
                     self.on_eval(metrics["step"])
+        if first < total:
+            self.on_save(total)
+
+    def _meet(self, step: int, *, saved: bool, interrupts: Interrupts | None) -> None:
+        """Compare with the other ranks before a step; save and stop if any of them wishes so."""
+        late = self.save_minutes is not None and time.monotonic() - self._saved_at > 60.0 * self.save_minutes
+        arrived = interrupts.arrived if interrupts else None
+        data = self.feed.step(step)
+        place = Place(step, len(data.micro_batches), digest([str(data.rows).encode()]), self.trained)
+        wishes = agree(place, wishes=(_STOP if arrived else 0) | (_SAVE if late and comm.is_main() else 0))
+        due = wishes or (self.save_steps and step % self.save_steps == 0)
+        if due and not saved:
+            self.on_save(step)
+            self._saved_at = time.monotonic()
+        if wishes & _STOP:
+            names = sorted({name for name in comm.gather_objects(arrived) if name})
+            raise Interrupted(f"stopped by {', '.join(names)} after step {step}; the same command goes on from there")
 
     def step(self, step: int) -> dict[str, Any]:
         """Run one optimizer step (0-based) and return its metrics."""
-        share = self.schedule(step)
+        torch.manual_seed(digest([f"{self.feed.plan.seed}/{step}/{comm.rank()}".encode()]))
+        share = self.schedule(step) * self.brake
         for live, group in zip(engines.optimizer_groups(self.engine), self.groups, strict=True):
             live["lr"] = group.peak * share
         data = self.feed.step(step)
@@ -93,7 +131,11 @@ class Trainer:
         if norm == 0.0 and step == 0:
             raise UserError("training: no gradient reached the trained parameters in the first step")
         if not math.isfinite(norm):
-            raise UserError(f"training: the gradient norm of step {step + 1} is {norm}; lower --learning_rate")
+            raise Diverged(
+                f"training: the gradient norm of step {step + 1} is {norm}; lower --learning_rate",
+                good_steps=step,
+                applied=True,
+            )
         return {
             "step": step + 1,
             "epoch": (step + 1) / self.feed.plan.steps_per_epoch,
@@ -102,6 +144,10 @@ class Trainer:
             "learning_rate": {group.name: group.peak * share for group in self.groups},
             "tokens": data.tokens,
         }
+
+    def discard_gradients(self) -> None:
+        """Bring the engine to the start of a step after one that was given up; the trained state is lost."""
+        engines.step(self.engine)
 
     def _accumulate(self, step: int, data: Step) -> float:
         """Run the micro-batches of one step and return the loss of the global batch."""
@@ -118,17 +164,22 @@ class Trainer:
         total = torch.stack(losses).sum()
         comm.sum_everywhere(total)
         value = float(total) / data.units
-        if not math.isfinite(value):
-            self._stop(step, data, [float(loss) for loss in losses], value)
+        problem = self.loss_watch.problem(value)
+        if problem is not None:
+            self._stop(step, data, [float(loss) for loss in losses], problem)
         return value
 
-    def _stop(self, step: int, data: Step, losses: list[float], value: float) -> None:
+    def _stop(self, step: int, data: Step, losses: list[float], problem: str) -> None:
         suspects = [
             rows for rows, loss in zip(data.micro_batches, losses, strict=True) if not math.isfinite(loss) and rows
         ]
-        rows = [row for found in comm.gather_objects(suspects) for batch in found for row in batch]
+        found = comm.gather_objects(suspects)
+        ranks = [rank for rank, batches in enumerate(found) if batches]
+        where = f" (rank {', '.join(map(str, ranks))})" if ranks and comm.world_size() > 1 else ""
+        rows = [row for batches in found for batch in batches for row in batch]
         raise Diverged(
-            f"training: the loss of step {step + 1} is {value} on training rows {rows};"
+            f"training: the loss of step {step + 1} {problem} on training rows {rows or data.rows}{where};"
             f" the parameters after step {step} are the last good ones",
             good_steps=step,
+            applied=False,
         )

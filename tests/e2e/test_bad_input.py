@@ -27,7 +27,6 @@ from sample_rows import write_rows, write_sentences
 
 from taso_ds.adapters.files import read_tensors, write_tensors
 from taso_ds.adapters.region_file import KIND
-from taso_ds.errors import UserError
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -690,8 +689,10 @@ def test_a_host_that_is_too_small_by_force(llama_folder: Path, desk: Path, monke
 
 
 def test_debug_shows_the_traceback(llama_folder: Path, desk: Path) -> None:
-    with pytest.raises(UserError, match="unknown task"):
-        call_main("train", [*GOOD.format(llama=llama_folder).split(), "--task", "sst3", "--debug"])
+    finished = call_main("train", [*GOOD.format(llama=llama_folder).split(), "--task", "sst3", "--debug"])
+    assert (finished.code, len(finished.errors)) == (2, 1)
+    assert "Traceback" in finished.err
+    assert "UserError: unknown task" in finished.err
 
 
 def test_a_tokenizer_without_a_pad_token_is_no_mistake(llama_folder: Path, desk: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_link_in_the_run_folder_is_replaced_not_followed(llama_folder: Path, d
     (desk / "precious" / "thesis.tex").write_text("...")
     shutil.rmtree(desk / "run" / "adapter")
     (desk / "run" / "adapter").symlink_to(desk / "precious")
-    train(llama_folder).succeeded()
+    train(llama_folder, "--overwrite_output_dir").succeeded()
     assert (desk / "precious" / "thesis.tex").read_text() == "..."
     assert not (desk / "run" / "adapter").is_symlink()
     assert load_file(desk / "run" / "adapter" / "adapter_model.safetensors")

@@ -96,7 +96,15 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 
 
 def files(run: Path) -> set[str]:
-    return {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    """The run's files, without those of its checkpoints."""
+    everything = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    return {name for name in everything if not name.startswith("checkpoints/")}
+
+
+def checkpoints(run: Path) -> dict[str, set[str]]:
+    """The files of every checkpoint."""
+    folders = [path for path in (run / "checkpoints").iterdir() if path.is_dir()]
+    return {folder.name: {path.name for path in folder.iterdir()} for folder in folders}
 
 
 def lm(folder: Path) -> Any:
@@ -148,6 +156,9 @@ def logits_of(model: Any, desk: Desk) -> Tensor:
 def test_writes_exactly_its_files_and_says_where(launched: Finished, stage3: Path, desk: Desk) -> None:
     assert launched.lines[-1] == f"RUN {stage3}"
     assert files(stage3) == FILES
+    saved = {"state.safetensors", "core_regions.safetensors", "progress.json", "manifest.json", "COMPLETE"}
+    assert checkpoints(stage3) == {f"step-{STEPS:08d}": saved}
+    assert (stage3 / "checkpoints" / "latest").read_text() == f"step-{STEPS:08d}\n"
     assert {path.name for path in desk.path.iterdir()} == {"train.jsonl", "eval.jsonl", "runs"}
     assert launched.errors == []
 
@@ -322,7 +333,8 @@ def test_plain_python_learns_the_same(desk: Desk, stage3: Path) -> None:
 
 def region_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
-        return load_file(path), {key: json.loads(value) for key, value in file.metadata().items()}
+        metadata = {key: json.loads(value) for key, value in file.metadata().items() if key != "checksum"}
+        return load_file(path), metadata
 
 
 def test_calibrate_alone_finds_the_same_regions(desk: Desk, stage3: Path) -> None:

@@ -1,0 +1,77 @@
+"""Faults planted into a rank: at the n-th call of a function that a run passes, a signal arrives.
+
+A fault is a JSON object: ``rank`` and ``point`` (a key of ``POINTS``), ``call`` (counted from 1), ``when`` (``before`` or
+``after`` that call), ``signal`` (a number) and whether it strikes ``all`` ranks.
+"""
+
+import importlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# phase: functions that are called in it, as module:attribute. Those of os make a file or a rename last.
+POINTS: dict[str, tuple[str, ...]] = {
+    "load": ("taso_ds.distributed.safetensors_files:SafetensorsCheckpoint.read_into", "taso_ds.training.run:set_up"),
+    "scoring": ("taso_ds.training.calibrate:GradientSum.add", "taso_ds.training.regions:_PartialScores.write"),
+    "region exchange": ("taso_ds.training.calibrate:_share", "taso_ds.training.calibrate:_assert_agreement"),
+    "training": ("taso_ds.training.trainer:Trainer.step", "taso_ds.training.trainer:agree"),
+    "checkpoint": (
+        "os:fsync",
+        "os:rename",
+        "taso_ds.training.saver:stream_tensors",
+        "taso_ds.training.saver:Saver.save",
+    ),
+    "files": ("os:replace", "taso_ds.training.regions:write_regions"),
+    "export": ("taso_ds.training.export:save_taso", "taso_ds.training.run:save"),
+}
+
+
+def plant(faults: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Make the calls that the faults name deadly; the moment is left in ``folder``."""
+    for fault in faults:
+        calls = Counter[str]()
+
+        def strike(name: str, when: str, fault: dict[str, Any] = fault, calls: Counter[str] = calls) -> None:
+            calls[when] += 1
+            if (calls[when], when) == (fault["call"], fault["when"]):
+                (folder / "struck").write_text(str(time.time()))
+                send = os.killpg if fault["all"] else os.kill
+                send(os.getpgrp() if fault["all"] else os.getpid(), fault["signal"])
+
+        _wrap(fault["point"], strike)
+
+
+def count_calls(file: Path) -> None:
+    """Count the calls at every point from now on; the file always holds the last state."""
+    calls = Counter[str]()
+
+    def count(name: str, when: str) -> None:
+        if when == "before":
+            calls[name] += 1
+            with file.open("w") as out:
+                json.dump(calls, out)
+
+    for places in POINTS.values():
+        for place in places:
+            _wrap(place, count)
+
+
+def _wrap(place: str, notice: Callable[[str, str], None]) -> None:
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        notice(place, "before")
+        result = original(*args, **kwargs)
+        notice(place, "after")
+        return result
+
+    setattr(owner, name, wrapped)

@@ -1,0 +1,133 @@
+"""Ranks started by fork from a process that has imported everything: a two-rank run takes seconds, not half a minute.
+
+A job is a JSON object: ``argv`` (of launch/train.py), ``folder`` (for the ranks' output), ``ranks``, ``timeout`` in
+seconds, and ``faults`` (see ``faulty.py``) or ``count``. The answer has each rank's exit code (negative: killed by that
+signal), whether a rank had to be killed because it ``hung``, and ``ended``, when the last one was gone.
+
+No launcher helps here: what ends the ranks that a failed one leaves behind is the program itself.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ForkServer:
+    """The process that forks; jobs run one after the other."""
+
+    def __enter__(self) -> "ForkServer":
+        # threads would not survive a fork
+        single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+        settings = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | single | settings,
+        )
+        assert self._process.stdout is not None
+        assert json.loads(self._process.stdout.readline())["ready"]
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._process.communicate()
+
+    def run(self, argv: list[str], folder: Path, *, ranks: int = 2, timeout: float = 120.0, **more: Any) -> Any:
+        """Run one job and return its answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        job = {"argv": argv, "folder": str(folder), "ranks": ranks, "timeout": timeout, **more}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def _import_everything() -> None:
+    """Load what a run loads; nothing of it may start a thread, which a fork would lose."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import taso_ds.training.build
+    import taso_ds.training.run  # noqa: F401
+
+
+def _be_rank(job: dict[str, Any], rank: int, group: int, port: int) -> None:
+    """Become one rank of a job: does not return."""
+    from faulty import count_calls, plant
+
+    folder = Path(job["folder"])
+    os.setpgid(0, group)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_WORLD_SIZE=str(job["ranks"]),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(folder / f"rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    os.chdir(folder)
+    sys.argv = ["train.py", *job["argv"]]
+    plant([fault for fault in job.get("faults", []) if fault["rank"] == rank], folder)
+    if job.get("count"):
+        count_calls(folder / f"calls{rank}.json")
+    from taso_ds.launch.train import main
+
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as left:
+        code = int(left.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    started = time.monotonic()
+    Path(job["folder"]).mkdir(parents=True, exist_ok=True)
+    children: dict[int, int] = {}
+    for rank in range(job["ranks"]):
+        child = os.fork()
+        if child == 0:
+            _be_rank(job, rank, next(iter(children), 0), port)
+        children[child] = rank
+    codes: dict[int, int] = {}
+    hung = False
+    while len(codes) < len(children):
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child in children:
+            codes[children[child]] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() - started > job["timeout"]:
+            hung = True
+            for child, rank in children.items():
+                if rank not in codes:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return {"codes": [codes[rank] for rank in range(job["ranks"])], "hung": hung, "ended": time.time()}
+
+
+def _serve() -> None:
+    _import_everything()
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_run(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,236 @@
+"""Where a run begins: anew, with the regions of an interrupted run, or at one of its checkpoints.
+
+Decided on rank 0, before anything heavy loads. A run goes on only if it is the same run: what differs in the
+configuration is listed, and anything that would change the result is refused.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from taso_ds.config import RunConfig
+from taso_ds.errors import UserError
+from taso_ds.json_text import parse_json
+from taso_ds.training.checkpoint import CHECKPOINTS, PROGRESS, Checkpoints, resolve_checkpoint
+from taso_ds.training.run_folder import REGIONS, RESULTS, RUN, read_run
+
+log = logging.getLogger(__name__)
+
+AUTO, NONE = "auto", "none"
+# How the work is cut up, shown and saved: the global batches, and what is learned from them, stay the same.
+HARMLESS = frozenset(
+    (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "ds_config",
+        "attn_implementation",
+        "per_device_eval_batch_size",
+        "calibration_passes",
+        "calibration_offload",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_minutes",
+        "save_total_limit",
+        "on_divergence",
+        "max_rollbacks",
+        "max_loss_jump",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint says about its run, beside the trained state.
+
+    Attributes:
+        step: optimizer steps done.
+        optimizer_steps: steps that Adam's bias correction counts.
+        base: fingerprint of the base's target weights; empty where all weights are trained.
+        data: digest of the training rows.
+        before: evaluation before training.
+        recent_losses: of the last steps, oldest first.
+        rollbacks: how often training went back after it diverged.
+    """
+
+    step: int
+    total_steps: int
+    optimizer_steps: int
+    config: dict[str, Any]
+    world_size: int
+    zero_stage: int
+    global_batch_size: int
+    base: str
+    data: str
+    before: dict[str, float]
+    recent_losses: list[float]
+    rollbacks: int
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Read the record of a complete checkpoint.
+
+    Raises:
+        UserError: it does not hold what this version writes.
+    """
+    file = checkpoint / PROGRESS
+    try:
+        values = parse_json(file.read_text(encoding="utf-8"), PROGRESS, constants=True)
+        found = Progress(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: not the record of a checkpoint ({error})") from error
+    for name, kind in get_type_hints(Progress).items():
+        if not isinstance(getattr(found, name), get_origin(kind) or kind):
+            raise UserError(f"{file}: {name} is not of type {kind}")
+    return found
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: to go on from; None to start at step 0.
+        progress: what that checkpoint says.
+        regions: region file of the interrupted run; None to score.
+        global_batch_size: of the interrupted run; None for a new one.
+        is_finished: whether there is nothing left to do.
+    """
+
+    checkpoint: Path | None = None
+    progress: Progress | None = None
+    regions: Path | None = None
+    global_batch_size: int | None = None
+    is_finished: bool = False
+
+    @property
+    def is_new(self) -> bool:
+        return self.global_batch_size is None
+
+    @property
+    def step(self) -> int:
+        return self.progress.step if self.progress else 0
+
+    def is_same_folder(self, folder: Path) -> bool:
+        """Say whether the run goes on where it was begun."""
+        if self.is_new:
+            return False
+        return self.checkpoint is None or self.checkpoint.parent.parent.resolve() == folder.resolve()
+
+    def adapt(self, config: RunConfig) -> RunConfig:
+        """Return the configuration with the global batch of the interrupted run, on whatever ranks there are now."""
+        if self.global_batch_size is None:
+            return config
+        training = dataclasses.replace(config.training, global_batch_size=self.global_batch_size)
+        return dataclasses.replace(config, training=training)
+
+
+def find_start(config: RunConfig, folder: Path) -> Start:
+    """Decide where the run in ``folder`` begins. Rank 0 only; nothing is written.
+
+    Raises:
+        UserError: the folder holds a run of another configuration, or ``--resume`` names no complete checkpoint.
+    """
+    resume = config.run.resume
+    if resume not in (AUTO, NONE):
+        checkpoint = resolve_checkpoint(Path(resume))
+        check_same_run(config, folder)
+        return _from(config, checkpoint.parent.parent, checkpoint)
+    if config.run.overwrite_output_dir or not (folder / RUN).is_file():
+        return Start()
+    if resume == NONE or (folder / RESULTS).is_file():
+        check_same_run(config, folder)
+        return Start(is_finished=resume == AUTO)
+    found = Checkpoints(folder / CHECKPOINTS).newest()
+    for line in found.skipped:
+        log.warning("checkpoint: skipped %s", line)
+    if found.skipped and found.path is None:
+        log.warning("checkpoint: none in %s is complete; training starts at step 0", folder)
+    return _from(config, folder, found.path)
+
+
+def check_same_run(config: RunConfig, folder: Path) -> None:
+    """Refuse to replace a run of another configuration; UserError names what differs."""
+    if (folder / RUN).is_file() and not config.run.overwrite_output_dir:
+        _refuse_other(config, read_run(folder)["config"], folder, "choose another --output_dir, or pass")
+
+
+def check_data(data_digest: str, start: Start) -> None:
+    """Refuse to go on with other training rows; UserError."""
+    if start.progress is not None and start.progress.data != data_digest:
+        raise UserError(
+            f"resume: the training rows are not those that {start.checkpoint} was trained on; put the data back, or"
+            " start anew with --resume none in another --output_dir"
+        )
+
+
+def check_base(fingerprint: str, start: Start) -> None:
+    """Refuse to go on on another base; UserError."""
+    if start.progress is not None and start.progress.base != fingerprint:
+        raise UserError(
+            f"resume: the base is not the one that {start.checkpoint} was trained on (its weights have another"
+            " fingerprint); pass the same --model_name_or_path"
+        )
+
+
+def _from(config: RunConfig, folder: Path, checkpoint: Path | None) -> Start:
+    run = read_run(folder)
+    progress = None if checkpoint is None else read_progress(checkpoint)
+    recorded = run["config"] if progress is None else progress.config
+    _refuse_other(
+        config, recorded, folder, "undo the change, start anew with --resume none in another --output_dir, or"
+    )
+    regions = folder / REGIONS
+    if checkpoint is not None:
+        log.info("resume: goes on after step %d (%s)", progress.step if progress else 0, checkpoint)
+    has_regions = config.adapter.method == "taso" and regions.is_file()
+    if config.adapter.method == "taso" and checkpoint is not None and not has_regions:
+        raise UserError(f"resume: {regions} is missing, which {checkpoint} belongs to; put it back")
+    batch = progress.global_batch_size if progress else run.get("batch", {}).get("global_batch_size")
+    if not isinstance(batch, int):
+        raise UserError(f"{folder / RUN}: has no batch.global_batch_size")
+    return Start(checkpoint, progress, regions if has_regions else None, batch)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One flag that was given otherwise."""
+
+    name: str
+    there: Any
+    here: Any
+
+    @property
+    def is_harmless(self) -> bool:
+        return self.name in HARMLESS
+
+    def __str__(self) -> str:
+        mark = "harmless" if self.is_harmless else "changes the run"
+        return f"{self.name}: {self.there!r} there, {self.here!r} here ({mark})"
+
+
+def differences(recorded: Mapping[str, Any], config: RunConfig) -> list[Difference]:
+    """Return what differs from a recorded configuration, what changes the run first."""
+    now = json.loads(json.dumps(config.flags()))
+    if now["global_batch_size"] is None:
+        now["global_batch_size"] = recorded.get("global_batch_size")  # a run that goes on keeps its global batch
+    found = [
+        Difference(name, recorded.get(name), now.get(name))
+        for name in sorted({*recorded, *now})
+        if recorded.get(name) != now.get(name)
+    ]
+    return sorted(found, key=lambda difference: difference.is_harmless)
+
+
+def _refuse_other(config: RunConfig, recorded: Mapping[str, Any], folder: Path, remedy: str) -> None:
+    found = differences(recorded, config)
+    if any(not difference.is_harmless for difference in found):
+        listed = "; ".join(map(str, found))
+        raise UserError(f"output_dir: {folder} holds another run ({listed}); {remedy} --overwrite_output_dir")
+    if found:
+        log.info("resume: the same run with %s", "; ".join(map(str, found)))
