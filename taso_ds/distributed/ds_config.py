@@ -9,6 +9,7 @@ import copy
 import json
 import logging
 import os
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ AUTO = keys.AUTO
 # The loop logs; DeepSpeed's own progress line would only repeat it.
 NEVER = 1_000_000_000
 _LARGEST = 1 << 63
+_SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
 # torch's AdamW is what runs: an optimizer section that says so decides nothing.
 ADAMW_BY_TORCH = (("torch_adam", True), ("adam_w_mode", True))
 
@@ -114,6 +116,18 @@ def resolve_ds_config(
     resolved.setdefault("timers", {"throughput": {"enabled": False}})
     _refuse_auto(resolved, "", source)
     return resolved
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a DeepSpeed dict as it may be shown and recorded: a monitor's ``api_key`` is nobody else's business."""
+    if isinstance(value, list):
+        return [without_secrets(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: "(not recorded)" if isinstance(entry, str) and _SECRET.search(key) else without_secrets(entry)
+        for key, entry in value.items()
+    }
 
 
 def _section(parent: dict[str, Any], key: str, source: str, path: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taso_ds.distributed import ds_config_keys as keys
-from taso_ds.distributed.ds_config import AUTO, read_ds_config, resolve_ds_config, shipped_ds_configs
+from taso_ds.distributed.ds_config import AUTO, read_ds_config, resolve_ds_config, shipped_ds_configs, without_secrets
 from taso_ds.errors import UserError
 
 BATCH = {
@@ -416,15 +416,21 @@ def test_the_run_says_where_the_disk_is() -> None:
     assert (offloaded["device"], offloaded["nvme_path"]) == ("nvme", "/disk")
 
 
+def test_secrets_are_not_shown() -> None:
+    raw = {"comet": {"enabled": False, "api_key": "abc", "project": "p"}, "wandb": [{"TOKEN": "def", "tokens": 3}]}
+    shown = {"enabled": False, "api_key": "(not recorded)", "project": "p"}
+    assert without_secrets(raw) == {"comet": shown, "wandb": [{"TOKEN": "(not recorded)", "tokens": 3}]}
+
+
 # Any JSON -------------------------------------------------------------------------------------------------------------
 
+KEYS = sorted(
+    {"device", "nvme_path", "type", "params", "lr", "enabled", "grad_accum_dtype", *keys.TOP_LEVEL, *keys.ZERO}
+)
 VALUES = st.recursive(
     st.sampled_from([AUTO, None, True, False, 0, 1, 3, 2.0, -1, 1e400, 10**400, "", "cpu", "nvme", "fp32", "AdamW"]),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     max_leaves=5,
-)
-KEYS = sorted(
-    {"device", "nvme_path", "type", "params", "lr", "enabled", "grad_accum_dtype", *keys.TOP_LEVEL, *keys.ZERO}
 )
 SECTIONS = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4)
 DOCUMENTS = st.fixed_dictionaries(

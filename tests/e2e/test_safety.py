@@ -173,10 +173,12 @@ def test_secrets_of_the_environment_are_written_and_said_nowhere(
 ) -> None:
     for name in SECRETS:
         monkeypatch.setenv(name, f"canary-{name.lower()}")
-    said = [train(llama_folder).succeeded()]
+    ds_config = desk.with_name("monitored.json")  # beside what is searched
+    ds_config.write_text('{"comet": {"enabled": false, "api_key": "canary-comet"}}')
+    said = [train(llama_folder, "--ds_config", ds_config).succeeded()]
     said.append(call_main("evaluate", ["--run", "run"]).succeeded())
     said.append(train(llama_folder, "--model_name_or_path", "nobody/nothing", "--output_dir", "other"))  # asks the Hub
-    said.append(train(llama_folder, "--dry_run", "--output_dir", "other").succeeded())
+    said.append(train(llama_folder, "--ds_config", ds_config, "--dry_run", "--output_dir", "other").succeeded())
     files = {path: content for path, content in contents(desk).items() if content is not None}
     assert desk / "run" / "run.json" in files
     assert not [path for path, content in files.items() if b"canary" in content]
