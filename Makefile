@@ -15,7 +15,10 @@ demo test bench: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extension
 demo test bench: export TASO_CACHE := $(CURDIR)/.cache/taso_ds
 demo test: export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo-data demo test check format bench clean
+# Mutated files for each reader that `make fuzz` tries.
+RUNS ?= 20000
+
+.PHONY: help setup demo-data demo test check format bench fuzz clean
 
 help:
 	@echo "make setup      an environment in .venv with the tested versions"
@@ -24,6 +27,7 @@ help:
 	@echo "make check      format, lint and types"
 	@echo "make format     format and fix what can be fixed"
 	@echo "make bench      time training steps"
+	@echo "make fuzz       throw mutated files at everything that reads files; RUNS=$(RUNS) for each reader"
 	@echo "make demo-data  only the packages that the demo and the tests read"
 	@echo "make clean      remove caches and what builds leave; .venv and runs stay"
 
@@ -60,6 +64,10 @@ format: .venv/.ready
 
 bench: .venv/.ready .venv/.demo-data
 	.venv/bin/python benchmarks/train.py
+
+fuzz: .venv/.ready
+	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) -e ".[fuzz]"
+	.venv/bin/python tests/fuzz/fuzz_readers.py all -runs=$(RUNS) -timeout=20
 
 clean:
 	rm -rf build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache

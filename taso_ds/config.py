@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
-import yaml
-
 from taso_ds.adapters.compensation import parse_rho
 from taso_ds.adapters.importance import REDUCTIONS, SCORES
 from taso_ds.adapters.structure import STRUCTURES
 from taso_ds.errors import UserError, nearest
+from taso_ds.yaml_text import parse_yaml
 
 METHODS = ("taso", "lora", "full")
 IMPORTANCE_WEIGHTS = ("loaded", "original")
@@ -309,16 +308,14 @@ def batch_sizes(training: TrainArguments, world_size: int) -> BatchSizes:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Read a configuration file; UserError when it is missing, malformed or has an unknown key."""
+    """Read a configuration file; UserError when it is missing or malformed, or names another one."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config: cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config: {path} is not a mapping of argument names to values")
-    for key in values:
-        if key not in _known_names():
-            raise UserError(f"config: {path} has the unknown key {key!r}{nearest(str(key), _known_names())}")
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: cannot read {path}: {error}") from error
+    values = parse_yaml(text, f"config: {path}")
+    if "config" in values:
+        raise UserError(f"config: {path} names another configuration file: put all arguments into one")
     return values
 
 
@@ -362,32 +359,60 @@ def parse_groups(
     if not partial:
         file = parse_groups([RunArguments], arguments, description="", partial=True)[0].config
         if file is not None:
-            parser.set_defaults(**_typed(read_yaml(file), file))
+            parser.set_defaults(**typed(read_yaml(file), f"config: {file}"))
     *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     if unknown and not partial:
         name = unknown[0].lstrip("-").split("=")[0]
         raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _known_names())}; --help lists them")
+    for group in parsed:
+        for entry in dataclasses.fields(group):
+            _check_representable(entry.name, getattr(group, entry.name))
     return parsed
 
 
-def _typed(values: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Return YAML values as what the fields hold."""
+_LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1  # of the types that tensors and counters have
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
+
+
+def _check_representable(name: str, value: Any) -> None:
+    """Refuse numbers that no tensor and texts that no file system can hold, before a library meets them."""
+    if isinstance(value, float):
+        _require(not math.isfinite(value) or abs(value) <= _LARGEST_FLOAT, name, value, "within the range of fp32")
+    elif isinstance(value, int):
+        _require(abs(value) <= _LARGEST_INT, name, value, "within 64 bits")
+    elif isinstance(value, str):
+        whole = "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+        _require(whole, name, value, "UTF-8 text without null characters")
+        longest = max(len(part.encode()) for part in value.split("/"))
+        fits = longest <= _LONGEST_NAME and len(value.encode()) <= _LONGEST_PATH
+        _require(fits, name, value, f"short enough for a path ({_LONGEST_NAME} bytes a name, {_LONGEST_PATH} in all)")
+
+
+def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return values read from a file as what the fields hold.
+
+    Raises:
+        UserError: an unknown name, or a value of another type.
+    """
+    for key in values:
+        if key not in _known_names():
+            raise UserError(f"{source} has the unknown key {key!r}{nearest(str(key), _known_names())}")
     hints = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}
-    typed: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         kind, *others = get_args(hints[key]) or (hints[key],)
         if key == "rho" and value is False:  # `off` is a boolean to YAML
-            typed[key] = "off"
+            found[key] = "off"
         elif value is None and others:
-            typed[key] = None
+            found[key] = None
         else:
             try:
-                typed[key] = _as_kind(value, kind)
+                found[key] = _as_kind(value, kind)
             except (TypeError, ValueError) as error:
                 name = "a list of texts" if kind == list[str] else kind.__name__
                 remedy = "; put it in quotes" if kind is str else ""
-                raise UserError(f"config: {file}: {key} is {value!r}, not {name}{remedy}") from error
-    return typed
+                raise UserError(f"{source}: {key} is {value!r}, not {name}{remedy}") from error
+    return found
 
 
 def _as_kind(value: Any, kind: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from taso_ds.errors import Interrupted, UserError
+from taso_ds.errors import Interrupted, UserError, speaks_for_all
 
 CRASH, USER_ERROR = 1, 2
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not an error, start me again
@@ -33,14 +33,14 @@ def run_script(action: Callable[[], str | None]) -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        _leave(f"error: {' '.join(str(error).split())}", USER_ERROR)
+        _leave(f"error: {_printable(str(error))}", USER_ERROR)
     except Interrupted as reason:
         _blame_another(wait=0.0)  # a launcher stops the ranks that a failed one leaves behind
         _leave(str(reason), INTERRUPTED)
     except Exception as error:
         _blame_another(wait=_LOOK_AROUND)
         traceback.print_exc()
-        _leave(f"error: {type(error).__name__}: {' '.join(str(error).split())[:500]}", CRASH)
+        _leave(f"error: {type(error).__name__}: {_printable(str(error))}", CRASH)
     from taso_ds.distributed import comm
 
     if last_line is not None and comm.is_main():
@@ -60,16 +60,15 @@ def _leave(line: str, code: int) -> NoReturn:
     """Say the line on rank 0 and leave; the others leave too."""
     if comm := sys.modules.get("taso_ds.distributed.comm"):
         comm.give_up(line, code)
-    if os.environ.get("RANK", "0") == "0":
+    if speaks_for_all():
         print(line, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _set_up_logging() -> None:
     # A single script, many ranks: what all of them know is said once.
-    is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
-    log.setLevel(logging.INFO if is_main else logging.ERROR)
+    log.setLevel(logging.INFO if speaks_for_all() else logging.ERROR)
     # Names that newer torch versions prefer inside DeepSpeed; nothing a user of this program can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -82,3 +81,15 @@ def _leave_script_folder() -> None:
     """Take the script's own folder off the import path, where ``evaluate.py`` would hide the library of that name."""
     folder = Path(sys.argv[0]).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
+
+
+_LONGEST_LINE = 560
+
+
+def _printable(message: str) -> str:
+    """Return one line of bounded length in which nothing a file held can move the cursor or turn the text around."""
+    line = " ".join(message.split())
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    if len(line) <= _LONGEST_LINE:
+        return line
+    return f"{line[: _LONGEST_LINE - 153]} … {line[-150:]}"  # what is wrong at the start, the remedy at the end

@@ -1,5 +1,7 @@
 """The one exception a user is meant to read: it names the thing at fault and the remedy, in one line."""
 
+import os
+
 
 class UserError(ValueError):
     """Something the user can fix: a flag, a file, a folder or a row. Launch scripts print it without a traceback."""
@@ -7,6 +9,12 @@ class UserError(ValueError):
 
 class Interrupted(Exception):
     """The run was asked to stop, by a signal say, and is saved. Started again, it goes on."""
+
+
+def speaks_for_all() -> bool:
+    """Say whether this process tells the user: rank 0, or any whose rank no launcher can have given."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
 
 def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:

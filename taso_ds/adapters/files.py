@@ -1,8 +1,10 @@
-"""Safetensors reading and writing for this package: atomic writes, and reading errors a user can act on."""
+"""Reading and writing this package's files: whole or not at all, with a checksum, and errors a user can act on."""
 
+import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,72 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from taso_ds.errors import UserError
+from taso_ds.json_text import parse_json
+
+CHECKSUM = "checksum"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write to; the file becomes ``path`` when all is written, and is removed when not.
+
+    It gets the permissions the user's umask gives new files: safetensors makes its own readable by the owner alone.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            temporary.unlink(missing_ok=True)  # what a killed run left
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a disk or a file system refuses while ``path`` is written into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path} ({reason}): make room there, or choose another folder") from error
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give every file below a folder the permissions that the folder itself got from the umask, execution apart."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file under a temporary name and rename it; metadata values are stored as JSON."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Write a safetensors file, whole or not at all; metadata values are stored as JSON, with a checksum of it all.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
-    _sort_metadata(temporary)
-    os.replace(temporary, path)
+    stored = {key: json.dumps(value) for key, value in metadata.items() if key != CHECKSUM}
+    stored[CHECKSUM] = json.dumps(_checksum(contiguous, stored))
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata=stored)
+        _sort_metadata(temporary)
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return a digest of names, types, shapes, contents and metadata, whatever their order."""
+    shapes = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())]
+    digest = hashlib.sha256(json.dumps([shapes, sorted(metadata.items())]).encode())
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
+    return digest.hexdigest()
 
 
 def _sort_metadata(path: Path) -> None:
@@ -53,8 +112,10 @@ def stream_tensors(path: Path, shapes: Mapping[str, torch.Size], tensors: Iterab
 def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file written by ``write_tensors`` whose metadata says ``"kind": kind``.
 
+    A file without a checksum is taken as it is: it was made by another program.
+
     Raises:
-        UserError: missing, unreadable or another kind of file.
+        UserError: missing, unreadable, damaged or another kind of file.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -64,18 +125,20 @@ def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
             found = stored.get("kind", "none").strip('"')
             if found != kind:
                 raise UserError(f"{path}: not a {kind} file (its kind is {found!r})")
-            metadata = {key: json.loads(value) for key, value in stored.items()}
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    metadata = {key: parse_json(value, f"{path}: {key}") for key, value in stored.items()}
+    checksum = metadata.pop(CHECKSUM, None)
+    if checksum not in (None, _checksum(tensors, {key: stored[key] for key in metadata})):
+        raise UserError(f"{path}: damaged (its checksum differs): copy it again")
     return tensors, metadata
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON, whole or not at all; UserError when it cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

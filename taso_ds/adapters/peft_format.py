@@ -28,6 +28,7 @@ _PREFIX = "base_model.model."
 # What experts were called before transformers fused them. Where it has, PEFT takes these names among the target modules
 # for the fused parameters, also where they are those of a dense layer or of a shared expert.
 _NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_MOST_FEATURES = 1 << 24  # far wider than any matrix: what is damaged must not ask for the memory of a wider one
 
 
 def peft_tensors(adapter: TasoAdapter, flat: Tensor, *, experts: Mapping[str, int] | None = None) -> dict[str, Tensor]:
@@ -163,6 +164,27 @@ def save_adapter(
     write_json(folder / PEFT_CONFIG_FILE, dict(config))
 
 
+def _region(rows: Tensor, cols: Tensor, out_features: int, in_features: int) -> CoreRegion:
+    """Return the region; ValueError when the indices are not what selection gives: ascending and inside the matrix."""
+    for indices, size in ((rows, out_features), (cols, in_features)):
+        if not isinstance(size, int) or not 0 < size < _MOST_FEATURES:
+            raise ValueError(f"{size!r} features")
+        if indices.dtype != torch.int64 or indices.ndim != 1 or not len(indices):
+            raise ValueError(f"indices are {indices.dtype} of shape {tuple(indices.shape)}")
+        if int(indices[0]) < 0 or int(indices[-1]) >= size or not bool((indices.diff() > 0).all()):
+            raise ValueError(f"indices do not ascend within {size}")
+    return CoreRegion(rows, cols, out_features, in_features)
+
+
+def _kept(structure: str, region: CoreRegion) -> int:
+    """Return the compact parameters of one matrix at rank 1."""
+    return sum(
+        (len(region.rows) if branch.core_rows else region.out_features)
+        + (len(region.cols) if branch.core_cols else region.in_features)
+        for branch in STRUCTURES[structure]
+    )
+
+
 def load_adapter(folder: Path) -> tuple[TasoAdapter, dict[str, Tensor]]:
     """Build the adapter again from its compact file; also returns the tensors of the task head, by parameter name.
 
@@ -173,24 +195,23 @@ def load_adapter(folder: Path) -> tuple[TasoAdapter, dict[str, Tensor]]:
     tensors, metadata = read_tensors(path, kind=KIND)
     try:
         regions = {
-            name: CoreRegion(tensors[f"{name}.rows"], tensors[f"{name}.cols"], out_features, in_features)
+            name: _region(tensors[f"{name}.rows"], tensors[f"{name}.cols"], out_features, in_features)
             for name, (out_features, in_features) in metadata["shapes"].items()
         }
-        if metadata["structure"] not in STRUCTURES or not regions:
-            raise UserError(f"{path}: unknown structure {metadata['structure']!r}")
-        adapter = TasoAdapter(
-            regions,
-            structure=metadata["structure"],
-            rank=metadata["rank"],
-            scaling=metadata["scaling"],
-            seed=0,
-            dtype=getattr(torch, metadata["dtype"]),
-        )
+        structure, rank, scaling = metadata["structure"], metadata["rank"], metadata["scaling"]
+        if structure not in STRUCTURES or not regions:
+            raise ValueError(f"unknown structure {structure!r}")
+        if not isinstance(rank, int) or not 0 < rank < _MOST_FEATURES or not isinstance(scaling, (int, float)):
+            raise ValueError(f"rank {rank!r}, scaling {scaling!r}")
         flat = torch.cat([tensors[f"{name}.values"] for name in regions])
-    except (KeyError, AttributeError, TypeError, IndexError) as error:
+        positions = rank * sum(_kept(structure, region) for region in regions.values())
+        if flat.shape != (positions,) or not flat.is_floating_point():
+            raise ValueError(f"{flat.numel()} values for {positions} positions")
+        dtype = getattr(torch, metadata["dtype"])
+        adapter = TasoAdapter(regions, structure=structure, rank=rank, scaling=scaling, seed=0, dtype=dtype)
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        # RuntimeError: tensors that cannot be joined, and shapes no memory holds.
         raise UserError(f"{path}: incomplete or inconsistent ({error})") from error
-    if flat.shape != adapter.flat.shape:
-        raise UserError(f"{path}: {flat.numel()} values for {adapter.flat.numel()} positions")
     with torch.no_grad():
         adapter.flat.copy_(flat)
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}

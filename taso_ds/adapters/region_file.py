@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from taso_ds.adapters.files import read_tensors, write_tensors
@@ -68,22 +69,31 @@ def load_region_file(path: Path) -> RegionFile:
             name: RegionScores(ladder=ladder, **{field: tensors[f"{name}.{field}"] for field in _SCORE_FIELDS})
             for name in metadata["modules"]
         }
-        if not scores:
-            raise UserError(f"{path}: holds no region")
-        for name, entry in scores.items():
-            _check_shapes(entry, f"{path}: {name}")
-        return RegionFile(scores=scores, settings=metadata["settings"], fingerprint=metadata["fingerprint"])
+        settings, fingerprint = dict(metadata["settings"]), str(metadata["fingerprint"])
     except KeyError as error:
         raise UserError(f"{path}: incomplete, {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its metadata is not that of a region file ({error})") from error
+    if not scores:
+        raise UserError(f"{path}: holds no region")
+    for name, entry in scores.items():
+        _check_scores(entry, f"{path}: {name}")
+    return RegionFile(scores=scores, settings=settings, fingerprint=fingerprint)
 
 
-def _check_shapes(scores: RegionScores, where: str) -> None:
+def _check_scores(scores: RegionScores, where: str) -> None:
     for counts, importance in (
         (scores.row_counts, scores.row_importance),
         (scores.col_counts, scores.col_importance),
     ):
         if counts.ndim != 2 or importance.shape != counts.shape[1:] or len(counts) != len(scores.ladder):
             raise UserError(f"{where}: counts {tuple(counts.shape)} do not fit importance {tuple(importance.shape)}")
+        if (counts.dtype, importance.dtype) != (torch.int32, torch.float32):
+            raise UserError(f"{where}: counts are {counts.dtype}, importance is {importance.dtype}: made by no scoring")
+        if not counts.numel() or int(counts.min()) < 0 or not bool(counts.any(1).all()):
+            raise UserError(f"{where}: counts without a core element, or below zero: made by no scoring")
+        if not bool(importance.isfinite().all()):
+            raise UserError(f"{where}: importance is not finite: made by no scoring")
 
 
 def check_region_shapes(file: RegionFile, targets: Mapping[str, MatrixShape], *, source: str) -> None:

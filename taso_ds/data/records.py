@@ -4,7 +4,6 @@ Every set of records carries its source in words, because a score says nothing w
 """
 
 import gzip
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import datasets
 
 from taso_ds.data.tasks import Example, Task
 from taso_ds.errors import UserError
+from taso_ds.json_text import parse_json
 
 # Names a split goes by: many local copies call the validation split dev, and some publish only a test split.
 _SPLIT_NAMES = {"validation": ("validation", "dev", "test")}
@@ -98,10 +98,7 @@ def _read_text(path: Path) -> str:
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
+    row = parse_json(line, f"{path}:{number}", constants=True)
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: expected a JSON object with named fields, found {line.strip()[:60]}")
     return row
@@ -138,12 +135,21 @@ def _places(task: Task, folder: Path) -> Iterator[Path]:
 def _saved_split(place: Path, name: str) -> Records | None:
     """Return a split saved by `datasets`: a DatasetDict's, or a single Dataset's that says it is this split."""
     if (place / name / "state.json").exists():  # written by save_to_disk for every Dataset, also within a dict
-        return Records(datasets.load_from_disk(str(place / name)).to_list(), str(place / name))
+        return Records(_saved(place / name).to_list(), str(place / name))
     if (place / "state.json").exists():
-        saved = datasets.load_from_disk(str(place))
+        saved = _saved(place)
         if str(saved.split) == name:
             return Records(saved.to_list(), f"{place} (saved {name} split)")
     return None
+
+
+def _saved(folder: Path) -> Any:
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:
+        # As with the Hub: damage shows as whatever the library and Arrow stumble over first.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--data_dir: {folder} is not a readable saved data set ({reason}): save it again") from error
 
 
 def _from_hub(task: Task, names: tuple[str, ...], cache_dir: str | None) -> Records:

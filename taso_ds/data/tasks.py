@@ -158,7 +158,9 @@ def _arc(record: Mapping[str, Any]) -> Example:
     if isinstance(choices, Mapping):  # the Hub: {"text": [...], "label": ["A", ...] or ["1", ...]} and answerKey
         _require(record, "answerKey")
         _require(choices, "text", "label")
-        texts, keys, answer = list(choices["text"]), list(choices["label"]), record["answerKey"]
+        texts, keys, answer = choices["text"], choices["label"], record["answerKey"]
+        if not isinstance(texts, list) or not isinstance(keys, list) or len(texts) != len(keys):
+            raise UserError(f"field 'choices' must hold as many labels as texts, found {choices!r}")
         if answer not in keys:
             raise UserError(f"field 'answerKey' must be one of {_quoted(keys)}, found {answer!r}")
         target = keys.index(answer)

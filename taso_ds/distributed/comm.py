@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from taso_ds.distributed.watch import Failure, Watch
-from taso_ds.errors import UserError
+from taso_ds.errors import UserError, speaks_for_all
 
 Result = TypeVar("Result")
 # The watch belongs to the process group, which is the process's own too: none, or one.
@@ -25,12 +25,49 @@ SHARED_MEMORY = Path("/dev/shm")
 
 def launched_rank() -> int:
     """Return the rank the launcher gave this process, before any process group exists."""
-    return int(os.environ.get("RANK", "0"))
+    return _launched("RANK", 0, range(launched_world_size()))
 
 
 def launched_world_size() -> int:
     """Return the number of processes the launcher started, before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _launched("WORLD_SIZE", 1, _SIZES)
+
+
+_SIZES = range(1, 1_000_001)
+
+
+def _launched(name: str, default: int, valid: range) -> int:
+    """Return a number from the launcher's variables.
+
+    Raises:
+        UserError: when it is no number, or none of the valid ones.
+    """
+    text = os.environ.get(name, str(default))
+    if not (text.isdecimal() and len(text) < 10 and int(text) in valid):
+        wanted = f"a number from {valid[0]} to {valid[-1]}"
+        raise UserError(f"environment: {name} is {text!r}, not {wanted}; start with deepspeed or torchrun")
+    return int(text)
+
+
+def check_launched() -> None:
+    """Refuse rank variables that no launcher sets, before anything takes its time.
+
+    Raises:
+        UserError: names the variable.
+    """
+    if "RANK" not in os.environ:
+        if launched_world_size() != 1:
+            raise UserError("environment: WORLD_SIZE is set but RANK is not; start with deepspeed or torchrun")
+        return
+    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed or torchrun")
+    if local_world_size() > launched_world_size():
+        raise UserError(
+            f"environment: {local_world_size()} ranks on this node (LOCAL_WORLD_SIZE or LOCAL_SIZE) are more than"
+            f" WORLD_SIZE {launched_world_size()}; start with deepspeed or torchrun"
+        )
+    launched_rank(), local_rank(), _launched("MASTER_PORT", 0, range(1 << 16))
 
 
 def init(timeout_minutes: float = 30.0) -> None:
@@ -41,12 +78,10 @@ def init(timeout_minutes: float = 30.0) -> None:
     """
     if dist.is_initialized():
         return
+    check_launched()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
-    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed or torchrun")
     import deepspeed
 
     accelerator = deepspeed.accelerator.get_accelerator()
@@ -126,7 +161,7 @@ def give_up(line: str, code: int, failure: Failure | None = None) -> NoReturn:
         failure: of another rank, if that is the reason.
     """
     if not _watches:
-        if launched_rank() == 0:
+        if speaks_for_all():
             print(line, file=sys.stderr, flush=True)
         sys.exit(code)
     for number in (signal.SIGTERM, signal.SIGINT):  # a launcher's, which ends what a failed rank leaves behind
@@ -154,12 +189,13 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _launched("LOCAL_RANK", 0, range(local_world_size()))
 
 
 def local_world_size() -> int:
     """Return the number of ranks on this node; all of them where the launcher does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))))
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return _launched(next((name for name in names if name in os.environ), names[-1]), 1, _SIZES)
 
 
 def is_main() -> bool:

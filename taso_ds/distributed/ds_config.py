@@ -6,10 +6,10 @@ both speak they must agree. The result holds no ``"auto"``: DeepSpeed drops the 
 """
 
 import copy
-import functools
 import json
 import logging
-import math
+import os
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from typing import Any
 from taso_ds.distributed import ds_config_keys as keys
 from taso_ds.distributed.placement import resolve_offload, resolve_secondary_shards
 from taso_ds.errors import UserError, nearest
+from taso_ds.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
 AUTO = keys.AUTO
 # The loop logs; DeepSpeed's own progress line would only repeat it.
 NEVER = 1_000_000_000
+_LARGEST = 1 << 63
+_SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
 # torch's AdamW is what runs: an optimizer section that says so decides nothing.
 ADAMW_BY_TORCH = (("torch_adam", True), ("adam_w_mode", True))
 
@@ -43,21 +46,14 @@ def read_ds_config(name: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"ds_config: cannot read {path}: {error}") from error
-    try:
-        raw = json.loads(
-            text,
-            object_pairs_hook=functools.partial(_unique_keys, path),
-            parse_constant=functools.partial(_refuse_constant, path),
-        )
-    except json.JSONDecodeError as error:
-        raise UserError(f"ds_config: {path}: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    raw = parse_json(text, f"ds_config: {path}")
     if not isinstance(raw, dict):
         raise UserError(f"ds_config: {path} holds {_json_kind(raw)}, not an object in braces")
     return raw
 
 
 def _find(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # as it is where there is no such user
     if path.is_file():
         return path
     shipped = {file.name: file for file in shipped_ds_configs()}
@@ -65,19 +61,6 @@ def _find(name: str) -> Path:
         return shipped[name]
     what = "a folder" if path.is_dir() else "no such file"
     raise UserError(f"ds_config: {name!r}: {what}; shipped are {', '.join(shipped)}{nearest(path.name, list(shipped))}")
-
-
-def _unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise UserError(f"ds_config: {path} has the key {twice!r} twice in one object")
-    return unique
-
-
-def _refuse_constant(path: Path, constant: str) -> None:
-    raise UserError(f"ds_config: {path} holds {constant}, which is not JSON")
 
 
 def resolve_ds_config(
@@ -133,6 +116,18 @@ def resolve_ds_config(
     resolved.setdefault("timers", {"throughput": {"enabled": False}})
     _refuse_auto(resolved, "", source)
     return resolved
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a DeepSpeed dict as it may be shown and recorded: a monitor's ``api_key`` is nobody else's business."""
+    if isinstance(value, list):
+        return [without_secrets(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: "(not recorded)" if isinstance(entry, str) and _SECRET.search(key) else without_secrets(entry)
+        for key, entry in value.items()
+    }
 
 
 def _section(parent: dict[str, Any], key: str, source: str, path: str = "") -> dict[str, Any]:
@@ -279,7 +274,7 @@ def _has_kind(value: Any, kind: str) -> bool:
         return isinstance(value, dict)
     if kind == keys.BOOL or isinstance(value, bool):
         return kind == keys.BOOL and isinstance(value, bool)
-    return isinstance(value, (int, float)) and value >= 0 and math.isfinite(value) and value == int(value)
+    return isinstance(value, (int, float)) and 0 <= value < _LARGEST and value == int(value)
 
 
 def _gradient_types(raw: dict[str, Any], stage: int, bf16: bool, grad_accum_steps: int, source: str) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def resolve_offload(zero: dict[str, Any], nvme_path: str | None, source: str) ->
             continue
         if name == "offload_optimizer":
             raise UserError(f"{source}: {path}device nvme is not supported: an adapter's optimizer state is a few MB")
-        if not section.get("nvme_path"):
-            raise UserError(f"{source}: {path}device nvme needs {path}nvme_path")
+        if not isinstance(section.get("nvme_path"), str) or not section["nvme_path"]:
+            raise UserError(f"{source}: {path}device nvme needs {path}nvme_path, a folder on a local disk")
         if section["nvme_path"] == keys.AUTO:
             if nvme_path is None:
                 raise UserError(f"{source}: {path}nvme_path is not known: pass --nvme_path, a folder on a local disk")

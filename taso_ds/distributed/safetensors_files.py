@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from taso_ds.errors import UserError
+from taso_ds.json_text import parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PICKLE_INDEX = "pytorch_model.bin.index.json"  # transformers reads it where there are no safetensors files
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -129,25 +131,39 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
-def _read_index(folder: Path) -> dict[str, StoredTensor]:
-    path = folder / INDEX
+def check_index(folder: Path) -> None:
+    """Refuse an index that names what is not a file of its folder, whichever library reads it later.
+
+    Raises:
+        UserError: naming the file.
+    """
+    index = folder / (INDEX if has_checkpoint(folder) else _PICKLE_INDEX)
+    if index.is_file():
+        _indexed_files(index)
+
+
+def _indexed_files(index: Path) -> dict[str, str]:
+    """Return the file name of every tensor; none leads out of the index's folder."""
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        paths = {name: Path(file) for name, file in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"model_name_or_path: {path} is not a checkpoint index: copy it again") from error
-    headers: dict[str, dict[str, StoredTensor]] = {}
-    for name, relative in paths.items():
-        file = relative.name
-        if str(relative) != file:
-            raise UserError(f"model_name_or_path: {path} names {relative}, which is not a file of its folder")
-        if file not in headers:
-            if not (folder / file).is_file():
-                raise UserError(f"model_name_or_path: {path} names {file}, which is missing: download it")
-            headers[file] = _header(folder / file)
+        files = parse_json(index.read_text(encoding="utf-8"), f"model_name_or_path: {index}")["weight_map"]
+        found = {str(name): str(file) for name, file in files.items()}
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"model_name_or_path: {index} is not a checkpoint index: copy it again") from error
+    for file in dict.fromkeys(found.values()):
+        if file in ("", "..") or Path(file).name != file or not file.isprintable() or len(file.encode()) > 255:
+            raise UserError(f"model_name_or_path: {index} names {file!r}, which is not a file of its folder")
+        if not (index.parent / file).is_file():
+            raise UserError(f"model_name_or_path: {index} names {file}, which is missing: download it")
+    return found
+
+
+def _read_index(folder: Path) -> dict[str, StoredTensor]:
+    files = _indexed_files(folder / INDEX)
+    headers = {file: _header(folder / file) for file in dict.fromkeys(files.values())}
+    for name, file in files.items():
         if name not in headers[file]:
-            raise UserError(f"model_name_or_path: {path} says {name} is in {file}, which does not hold it")
-    return {name: headers[file.name][name] for name, file in paths.items()}
+            raise UserError(f"model_name_or_path: {folder / INDEX} says {name} is in {file}, which does not hold it")
+    return {name: headers[file][name] for name, file in files.items()}
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
@@ -157,7 +173,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             entries: dict[str, Any] = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"model_name_or_path: {path} is damaged, copy it again ({error})") from error
     tensors = {}
     for name, entry in entries.items():

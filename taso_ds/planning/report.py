@@ -94,4 +94,4 @@ def draw_scaling(path: Path, points: Sequence[ScalingPoint], *, title: str) -> N
     axes.set_xticks(nodes, [str(number) for number in nodes])
     axes.minorticks_off()
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, format="png")

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import nn
 from taso_ds.adapters.adapter import ADAPTER_MODULE
 from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm, engine, zero
+from taso_ds.distributed.safetensors_files import check_index
 from taso_ds.errors import UserError
+from taso_ds.json_text import parse_json
 from taso_ds.training.load_quantized import QuantizedLoad
 from taso_ds.training.load_sharded import (
     LoadReport,
@@ -52,6 +55,7 @@ class BaseModel:
 
 def check_weight_files(source: str) -> None:
     """Refuse a folder with a damaged safetensors file, on every rank, before partitioned loading could hang on it."""
+    check_index(Path(source))
     for path in sorted(Path(source).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
@@ -64,6 +68,10 @@ def load_config(arguments: ModelArguments, source: str) -> Any:
     """Return the transformers configuration of the base."""
     from transformers import AutoConfig
 
+    file = Path(source) / "config.json"
+    if file.is_file():  # of a key given twice transformers would keep the last
+        text = loading(source, partial(file.read_text, encoding="utf-8"))
+        parse_json(text, f"model_name_or_path: {file}", constants=True)
     return loading(
         source,
         lambda: AutoConfig.from_pretrained(

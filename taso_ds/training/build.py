@@ -116,6 +116,7 @@ def join(config: RunConfig) -> None:
     In this order: inside a group transformers saves a model on rank 0 only, and waiting ranks could time out. What is
     cheap to check comes first, for a download or a conversion takes its time.
     """
+    comm.check_launched()
     prepare.check_flags(config, comm.launched_world_size())
     model_source(config.model)
     comm.init()
@@ -144,6 +145,7 @@ def set_up(config: RunConfig) -> Setup:
     prepare.check_quantization(config, base_config, ds_config, model)
     region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
+    prepare.check_accumulation(sizes, rows)
     check_this_host(config, model, base_config, shapes, rows, ds_config=ds_config)
     setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
     setup.evaluator.check()

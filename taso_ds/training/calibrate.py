@@ -76,13 +76,13 @@ def assign_owners(shapes: Mapping[str, MatrixShape], world_size: int) -> dict[st
 def split_passes(shapes: Mapping[str, MatrixShape], passes: int) -> list[dict[str, MatrixShape]]:
     """Cut the matrices, in model order, into at most ``passes`` groups of about the same size."""
     total = sum(shape.numel for shape in shapes.values())
-    groups: list[dict[str, MatrixShape]] = [{} for _ in range(passes)]
+    groups: dict[int, dict[str, MatrixShape]] = {}
     before = 0
     for name, shape in shapes.items():
         middle = before + shape.numel // 2
-        groups[min(passes - 1, middle * passes // total)][name] = shape
+        groups.setdefault(min(passes - 1, middle * passes // total), {})[name] = shape
         before += shape.numel
-    return [group for group in groups if group]
+    return list(groups.values())
 
 
 class GradientSum:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.errors import UserError
+from taso_ds.json_text import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Checkpoints:
         """
         final = self.folder / checkpoint_name(step)
         staging = self.folder / f".{final.name}.tmp"
-        with _disk_errors(self.folder):
+        with _disk_errors(self.folder, staging):
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
             for name, write in files.items():
@@ -141,7 +142,7 @@ def find_problem(path: Path, *, deep: bool = True) -> str | None:
             return f"is not complete (no {MARKER})"
         if (path / MARKER).read_text(encoding="utf-8", errors="replace").strip() != _digest(path / MANIFEST):
             return f"{MANIFEST} is damaged"
-        manifest: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, dict[str, Any]] = parse_json((path / MANIFEST).read_text(encoding="utf-8"), MANIFEST)
         for name in {STATE, PROGRESS, *manifest}:
             if name not in manifest or Path(name).name != name or not (path / name).is_file():
                 return f"{name} is missing"
@@ -178,10 +179,11 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def _disk_errors(folder: Path, staging: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
         room = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         raise UserError(
             f"checkpoint: cannot write to {folder}: {error.strerror}{room} and start the same command again;"

@@ -28,12 +28,12 @@ class DiskTensors:
         Raises:
             UserError: when the disk has no room; it is reserved before anything is written.
         """
-        if self._files is None:
-            self._files = tempfile.TemporaryDirectory(prefix=".weights_", dir=self._folder)
-        path = Path(self._files.name) / str(self._number)
-        self._number += 1
         size = tensor.numel() * tensor.element_size()
         try:
+            if self._files is None:
+                self._files = tempfile.TemporaryDirectory(prefix=".weights_", dir=self._folder)
+            path = Path(self._files.name) / str(self._number)
+            self._number += 1
             with path.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, max(1, size))
         except OSError as error:

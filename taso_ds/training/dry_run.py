@@ -9,6 +9,7 @@ from taso_ds.adapters.experts import find_experts
 from taso_ds.config import RunConfig
 from taso_ds.data.plan import BatchPlan
 from taso_ds.data.tasks import get_task
+from taso_ds.distributed.ds_config import without_secrets
 from taso_ds.training import prepare
 from taso_ds.training.base_model import BaseModel, meta_model, read_config, wants_head
 from taso_ds.training.optim import describe_groups, learning_rate_table, make_groups, make_schedule, total_steps
@@ -57,7 +58,7 @@ def describe(config: RunConfig, world_size: int) -> str:
         "configuration:",
         json.dumps(config.flags(), indent=2),
         "deepspeed:",
-        json.dumps(ds_config, indent=2),
+        json.dumps(without_secrets(ds_config), indent=2),
         f"run folder: {folder}",
         f"batch: {sizes.in_words()}",
         f"steps: {steps} ({rows_in_words})",

@@ -127,7 +127,10 @@ def save_model(folder: RunFolder, model: Any, state: dict[str, Tensor], tokenize
 
     def fill(path: Path) -> None:
         model.save_pretrained(path, state_dict=state, max_shard_size=_MODEL_FILE_SIZE)
-        tokenizer.save_pretrained(path)
+        try:
+            tokenizer.save_pretrained(path)
+        except ValueError as error:  # chat templates whose names would lead out of the folder
+            raise UserError(f"{MODEL}: cannot save the tokenizer: {error}") from error
 
     folder.write_folder(MODEL, fill)
 
@@ -135,7 +138,9 @@ def save_model(folder: RunFolder, model: Any, state: dict[str, Tensor], tokenize
 def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
     """Put a trained head into the model, in place."""
     for name, tensor in head.items():
-        parameter = model.get_parameter(name)
+        parameter = dict(model.named_parameters()).get(name)
+        if parameter is None or zero.full_shape(parameter) != tensor.shape:
+            raise UserError(f"run: the adapter has a trained {name}, which this base does not have in that shape")
         with zero.gathered([parameter], write=True), torch.no_grad():
             parameter.copy_(tensor)
 

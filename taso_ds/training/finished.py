@@ -11,7 +11,7 @@ from torch import Tensor
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.peft_format import COMPACT_FILE, load_adapter
-from taso_ds.config import GROUPS, RunConfig, arg, parse_groups
+from taso_ds.config import GROUPS, RunConfig, arg, parse_groups, typed
 from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
@@ -22,7 +22,7 @@ from taso_ds.training.disk_tensors import DiskTensors
 from taso_ds.training.prepare import with_defaults
 from taso_ds.training.prove import probe_logits
 from taso_ds.training.run import prove
-from taso_ds.training.run_folder import ADAPTER, MODEL, RunFolder, read_run
+from taso_ds.training.run_folder import ADAPTER, MODEL, RUN, RunFolder, read_run
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def parse_over_run(argv: Sequence[str] | None = None, *, description: str = "") 
         UserError: bad flag, or a folder that is not a run.
     """
     (named,) = parse_groups([FinishedArguments], argv, description="", partial=True)
-    recorded = {} if named.run is None else read_run(Path(named.run))["config"]
+    recorded = {} if named.run is None else typed(read_run(Path(named.run))["config"], f"{Path(named.run) / RUN}")
     defaults = {key: value for key, value in recorded.items() if key != "core_regions"}  # the adapter knows its own
     *groups, finished = parse_groups((*GROUPS, FinishedArguments), argv, description=description, defaults=defaults)
     return with_defaults(RunConfig(*groups)), finished

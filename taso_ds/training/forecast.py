@@ -1,7 +1,6 @@
 """A run's plan from its flags: the model counted on the meta device, the hardware from flags or from this machine."""
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from taso_ds.adapters.files import replacing, write_json
 from taso_ds.adapters.selection import ladder_with
 from taso_ds.adapters.structure import count_dense
 from taso_ds.adapters.targets import MatrixShape
@@ -232,20 +232,14 @@ def write_forecast(forecast: Forecast, plan: PlanArguments) -> None:
             "strategies": [report.as_json(candidate) for candidate in forecast.candidates],
             "fastest": None if best is None else report.as_json(best),
         }
-        _written("json", plan.json, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+        write_json(Path(plan.json), content)
     if plan.plot is not None:
         strategy = (best or forecast.candidates[0]).strategy
         points = scaling(forecast.shape, strategy, forecast.work, forecast.hardware, _NODES)
         name = str(forecast.config.model.model_name_or_path)
         title = f"{Path(name).name} on {forecast.hardware.device.name}, {forecast.hardware.network.name}"
-        _written("plot", plan.plot, lambda path: report.draw_scaling(path, points, title=title))
-
-
-def _written(flag: str, name: str, write: Any) -> None:
-    try:
-        write(Path(name))
-    except OSError as error:
-        raise UserError(f"{flag}: cannot write {name}: {error.strerror or error}") from error
+        with replacing(Path(plan.plot)) as temporary:
+            report.draw_scaling(temporary, points, title=title)
 
 
 def check_this_host(

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from taso_ds.adapters.files import open_to_umask, writing
 from taso_ds.config import ModelArguments, cache_dir
 from taso_ds.errors import UserError
 
@@ -35,11 +36,12 @@ def model_source(arguments: ModelArguments) -> str:
     from filelock import FileLock
 
     folder = cache_dir() / "gguf" / _gguf_key(arguments.model_name_or_path, arguments.gguf_file)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            log.info("dequantizing %s into %s (once)", arguments.gguf_file, folder)
-            _convert_gguf(arguments, folder)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                log.info("dequantizing %s into %s (once)", arguments.gguf_file, folder)
+                _convert_gguf(arguments, folder)
     return str(folder)
 
 
@@ -83,6 +85,7 @@ def _convert_gguf(arguments: ModelArguments, folder: Path) -> None:
     )
     model.save_pretrained(unfinished)
     loading(f"{name}/{file}", lambda: AutoTokenizer.from_pretrained(name, gguf_file=file)).save_pretrained(unfinished)
+    open_to_umask(unfinished)
     unfinished.rename(folder)
 
 
@@ -93,4 +96,6 @@ def loading(what: str, load: Callable[[], Loaded], *, flag: str = "model_name_or
     except Exception as error:
         # transformers, tokenizers, safetensors and gguf raise a dozen unrelated types; --debug shows which and where.
         first = " ".join(str(error).split())[:300] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            first = "code comes with it: read that code, then pass --trust_remote_code to run it"
         raise UserError(f"{flag}: cannot load {what}: {first}") from error

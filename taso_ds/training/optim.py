@@ -71,7 +71,7 @@ def total_steps(training: TrainArguments, steps_per_epoch: int) -> int:
 
 def learning_rate_table(groups: Sequence[Group], schedule: Schedule) -> list[dict[str, Any]]:
     """Return first, peak and last learning rate of every group, with its ρ and factor."""
-    highest = max(schedule(step) for step in range(schedule.total_steps))
+    highest = schedule(max(0, schedule.warmup_steps - 1))
     return [
         {
             "group": group.name,

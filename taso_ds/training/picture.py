@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from taso_ds.adapters.files import replacing
 from taso_ds.adapters.selection import CoreRegion, RegionScores, concentration
 
 _MAX_KINDS = 8
@@ -68,9 +69,8 @@ def draw_regions(
         f"Core regions: top {element_fraction:.0%} of elements, top {core_fraction:.0%} of rows and columns",
         fontsize=11,
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def _kinds(names: list[str]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,15 @@ def encode_training_rows(config: RunConfig, data: TaskData, tokenizer: Any, *, h
         use_chat_template=config.data.use_chat_template,
         source=data.train_source,
     )
+
+
+def check_accumulation(sizes: BatchSizes, rows: Sequence[EncodedRow]) -> None:
+    """Refuse more micro-batches per step than there are rows: most would be empty, for ever."""
+    if sizes.grad_accum_steps > len(rows):
+        raise UserError(
+            f"gradient_accumulation_steps: {sizes.in_words()}, but there are {len(rows)} training rows; lower"
+            " --gradient_accumulation_steps or --global_batch_size"
+        )
 
 
 def calibration_rows(config: RunConfig, rows: list[EncodedRow]) -> list[EncodedRow]:

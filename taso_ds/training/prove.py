@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from taso_ds.adapters.files import writing
 from taso_ds.errors import UserError
 
 # Relative error of fp32 logits that are the same sums in another order, layer after layer.
@@ -85,7 +86,7 @@ def prove_export(
     Raises:
         UserError: when the process fails, the logits differ by more than rounding, or the adapter does nothing.
     """
-    with tempfile.TemporaryDirectory(prefix="taso_proof_") as folder:
+    with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="taso_proof_") as folder:
         save_file({str(number): value for number, value in enumerate(live)}, Path(folder) / "live.safetensors")
         spec = Path(folder) / "spec.json"
         spec.write_text(

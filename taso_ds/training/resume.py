@@ -14,6 +14,7 @@ from typing import Any, get_origin, get_type_hints
 
 from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
+from taso_ds.json_text import parse_json
 from taso_ds.training.checkpoint import CHECKPOINTS, PROGRESS, Checkpoints, resolve_checkpoint
 from taso_ds.training.run_folder import REGIONS, RESULTS, RUN, read_run
 
@@ -79,7 +80,7 @@ def read_progress(checkpoint: Path) -> Progress:
     """
     file = checkpoint / PROGRESS
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_text(encoding="utf-8"), PROGRESS, constants=True)
         found = Progress(**values)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file}: not the record of a checkpoint ({error})") from error

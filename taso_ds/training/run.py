@@ -13,6 +13,7 @@ from taso_ds.config import RunConfig
 from taso_ds.data.encode import pad_token_id
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
+from taso_ds.distributed.ds_config import without_secrets
 from taso_ds.errors import UserError
 from taso_ds.training import export, prepare, regions
 from taso_ds.training.base_model import (
@@ -124,7 +125,7 @@ def run_record(setup: Setup, model: nn.Module, groups: Sequence[Group], schedule
     total = num_parameters(model)
     return {
         "config": setup.config.flags(),
-        "deepspeed": setup.ds_config,
+        "deepspeed": without_secrets(setup.ds_config),
         "world_size": comm.world_size(),
         "versions": versions(),
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
@@ -212,7 +213,7 @@ def calibrate(config: RunConfig) -> Path:
     found = find_regions(setup, base, targets, shapes)
     record = {
         "config": config.flags(),
-        "deepspeed": setup.ds_config,
+        "deepspeed": without_secrets(setup.ds_config),
         "world_size": comm.world_size(),
         "versions": versions(),
         "data": {"train": setup.data.train_source},

@@ -4,6 +4,7 @@
 full fine-tuning), ``metrics.jsonl``, ``results.json``.
 """
 
+import errno
 import importlib.metadata
 import json
 import logging
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taso_ds.adapters.files import write_json
+from taso_ds.adapters.files import open_to_umask, replacing, write_json, writing
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
 from taso_ds.errors import UserError
+from taso_ds.json_text import parse_json
 from taso_ds.training.checkpoint import CHECKPOINTS, resolve_checkpoint
 
 log = logging.getLogger(__name__)
@@ -40,21 +42,29 @@ class RunFolder:
 
     def start(self) -> None:
         """Create the folder and remove what an earlier run left."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for name in _ENTRIES:
-            entry = self.path / name
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in _ENTRIES:
+                entry = self.path / name
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Any) -> None:
         write_json(self.path / name, value)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        """Append one line to ``metrics.jsonl``, or none of it where the disk is full."""
+        path = self.path / METRICS
+        with writing(path), path.open("ab", buffering=0) as file:
+            end, line = file.tell(), (json.dumps(metrics) + "\n").encode()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
 
     def finish_scoring(self) -> None:
         """Remove the scores of single passes: the regions are written."""
@@ -72,9 +82,8 @@ class RunFolder:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 log.warning("%s: a line that was cut short is dropped", path)
-        temporary = self.path / f".{METRICS}.tmp"
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
     def write_rows(self, name: str, rows: Sequence[EncodedRow]) -> None:
         """Write encoded rows as JSON lines: enough for anyone to recompute the regions with plain autograd."""
@@ -86,18 +95,26 @@ class RunFolder:
             if row.token_type_ids is not None:
                 record["token_type_ids"] = row.token_type_ids
             lines.append(json.dumps(record) + "\n")
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        with replacing(self.path / name) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     def write_folder(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Let ``write`` fill a temporary folder, then rename it: the folder exists whole or not at all."""
+        """Let ``write`` fill a temporary folder, then rename it: the folder exists whole or not at all.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written.
+        """
         temporary, final = self.path / f".{name}.tmp", self.path / name
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        write(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        with writing(final):
+            try:
+                temporary.mkdir()
+                write(temporary)
+                open_to_umask(temporary)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         return final
 
 
@@ -119,9 +136,20 @@ def choose_folder(config: RunConfig) -> Path:
             path = first.with_name(f"{first.name}-{number}")
     else:
         path = Path(config.run.output_dir)
+        _check_apart(path, config)
         _check_content(path, config)
     _check_writable(path)
     return path
+
+
+def _check_apart(path: Path, config: RunConfig) -> None:
+    """Refuse to write over the base: into its folder, or into a run whose ``model/`` or ``adapter/`` it is."""
+    base = Path(str(config.model.model_name_or_path))
+    if not base.is_dir():
+        return
+    own, above = path.resolve(), (base.resolve(), *base.resolve().parents)
+    if own == above[0] or any(own / name in above for name in _ENTRIES):
+        raise UserError(f"output_dir: {path} is where the base {base} lies: choose another --output_dir")
 
 
 def _check_content(path: Path, config: RunConfig) -> None:
@@ -151,9 +179,10 @@ def read_run(path: Path) -> dict[str, Any]:
     """Return ``run.json`` of a run folder; UserError when it is missing or damaged."""
     file = path / RUN
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable run ({error})") from error
+    run = parse_json(text, f"{file}: not a readable run")
     if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
         raise UserError(f"{file}: has no config")
     return run

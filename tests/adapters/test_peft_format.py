@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 from taso_ds.adapters.adapter import TasoAdapter
-from taso_ds.adapters.files import write_tensors
+from taso_ds.adapters.files import read_tensors, write_tensors
 from taso_ds.adapters.peft_format import (
     COMPACT_FILE,
+    KIND,
     PEFT_CONFIG_FILE,
     PEFT_FILE,
     load_adapter,
@@ -21,7 +24,7 @@ from taso_ds.adapters.peft_format import (
     peft_tensors,
     save_adapter,
 )
-from taso_ds.adapters.selection import CoreRegion, share
+from taso_ds.adapters.selection import CoreRegion, select_core_region, share
 from taso_ds.adapters.structure import STRUCTURES
 from taso_ds.adapters.targets import find_targets, matrix_shape
 from taso_ds.errors import UserError
@@ -105,6 +108,70 @@ def test_the_compact_file_holds_the_kept_entries_only(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / COMPACT_FILE)
     values = [tensor.numel() for name, tensor in tensors.items() if name.endswith(".values")]
     assert sum(values) == adapter.flat.numel() < adapter.num_dense
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3),
+    structure=st.sampled_from(list(STRUCTURES)),
+    rank=st.integers(1, 3),
+    scaling=st.floats(1e-3, 1e3),
+    p=st.floats(0.01, 1.0),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+)
+def test_the_compact_file_of_any_regions_brings_the_adapter_back(
+    tmp_path: Path,
+    shapes: list[tuple[int, int]],
+    structure: str,
+    rank: int,
+    scaling: float,
+    p: float,
+    dtype: torch.dtype,
+) -> None:
+    regions = {
+        f"block.{number}": select_core_region(torch.rand(shape), element_fraction=0.3, core_fraction=p)
+        for number, shape in enumerate(shapes)
+    }
+    adapter = TasoAdapter(regions, structure=structure, rank=rank, scaling=scaling, seed=0, dtype=dtype)
+    with torch.no_grad():
+        adapter.flat.add_(torch.rand(adapter.flat.shape) + 0.1)
+    save_adapter(tmp_path, adapter, adapter.flat.detach(), config={}, head={})
+    again, head = load_adapter(tmp_path)
+    assert not head
+    assert torch.equal(again.flat, adapter.flat)
+    assert (again.structure, again.rank, again.scaling) == (structure, rank, scaling)
+    for name in regions:
+        assert torch.equal(again.delta_weight(name), adapter.delta_weight(name))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank": 0}, {"rank": 1.5}, {"rank": 10**9}, {"scaling": "one"}, {"dtype": "nn"}, {"dtype": 3}, {"shapes": {}},
+        {"shapes": 3}, {"shapes": {"model.layers.0.self_attn.q_proj": [32]}}, {"shapes": {"x": [4, 4]}},
+        {"shapes": {"model.layers.0.self_attn.q_proj": [10**12, 32]}},
+        {"shapes": {"model.layers.0.self_attn.q_proj": [1, 1]}},
+    ],
+)  # fmt: skip
+def test_metadata_that_makes_no_sense_is_refused(tmp_path: Path, wrong: dict[str, object]) -> None:
+    model = tiny_models.llama(layers=1)
+    save(tmp_path, model, trained_adapter(model))
+    tensors, metadata = read_tensors(tmp_path / COMPACT_FILE, kind=KIND)
+    write_tensors(tmp_path / COMPACT_FILE, tensors, metadata | wrong)
+    with pytest.raises(UserError, match="incomplete or inconsistent"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [[-1, 2], [2, 2], [3, 1], [1, 10**6], [], [[1]], [0.5]])
+def test_indices_that_no_selection_gives_are_refused(tmp_path: Path, wrong: list[object]) -> None:
+    model = tiny_models.llama(layers=1)
+    save(tmp_path, model, trained_adapter(model))
+    tensors, metadata = read_tensors(tmp_path / COMPACT_FILE, kind=KIND)
+    for name in ("rows", "cols"):
+        changed = tensors | {f"model.layers.0.self_attn.q_proj.{name}": torch.tensor(wrong)}
+        write_tensors(tmp_path / COMPACT_FILE, changed, metadata)
+        with pytest.raises(UserError, match=r"inconsistent \(indices "):
+            load_adapter(tmp_path)
 
 
 def test_a_damaged_compact_file_is_refused(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from taso_ds.adapters.files import write_tensors
-from taso_ds.adapters.region_file import RegionFile, check_region_file, load_region_file, save_region_file
+from taso_ds.adapters.files import read_tensors, write_tensors
+from taso_ds.adapters.region_file import KIND, RegionFile, check_region_file, load_region_file, save_region_file
 from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER, CoreRegion, score_rows_and_cols, select_core_region
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.errors import UserError
@@ -55,6 +57,33 @@ def test_round_trip(path: Path) -> None:
             found, expected = getattr(scores, field), getattr(written.scores[name], field)
             assert found.dtype == expected.dtype
             assert torch.equal(found, expected)
+
+
+names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.dictionaries(names, st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    ladder=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3, unique=True).map(sorted),
+    p=st.floats(0.001, 1.0),
+    settings_in_file=st.dictionaries(names, st.one_of(st.none(), st.integers(), names, st.booleans()), max_size=3),
+)
+def test_round_trip_of_any_shapes_names_and_settings(
+    path: Path,
+    shapes: dict[str, tuple[int, int]],
+    ladder: list[float],
+    p: float,
+    settings_in_file: dict[str, object],
+) -> None:
+    scores = {name: score_rows_and_cols(torch.rand(shape), ladder) for name, shape in shapes.items()}
+    written = RegionFile(scores, settings_in_file, fingerprint="abc")
+    cut = written.cut(element_fraction=ladder[0], core_fraction=p, source="here")
+    save_region_file(path, written, cut)
+    read = load_region_file(path)
+    assert (list(read.scores), read.settings, read.fingerprint) == (list(shapes), settings_in_file, "abc")
+    again = read.cut(element_fraction=ladder[0], core_fraction=p, source="there")
+    assert {name: lists(region) for name, region in again.items()} == {name: lists(cut[name]) for name in shapes}
 
 
 def test_the_regions_in_use_can_be_read_without_this_package(path: Path) -> None:
@@ -131,27 +160,53 @@ def test_another_kind_of_file(path: Path) -> None:
 
 
 def test_an_incomplete_or_inconsistent_file(path: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     write(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
+    tensors, metadata = read_tensors(path, kind=KIND)
     missing = {name: value for name, value in tensors.items() if name != "layers.1.q.row_counts"}
-    save_file(missing, path, metadata=metadata)
+    write_tensors(path, missing, metadata)
     with pytest.raises(UserError, match=r"incomplete, 'layers\.1\.q\.row_counts' is missing"):
         load_region_file(path)
-    save_file({**tensors, "layers.0.q.row_importance": torch.zeros(19)}, path, metadata=metadata)
+    write_tensors(path, {**tensors, "layers.0.q.row_importance": torch.zeros(19)}, metadata)
     with pytest.raises(UserError, match=r"layers\.0\.q: counts \(5, 20\) do not fit importance \(19,\)"):
         load_region_file(path)
     one = {name: value[:1] if name.endswith("row_counts") else value for name, value in tensors.items()}
-    save_file(one, path, metadata=metadata)
+    write_tensors(path, one, metadata)
     with pytest.raises(UserError, match="do not fit"):
         load_region_file(path)
-    save_file(tensors, path, metadata={key: value for key, value in metadata.items() if key != "fingerprint"})
+    write_tensors(path, tensors, {key: value for key, value in metadata.items() if key != "fingerprint"})
     with pytest.raises(UserError, match="'fingerprint' is missing"):
         load_region_file(path)
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_lies(path: Path) -> None:
+    write(path)
+    content = path.read_bytes()
+    for place in range(8, len(content), len(content) // 60):
+        if content[place : place + 1] == b" ":  # the header's padding
+            continue
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(UserError, match=r"damaged|not a readable|not a taso|not valid JSON"):
+            load_region_file(path)
+
+
+def test_scores_that_no_scoring_gives_are_refused(path: Path) -> None:
+    write(path)
+    tensors, metadata = read_tensors(path, kind=KIND)
+    counts, sums = tensors["layers.0.q.row_counts"], tensors["layers.0.q.row_importance"]
+    for name, wrong in (
+        ("row_counts", counts.float()),
+        ("row_counts", counts * 0),
+        ("row_counts", -counts),
+        ("row_importance", sums * float("nan")),
+        ("row_importance", sums.double()),
+    ):
+        write_tensors(path, {**tensors, f"layers.0.q.{name}": wrong}, metadata)
+        with pytest.raises(UserError, match=r"layers\.0\.q: .* made by no scoring"):
+            load_region_file(path)
+    for wrong_metadata in ({"modules": 3}, {"element_fraction_ladder": ["many"]}, {"settings": 3}):
+        write_tensors(path, tensors, metadata | wrong_metadata)
+        with pytest.raises(UserError, match="its metadata is not that of a region file"):
+            load_region_file(path)
 
 
 def test_no_module_at_all(path: Path) -> None:

@@ -101,6 +101,22 @@ def test_the_kth_largest_is_exact_for_every_float(values: list[float], data: st.
     assert [_kth_largest([matrix], above, k) for k in ks] == [ordered[k - 1] for k in ks]
 
 
+@settings(max_examples=100, deadline=None)
+@given(whole_matrices, fractions, fractions, fractions, st.sampled_from((0.125, 2.0, 1024.0)))
+def test_a_larger_share_keeps_the_smaller_one_and_units_do_not_matter(
+    importance: Tensor, k: float, p: float, larger: float, unit: float
+) -> None:
+    small, large = sorted((p, larger))
+    inner = select_core_region(importance, element_fraction=k, core_fraction=small)
+    outer = select_core_region(importance, element_fraction=k, core_fraction=large)
+    for one, other, size in ((inner.rows, outer.rows, len(importance)), (inner.cols, outer.cols, importance.shape[1])):
+        assert set(one.tolist()) <= set(other.tolist()) <= set(range(size))
+        assert one.tolist() == sorted(set(one.tolist()))
+        assert len(one) == share(small, size)
+    scaled = select_core_region(unit * importance, element_fraction=k, core_fraction=small)
+    assert as_lists(scaled) == as_lists(inner)
+
+
 # Ties by hand ---------------------------------------------------------------------------------------------------------
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import datasets
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from taso_ds.data.records import Records, load_records, read_jsonl
-from taso_ds.data.tasks import get_task
+from taso_ds.data.tasks import TASKS, get_task
 from taso_ds.errors import UserError
 
 SST2 = get_task("sst2")
@@ -29,6 +31,52 @@ def write(path: Path, *rows: Any) -> Path:
 def test_a_file_is_read_row_by_row(tmp_path: Path, name: str) -> None:
     rows = [{"text": "Kälte\u2028und Eis"}, {"text": "b", "label": 1}]
     assert read_jsonl(write(tmp_path / name, *rows)) == rows
+
+
+texts = st.text(st.characters(exclude_categories=("Cs",)))
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.dictionaries(texts, values, max_size=4), min_size=1, max_size=5),
+    name=st.sampled_from(("rows.jsonl", "rows.jsonl.gz")),
+    escaped=st.booleans(),
+)
+def test_any_rows_come_back(tmp_path: Path, rows: list[dict[str, Any]], name: str, escaped: bool) -> None:
+    content = "".join(json.dumps(row, ensure_ascii=escaped) + "\n" for row in rows).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read_jsonl(tmp_path / name) == rows
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_record_is_more_than_a_task_can_refuse(data: st.DataObject) -> None:
+    """Every field a task may look at, with any value: an example comes of it, or a UserError."""
+    fields = {name: data.draw(st.one_of(st.just("text"), values), label=name) for name in FIELDS}
+    shown = {name: value for name, value in fields.items() if data.draw(st.booleans(), label=name)}
+    for task in TASKS.values():
+        try:
+            task.build(shown)
+        except UserError:
+            continue
+
+
+FIELDS = (
+    *("prompt", "completion", "sentence", "sentence1", "sentence2", "word", "question", "passage", "answer", "label"),
+    *("choices", "answerKey", "support", "correct_answer", "distractor1", "distractor2", "distractor3"),
+)
+
+
+def test_choices_without_as_many_labels_are_refused() -> None:
+    record = {"question": "q", "answerKey": "B"}
+    for choices in ({"text": ["x"], "label": ["A", "B"]}, {"text": 3, "label": ["B"]}, {"text": "ab", "label": "AB"}):
+        with pytest.raises(UserError, match="as many labels as texts"):
+            get_task("arc_easy").build(record | {"choices": choices})
 
 
 def test_byte_order_mark_windows_line_ends_and_blank_end(tmp_path: Path) -> None:

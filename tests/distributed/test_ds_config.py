@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from taso_ds.distributed import ds_config_keys as keys
-from taso_ds.distributed.ds_config import AUTO, read_ds_config, resolve_ds_config, shipped_ds_configs
+from taso_ds.distributed.ds_config import AUTO, read_ds_config, resolve_ds_config, shipped_ds_configs, without_secrets
 from taso_ds.errors import UserError
 
 BATCH = {
@@ -63,7 +65,7 @@ def test_missing_file_lists_the_shipped_ones_and_the_nearest(tmp_path: Path) -> 
     ("text", "message"),
     [
         ('{\n  "a": 1,\n}', r"line 3, column 1: |line 2, column 9: "),
-        ("", "line 1, column 1: "),
+        ("", "column 1: "),
         ('{"a": {"b": 1, "b": 2}}', "the key 'b' twice"),
         ("[1]", "holds a list"),
         ("2", "holds a number"),
@@ -412,3 +414,54 @@ def test_secondary_shards_span_one_node_of_several() -> None:
 def test_the_run_says_where_the_disk_is() -> None:
     offloaded = resolve(read_ds_config("zero3_nvme.json"), nvme_path="/disk")["zero_optimization"]["offload_param"]
     assert (offloaded["device"], offloaded["nvme_path"]) == ("nvme", "/disk")
+
+
+def test_secrets_are_not_shown() -> None:
+    raw = {"comet": {"enabled": False, "api_key": "abc", "project": "p"}, "wandb": [{"TOKEN": "def", "tokens": 3}]}
+    shown = {"enabled": False, "api_key": "(not recorded)", "project": "p"}
+    assert without_secrets(raw) == {"comet": shown, "wandb": [{"TOKEN": "(not recorded)", "tokens": 3}]}
+
+
+# Any JSON -------------------------------------------------------------------------------------------------------------
+
+KEYS = sorted(
+    {"device", "nvme_path", "type", "params", "lr", "enabled", "grad_accum_dtype", *keys.TOP_LEVEL, *keys.ZERO}
+)
+VALUES = st.recursive(
+    st.sampled_from([AUTO, None, True, False, 0, 1, 3, 2.0, -1, 1e400, 10**400, "", "cpu", "nvme", "fp32", "AdamW"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
+    max_leaves=5,
+)
+SECTIONS = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4)
+DOCUMENTS = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(keys.TOP_LEVEL, SECTIONS | VALUES) | {"zero_optimization": SECTIONS}
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(DOCUMENTS, st.booleans(), st.sampled_from((1, 8)))
+def test_any_document_resolves_whole_or_is_refused(raw: dict[str, Any], bf16: bool, world_size: int) -> None:
+    before = copy.deepcopy(raw)
+    try:
+        resolved = resolve(raw, bf16=bf16, world_size=world_size, nvme_path="/disk")
+    except UserError:
+        return
+    finally:
+        assert raw == before
+    assert resolved["train_batch_size"] == 4 * 2 * world_size
+    assert resolved["bf16"]["enabled"] is bf16
+    assert resolved["zero_optimization"]["stage"] in (0, 1, 2, 3)
+    assert f'"{AUTO}"' not in json.dumps(resolved)
+    assert resolve(resolved, bf16=bf16, world_size=world_size, nvme_path="/disk") == resolved  # nothing left to decide
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw=SECTIONS, indent=st.sampled_from((None, 1)))
+def test_any_document_is_read_as_it_was_written(tmp_path: Path, raw: dict[str, Any], indent: int | None) -> None:
+    text = json.dumps(raw, indent=indent)
+    (tmp_path / "any.json").write_text(text)
+    if "Infinity" in text:
+        with pytest.raises(UserError, match="Infinity, which is not JSON"):
+            read_ds_config(str(tmp_path / "any.json"))
+    else:
+        assert read_ds_config(str(tmp_path / "any.json")) == raw

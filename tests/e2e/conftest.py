@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
+from sample_rows import write_rows
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -28,3 +31,21 @@ def _one_process() -> Iterator[None]:
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: rows, and nothing else. A cache of its own, so that nothing is converted already."""
+    for split in ("train", "eval"):
+        write_rows(tmp_path / f"{split}.jsonl", 8)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TASO_CACHE", str(tmp_path.with_name(f"{tmp_path.name}_cache")))
+    return tmp_path
+
+
+@pytest.fixture
+def forbid_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_args: object, **_options: object) -> None:
+        pytest.fail("the weights were loaded")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", load)

@@ -20,19 +20,15 @@ import launching
 import pytest
 import tiny_models
 import torch
-import transformers
 from launching import Finished, call_main
-from safetensors import safe_open
+from mistakes import GOOD, assert_one_line, contents
 from safetensors.torch import load_file, save_file
 from sample_rows import write_rows, write_sentences
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+from taso_ds.adapters.files import read_tensors, write_tensors
+from taso_ds.adapters.region_file import KIND
 
-# A run that works, in a folder with train.jsonl and eval.jsonl; the flags of a case come after these and override them.
-GOOD = (
-    "--model_name_or_path {llama} --task completion --train_file train.jsonl --eval_file eval.jsonl --max_seq_length 64"
-    " --no_bf16 --ds_config zero0.json --max_steps 2 --calibration_samples 4 --no_verify_export --output_dir run"
-)
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 @dataclass(frozen=True)
@@ -71,8 +67,8 @@ def add_json(name: str, content: str, *words: str, flags: str = "") -> None:
 
 add("JSON missing", "--ds_config zeroo3.json", "ds_config", "no such file", "nearest: 'zero3.json'")
 add("JSON folder", "--ds_config .", "ds_config", "a folder", "zero3.json")
-add_json("malformed", '{"bf16": }', "line 1, column 10")
-add_json("empty", "", "line 1")
+add_json("malformed", '{"bf16": }', "column 10")
+add_json("empty", "", "column 1")
 add_json("list", "[]", "a list")
 add_json("duplicate key", '{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', "'gradient_clipping' twice")
 add_json("unknown key", '{"zero_optimisation": {"stage": 3}}', "'zero_optimisation'", "nearest: 'zero_optimization'")
@@ -149,6 +145,24 @@ for name, values in {
 }.items():
     for value in values:
         add(f"{name} {value}", f"--{name} {value}", name, value.lstrip("-").split(".")[0], "is not")
+for flags, words in {
+    "--learning_rate 1e308": ("learning_rate", "1e+308", "fp32"),
+    "--alpha 1e308": ("alpha", "1e+308", "fp32"),
+    "--num_train_epochs 1e308": ("num_train_epochs", "1e+308", "fp32"),
+    "--max_seq_length 1000000000000": ("max_seq_length", "1000000000000", "128 positions"),
+    "--rank 1000000000000": ("host memory", "needs", "--force"),
+    "--gradient_accumulation_steps 1000000000000": ("gradient_accumulation_steps", "8 training rows"),
+    "--global_batch_size 4000000000000": ("gradient_accumulation_steps", "8 training rows", "--global_batch_size"),
+    "--seed 1000000000000": ("seed", "1000000000000", "2**32"),
+    f"--max_steps 1{'0' * 30}": ("max_steps", "64 bits"),
+    f"--max_steps {'9' * 5000}": ("max_steps",),
+    f"--model_name_or_path {'m' * 300}": ("model_name_or_path", "255 bytes"),
+    f"--output_dir {'deep/' * 1000}": ("output_dir", "4095"),
+    f"--ds_config {'z' * 300}.json": ("ds_config", "255 bytes"),
+    f"--core_regions {'r' * 300}": ("core_regions", "255 bytes"),
+    "--ds_config ~nobody-of-that-name/zero3.json": ("ds_config", "no such file"),
+}.items():
+    add(f"absurd {flags[:60]}", flags, *words)
 add("fp16 and bf16", "--fp16 --bf16", "fp16 and bf16 are both on", "--no_bf16")
 add("fp16", "--fp16 --no_bf16", "fp16 is not supported", "--bf16")
 add("unknown flag", "--learing_rate 1", "'--learing_rate'", "nearest: 'learning_rate'", "--help")
@@ -361,6 +375,22 @@ add(
     "seed: 0 there, 5 here",
     "--overwrite_output_dir",
 )
+add(
+    "output_dir is the model",
+    "--model_name_or_path {models}/whole --output_dir {models}/whole",
+    "output_dir",
+    "the base",
+)
+add(
+    "output_dir is the model, by force",
+    "--model_name_or_path {models}/whole --output_dir {models}/whole --overwrite_output_dir",
+    *("output_dir", "is where the base", "choose another --output_dir"),
+)
+add(
+    "output_dir is the run whose model is the base",
+    "--model_name_or_path {models}/run/model --output_dir {models}/run --overwrite_output_dir",
+    *("output_dir", "is where the base", "choose another --output_dir"),
+)
 add("output_dir with a broken run", "--output_dir {runs}/broken", "run.json", "not a readable run")
 add("dry run without target", "--dry_run --target_modules q_prj", "target_modules", "nearest: 'q_proj'")
 add("dry run without regions", f"--dry_run {REGIONS}none.safetensors", "none.safetensors", "no such file")
@@ -440,6 +470,8 @@ def _damage_models(good: Path, models: Path) -> None:
     )
     for name in names:
         shutil.copytree(good, models / name)
+    shutil.copytree(good, models / "whole")
+    shutil.copytree(good, models / "run" / "model")
     (models / "no_config" / "config.json").unlink()
     _truncate(models / "broken_config" / "config.json")
     for file in (models / "no_tokenizer").glob("token*"):
@@ -490,10 +522,9 @@ def _damage_regions(regions: Path) -> None:
     shutil.copy(good, regions / "truncated.safetensors")
     _truncate(regions / "truncated.safetensors")
     (regions / "text.safetensors").write_text("core regions")
-    with safe_open(good, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = {name: value for name, value in load_file(good).items() if not name.endswith("k_proj.row_counts")}
-    save_file(tensors, regions / "part.safetensors", metadata=metadata)
+    tensors, metadata = read_tensors(good, kind=KIND)
+    kept = {name: value for name, value in tensors.items() if not name.endswith("k_proj.row_counts")}
+    write_tensors(regions / "part.safetensors", kept, metadata)
 
 
 def _damage_run(good: Path, runs: Path) -> None:
@@ -502,40 +533,6 @@ def _damage_run(good: Path, runs: Path) -> None:
     _truncate(runs / "broken" / "run.json")
     (runs / "empty" / "run.json").write_text("{}")
     _truncate(runs / "truncated" / "adapter" / "taso_adapter.safetensors")
-
-
-@pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: rows, and nothing else. A cache of its own, so that nothing is converted already."""
-    for split in ("train", "eval"):
-        write_rows(tmp_path / f"{split}.jsonl", 8)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TASO_CACHE", str(tmp_path.with_name(f"{tmp_path.name}_cache")))
-    return tmp_path
-
-
-@pytest.fixture
-def forbid_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_args: object, **_options: object) -> None:
-        pytest.fail("the weights were loaded")
-
-    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", load)
-
-
-def contents(*folders: Path) -> dict[Path, bytes | None]:
-    """Every file and folder below, with what the files hold."""
-    found = [path for folder in folders for path in folder.rglob("*")]
-    return {path: path.read_bytes() if path.is_file() else None for path in found}
-
-
-def assert_one_line(finished: Finished, *words: str) -> None:
-    assert finished.code == 2
-    assert "Traceback" not in finished.err
-    assert len(finished.errors) == 1, finished.err
-    line = finished.errors[0]
-    assert len(line) < 600, line
-    for word in words:
-        assert word in line, line
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -595,6 +592,75 @@ def test_a_package_that_is_not_installed(
         finished = call_main(script, flags.format(llama=llama_folder).split())
         assert_one_line(finished, package, command)
         assert finished.err.splitlines() == finished.errors
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ("RANK=0 WORLD_SIZE=two", ("WORLD_SIZE is 'two'", "not a number from 1")),
+        ("RANK=0 WORLD_SIZE=0", ("WORLD_SIZE is '0'",)),
+        ("RANK=0 WORLD_SIZE=-2", ("WORLD_SIZE is '-2'",)),
+        ("WORLD_SIZE=2", ("WORLD_SIZE is set but RANK is not",)),
+        ("RANK=zero WORLD_SIZE=1", ("RANK is 'zero'", "from 0 to 0")),
+        ("RANK=2 WORLD_SIZE=2", ("RANK is '2'", "from 0 to 1")),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2", ("LOCAL_RANK is '2'", "from 0 to 1")),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=4", ("4 ranks on this node", "more than WORLD_SIZE 2")),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=99999", ("MASTER_PORT is '99999'", "65535")),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=http", ("MASTER_PORT is 'http'",)),
+    ],
+)
+def test_a_launcher_that_disagrees_with_itself(
+    variables: str, words: tuple[str, ...], llama_folder: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = dict(entry.split("=") for entry in variables.split())
+    whole = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} if "RANK" in given else {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**whole, **given}.items():
+        monkeypatch.setenv(name, value)
+    for script in ("train", "calibrate"):
+        finished = call_main(script, GOOD.format(llama=llama_folder).split())
+        assert_one_line(finished, "environment: ", *words, "deepspeed or torchrun")
+    assert not (desk / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("", ("nvme_path", "--nvme_path")),
+        ("--nvme_path train.jsonl/disk", ("nvme_path: cannot write into train.jsonl/disk",)),
+        ("--nvme_path /proc/disk", ("nvme_path: cannot write into /proc/disk",)),
+    ],
+)
+def test_no_disk_for_parameters(
+    flag: str,
+    words: tuple[str, ...],
+    llama_folder: Path,
+    desk: Path,
+    forbid_weights: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
+    before = contents(desk)
+    flags = f"{GOOD} --ds_config zero3_nvme.json {flag}".format(llama=llama_folder)
+    assert_one_line(call_main("train", flags.split()), *words)
+    assert contents(desk) == before
+
+
+def test_a_cache_that_cannot_be_written(llama_folder: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASO_CACHE", str(desk / "train.jsonl"))
+    (desk / "m.gguf").write_text("GGUF")
+    flags = [*GOOD.format(llama=".").split(), "--gguf_file", "m.gguf"]
+    assert_one_line(call_main("train", flags), "cannot write", "train.jsonl/gguf", "another folder")
+
+
+def test_absurd_numbers_that_only_mean_all_or_for_ever(llama_folder: Path, desk: Path, forbid_weights: None) -> None:
+    """They cost neither time nor memory before the run."""
+    flags = "--calibration_samples 1000000000000 --calibration_passes 1000000000000 --max_steps 1000000000000 --dry_run"
+    finished = call_main("train", [*GOOD.format(llama=llama_folder).split(), *flags.split()]).succeeded()
+    assert "steps: 1000000000000" in finished.out
 
 
 def test_half_a_launcher(llama_folder: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

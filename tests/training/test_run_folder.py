@@ -118,7 +118,7 @@ def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"results\.json \(disk full\): make room"):
         folder.write_json("results.json", {"a": 2})
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["a"] == 1  # the old one stands
 

@@ -1,0 +1,90 @@
+"""The same arguments as flags, as YAML and as recorded in run.json: one configuration, whatever the values."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from taso_ds.config import GROUPS, RunConfig, parse_groups, parse_run_config, typed
+from taso_ds.errors import UserError
+
+words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=20)
+names = words.filter(lambda text: not text.startswith("-"))  # which argparse takes for a flag
+shares = st.floats(1e-6, 1.0)
+ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
+    "model_name_or_path": names,
+    "load_in_4bit": st.booleans(),
+    "task": names,
+    "max_seq_length": st.integers(2, 2**40),
+    "use_chat_template": st.booleans(),
+    "calibration_samples": st.integers(1, 2**40),
+    "importance": st.sampled_from(("importance", "magnitude", "gradient", "random")),
+    "element_fraction": shares,
+    "core_fraction": shares,
+    "rank": st.integers(1, 64),
+    "alpha": st.floats(1e-6, 1e6),
+    "rho": st.sampled_from(("mask", "parameters", "off", "0.5")),
+    "target_modules": st.lists(names, min_size=1, max_size=3),
+    "learning_rate": st.floats(1e-9, 1e30),
+    "max_steps": st.integers(1, 2**40),
+    "bf16": st.booleans(),
+    "seed": st.integers(0, 2**32 - 1),
+    "output_dir": names,
+}
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            flags += [f"--{name}", str(value).lower()]
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.fixed_dictionaries({}, optional=ARGUMENTS))
+def test_flags_yaml_and_a_recorded_run_say_the_same(tmp_path: Path, values: dict[str, Any]) -> None:
+    from_flags = parse_run_config(as_flags(values))
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    assert parse_run_config(["--config", str(path)] if values else []) == dataclasses.replace(
+        from_flags, run=dataclasses.replace(from_flags.run, config=str(path) if values else None)
+    )
+    parsed = {name: value for group in dataclasses.asdict(from_flags).values() for name, value in group.items()}
+    assert {name: parsed[name] for name in values} == values
+    recorded = json.loads(json.dumps(from_flags.flags()))
+    again = RunConfig(*parse_groups(GROUPS, [], description="", defaults=typed(recorded, "run.json")))
+    assert again.flags() == from_flags.flags()
+
+
+def test_flags_go_before_yaml(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("rank: 2\nseed: 3\n")
+    config = parse_run_config(["--config", str(tmp_path / "run.yaml"), "--rank", "5"])
+    assert (config.adapter.rank, config.run.seed) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--alpha", "1e39"], "alpha: 1e\\+39 is not within the range of fp32"),
+        (["--max_steps", str(2**63)], "max_steps: 9223372036854775808 is not within 64 bits"),
+        (["--task", "a\0b"], "task: .* is not UTF-8 text without null characters"),
+        (["--task", "\udcff"], r"task: '\\udcff' is not UTF-8 text"),
+        (["--data_dir", "ä" * 128], "data_dir: .* is not short enough for a path"),
+    ],
+)
+def test_values_that_nothing_can_hold_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_run_config(flags)
+
+
+def test_the_longest_names_a_disk_can_hold_are_taken() -> None:
+    path = "/".join(["x" * 255] * 15)
+    assert parse_run_config(["--data_dir", path]).data.data_dir == path
