@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from launching import Finished, call_main
-from mistakes import GOOD, assert_one_line
+from mistakes import GOOD, assert_one_line, contents
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -60,12 +60,10 @@ def train(llama_folder: Path, flags: str) -> Finished:
 @pytest.mark.parametrize(
     ("size", "flags", "file"),
     [
-        (500, "", "calibration.jsonl"),
+        (500, "", "run.json"),
         (8_000, "", "core_regions.safetensors"),
         (8_000, "--method lora --max_steps 60", "metrics.jsonl"),
-        (8_000, "--method lora --rank 16", "adapter_model.safetensors"),
-        (20_000, "--method full", "bytes"),  # the copies that a whole model is assembled from
-        (100_000, "--method full", "model"),
+        (8_000, "--method lora --rank 16", "checkpoints"),
     ],
 )
 def test_no_room_for_a_file(size: int, flags: str, file: str, llama_folder: Path, desk: Path) -> None:
@@ -76,9 +74,20 @@ def test_no_room_for_a_file(size: int, flags: str, file: str, llama_folder: Path
     comm.init()
     with largest_file(size):
         finished = train(llama_folder, flags)
-    assert_one_line(finished, "run", file, " room")
+    assert_one_line(finished, "cannot write", "run", file)
     assert_whole(desk / "run")
     assert {path.name for path in desk.iterdir()} == {"train.jsonl", "eval.jsonl", "run"}
+
+
+@pytest.mark.parametrize(("size", "file"), [(5_000, "bytes"), (100_000, "run/model")])
+def test_no_room_for_a_whole_model(size: int, file: str, llama_folder: Path, desk: Path) -> None:
+    """Neither for the copies it is assembled from, nor for the model itself."""
+    train(llama_folder, "").succeeded()
+    before = contents(desk)
+    with largest_file(size):
+        finished = call_main("export", ["--run", "run", "--merge"])
+    assert_one_line(finished, file, " room")
+    assert contents(desk) == before
 
 
 def test_no_room_for_a_plan(llama_folder: Path, desk: Path) -> None:

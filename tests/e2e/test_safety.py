@@ -188,7 +188,7 @@ def test_secrets_of_the_environment_are_written_and_said_nowhere(
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
+@pytest.fixture(params=[0o022, 0o077], ids=oct)
 def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     before = os.umask(request.param)
     yield request.param
