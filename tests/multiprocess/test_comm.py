@@ -12,7 +12,7 @@ from taso_ds.distributed.comm import SHARED_MEMORY
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
 
-def test_ranks_leave_nothing_behind_and_end_well() -> None:
+def test_ranks_wait_for_a_slow_one_leave_nothing_behind_and_end_well() -> None:
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     process = subprocess.Popen(
