@@ -42,17 +42,16 @@ def with_experts(folder: str, stage: int, split: case.Split, *, checkpointing: b
 
 
 def main(out: str, *folders: str) -> None:
-    faulthandler.dump_traceback_later(300, exit=True)  # a rank that waits for ever says where
+    faulthandler.dump_traceback_later(450, exit=True)  # a rank that waits for ever says where
     comm.init(timeout_minutes=3.0)
     engines.quiet_deepspeed()
     split, results = case.SPLITS[comm.world_size()][-1], {}
     for name, folder in (entry.split("=", 1) for entry in folders):
         for stage in (2, 3) if comm.world_size() > 1 else ():
             results[f"{name} {stage}"] = without_experts(folder, stage, split)
-        for stage in (0, 3):
-            for checkpointing in (False, True):
-                key = f"{name} {stage} experts" + " checkpointed" * checkpointing
-                results[key] = with_experts(folder, stage, split, checkpointing=checkpointing)
+        for stage, checkpointing in ((0, False), (3, False), (3, True)):
+            key = f"{name} {stage} experts" + " checkpointed" * checkpointing
+            results[key] = with_experts(folder, stage, split, checkpointing=checkpointing)
     if comm.is_main():
         Path(out).write_text(json.dumps(results))
     comm.leave()
