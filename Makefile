@@ -51,7 +51,7 @@ demo: .venv/.ready .venv/.demo-data
 	.venv/bin/python launch/demo.py
 
 test: .venv/.ready .venv/.demo-data
-	.venv/bin/pytest -n 2 --dist loadfile
+	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.ready
 	.venv/bin/ruff format --check .
