@@ -205,6 +205,7 @@ class RunArguments:
     overwrite_output_dir: bool = arg(False, "Replace a different run in output_dir.")
     resume: str = arg("auto", "auto: go on with an interrupted run in output_dir; none: anew; or a checkpoint folder.")
     seed: int = arg(0, "Seed of data order, initial adapters and new heads.")
+    expected_world_size: int | None = arg(None, "Number of ranks; with fewer or more the run does not start.")
     verify_export: bool = arg(True, "Re-open the exported adapter in a fresh process and compare logits.")
     dry_run: bool = arg(False, "Print what would be done, without loading weights, and exit.")
     force: bool = arg(False, "Start even where the plan says that host memory is too small.")
@@ -214,6 +215,8 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
+        ranks = self.expected_world_size
+        _require(ranks is None or ranks > 0, "expected_world_size", ranks, "a positive number")
 
 
 GROUPS: tuple[Any, ...] = (
@@ -231,6 +234,7 @@ _NOT_RECORDED = (
     "debug",
     "config",
     "local_rank",
+    "expected_world_size",
     "overwrite_output_dir",
     "resume",
     "verify_export",
@@ -365,6 +369,15 @@ def parse_groups(
         name = unknown[0].lstrip("-").split("=")[0]
         raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _known_names())}; --help lists them")
     return parsed
+
+
+def remaining_flags(groups: Sequence[Any], argv: Sequence[str]) -> list[str]:
+    """Return the words of a command line that ``parse_groups`` understood without those of ``groups``."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(groups, allow_abbrev=False, add_help=False)
+    remaining: list[str] = parser.parse_args_into_dataclasses(args=list(argv), return_remaining_strings=True)[-1]
+    return remaining
 
 
 def _typed(values: Mapping[str, Any], file: str) -> dict[str, Any]:

@@ -22,8 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
     "planning": {"errors", "adapters"},
     "training": {"errors", "adapters", "data", "distributed", "config", "planning"},
+    "batch_script": {"errors", "config"},
     "entry": {"errors", "distributed"},
-    "launch": {"errors", "adapters", "data", "distributed", "config", "training", "entry", "taso_ds"},
+    "launch": {"errors", "adapters", "data", "distributed", "config", "training", "batch_script", "entry", "taso_ds"},
 }
 # The method runs wherever torch does.
 ADAPTERS_NEED = {"torch", "safetensors"}

@@ -19,6 +19,7 @@ ENTRY_POINTS = {
     "taso-evaluate": "taso_ds.launch.evaluate:main",
     "taso-export": "taso_ds.launch.export:main",
     "taso-plan": "taso_ds.launch.plan:main",
+    "taso-slurm": "taso_ds.launch.slurm:main",
 }
 
 # Runs in an environment with the wheel and nothing else. Resolving a DeepSpeed JSON needs neither torch nor DeepSpeed.

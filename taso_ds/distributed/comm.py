@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from taso_ds.distributed import slurm
 from taso_ds.distributed.watch import Failure, Watch
 from taso_ds.errors import UserError
 
@@ -41,12 +42,13 @@ def init(timeout_minutes: float = 30.0) -> None:
     """
     if dist.is_initialized():
         return
+    slurm.adopt_meeting_point(os.environ)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed or torchrun")
+        raise UserError(f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed, torchrun or srun")
     import deepspeed
 
     accelerator = deepspeed.accelerator.get_accelerator()
@@ -64,7 +66,7 @@ def init(timeout_minutes: float = 30.0) -> None:
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         first = str(error).splitlines()[0]
-        raise UserError(f"environment: cannot meet at {where}: {first}; choose another --master_port") from error
+        raise UserError(f"environment: cannot meet at {where}: {first}; choose another --master_port (srun: MASTER_PORT)") from error
     if accelerator.device_name() == "cpu":
         _unlink_shared_buffers()
     if world_size() > 1:
