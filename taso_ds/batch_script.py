@@ -15,6 +15,7 @@ from taso_ds.config import GROUPS, RunConfig, arg, parse_groups, remaining_flags
 from taso_ds.errors import UserError
 
 _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
+_WORD = re.compile(r"[\w.,:-]+")
 _FLAGS_OF_AN_ARRAY = ("--task", "--seed", "--output_dir")
 
 
@@ -30,7 +31,7 @@ class SlurmArguments:
     account: str | None = arg(None, "Account the job is booked on.")
     time: str = arg("24:00:00", "Time limit as Slurm writes it; the run is saved two minutes before.")
     job_name: str = arg("taso", "Name of the job.")
-    activate: str = arg('source "${VENV:-.venv}/bin/activate"', "Shell line that brings taso-train into PATH.")
+    activate: str = arg('source "${VENV:-.venv}/bin/activate" || exit', "Shell line that brings taso-train into PATH.")
     container: str | None = arg(None, "Words before the program, like 'apptainer exec --nv taso.sif'.")
     network_interface: str | None = arg(None, "Interface between the nodes, like ib0, for NCCL and gloo.")
     requeue: bool = arg(True, "Queue again what was stopped before its end; --no_requeue to leave it.")
@@ -42,6 +43,10 @@ class SlurmArguments:
         for name in ("nodes", "devices_per_node", "cpus_per_device"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not a positive number")
+        for name in ("partition", "account", "job_name"):
+            value = getattr(self, name)
+            if value is not None and not _WORD.fullmatch(value):
+                raise UserError(f"{name}: {value!r} is not a word of letters, digits and .,:_-")
         if not _TIME.fullmatch(self.time):
             raise UserError(f"time: {self.time!r} is not a time limit of Slurm, like 24:00:00 or 2-12")
         if (self.sweep_tasks is None) != (self.sweep_seeds is None):
@@ -145,8 +150,8 @@ def _sweep(job: SlurmArguments) -> str:
     return (
         f"tasks=({tasks})\n"
         f"seeds=({seeds})\n"
-        'task=${tasks[SLURM_ARRAY_TASK_ID / ${#seeds[@]}]}\n'
-        'seed=${seeds[SLURM_ARRAY_TASK_ID % ${#seeds[@]}]}\n'
+        "task=${tasks[SLURM_ARRAY_TASK_ID / ${#seeds[@]}]}\n"
+        "seed=${seeds[SLURM_ARRAY_TASK_ID % ${#seeds[@]}]}\n"
         f'run=(--task "$task" --seed "$seed" --output_dir "runs/{job.job_name}/$task-seed$seed")\n'
     )
 
@@ -154,7 +159,7 @@ def _sweep(job: SlurmArguments) -> str:
 def _start(job: SlurmArguments, flags: Sequence[str]) -> str:
     # the program follows from PROGRAM, so that one script serves a chain: calibrate, train, evaluate
     words = [*([] if job.container is None else [job.container]), '"${PROGRAM:-taso-train}"']
-    run = shlex.join(flags) if job.sweep_tasks is None else ' '.join(['"${run[@]}"', *map(shlex.quote, flags)])
+    run = shlex.join(flags) if job.sweep_tasks is None else " ".join(['"${run[@]}"', *map(shlex.quote, flags)])
     return (
         "status=0\n"
         "srun --kill-on-bad-exit=1 --mpi=none \\\n"

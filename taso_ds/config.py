@@ -318,13 +318,13 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"config: {path} is not a mapping of argument names to values")
     for key in values:
-        if key not in _known_names():
-            raise UserError(f"config: {path} has the unknown key {key!r}{nearest(str(key), _known_names())}")
+        if key not in _names(GROUPS):
+            raise UserError(f"config: {path} has the unknown key {key!r}{nearest(str(key), _names(GROUPS))}")
     return values
 
 
-def _known_names() -> list[str]:
-    return [entry.name for group in GROUPS for entry in dataclasses.fields(group)]
+def _names(groups: Sequence[Any]) -> list[str]:
+    return [entry.name for group in groups for entry in dataclasses.fields(group)]
 
 
 def parse_run_config(argv: Sequence[str] | None = None, *, description: str = "") -> RunConfig:
@@ -367,7 +367,7 @@ def parse_groups(
     *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     if unknown and not partial:
         name = unknown[0].lstrip("-").split("=")[0]
-        raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _known_names())}; --help lists them")
+        raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _names(groups))}; --help lists them")
     return parsed
 
 

@@ -48,7 +48,9 @@ def init(timeout_minutes: float = 30.0) -> None:
         os.environ["MASTER_PORT"] = str(_free_port())
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed, torchrun or srun")
+        raise UserError(
+            f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed, torchrun or srun"
+        )
     import deepspeed
 
     accelerator = deepspeed.accelerator.get_accelerator()
@@ -66,7 +68,9 @@ def init(timeout_minutes: float = 30.0) -> None:
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         first = str(error).splitlines()[0]
-        raise UserError(f"environment: cannot meet at {where}: {first}; choose another --master_port (srun: MASTER_PORT)") from error
+        raise UserError(
+            f"environment: cannot meet at {where}: {first}; choose another --master_port (srun: MASTER_PORT)"
+        ) from error
     if accelerator.device_name() == "cpu":
         _unlink_shared_buffers()
     if world_size() > 1:

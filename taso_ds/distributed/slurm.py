@@ -4,7 +4,6 @@ Only variables of a *step* count. The batch script itself carries ``SLURM_PROCID
 it starts without ``srun`` is one process, and would wait for the others for ever.
 """
 
-import os
 import re
 import socket
 import subprocess

@@ -79,7 +79,7 @@ def _sized_for_two_cores(config: RunConfig) -> RunConfig:
 
 
 def check_flags(config: RunConfig, world_size: int) -> None:
-    """Refuse an unexpected number of ranks, an unknown task, an unreadable DeepSpeed JSON, batches that do not multiply."""
+    """Refuse ranks that are missing, an unknown task, an unreadable DeepSpeed JSON and batches that do not multiply."""
     expected = config.run.expected_world_size
     if expected not in (None, world_size):
         raise UserError(
