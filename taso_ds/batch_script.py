@@ -160,9 +160,11 @@ def _start(job: SlurmArguments, flags: Sequence[str]) -> str:
     # the program follows from PROGRAM, so that one script serves a chain: calibrate, train, evaluate
     words = [*([] if job.container is None else [job.container]), '"${PROGRAM:-taso-train}"']
     run = shlex.join(flags) if job.sweep_tasks is None else " ".join(['"${run[@]}"', *map(shlex.quote, flags)])
+    # A rank that fails ends the others, and rank 0 says why; Slurm's own --kill-on-bad-exit would silence it. --wait is
+    # for ranks that cannot know, because they have not met yet.
     return (
         "status=0\n"
-        "srun --kill-on-bad-exit=1 --mpi=none \\\n"
+        "srun --wait=60 --mpi=none \\\n"
         f"    {' '.join(words)} --expected_world_size {job.world_size} \\\n"
         f'    {run} "$@" || status=$?\n'
     )

@@ -44,7 +44,7 @@ export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it over b
 export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 status=0
-srun --kill-on-bad-exit=1 --mpi=none \\
+srun --wait=60 --mpi=none \\
     apptainer exec --nv taso.sif "${PROGRAM:-taso-train}" --expected_world_size 6 \\
     --output_dir runs/a --task gsm8k --no_bf16 --max_steps 100 "$@" || status=$?
 

@@ -3,6 +3,7 @@
 The nodes are names for this host; each claims eight devices and more cores than there are, so that shipped scripts fit.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import psutil
 from launching import environment, free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 
 
 def missing() -> str:
@@ -92,7 +93,7 @@ class Cluster:
     def ended(self, job: int) -> bool:
         """Say whether a job, or every task of an array, has ended."""
         states = re.findall(r"JobState=(\S+)", self.ask("scontrol", "show", "job", "-o", str(job)))
-        return all(state in _ENDED for state in states)
+        return all(state in ENDED for state in states)
 
     def wait(self, job: int, *, seconds: float = 120.0) -> str:
         """Wait for a job's end and return its last state."""
@@ -101,13 +102,12 @@ class Cluster:
 
     def lose(self, node: str) -> None:
         """Take a node down as a power failure does: its daemon and all that runs there is killed."""
-        self._daemons.pop(node).kill()
+        daemon = self._daemons.pop(node)
+        daemon.kill()
+        daemon.wait(30)
         for process in self._processes_of(node):
-            process.kill()
-
-    def restore(self, node: str) -> None:
-        self._start("slurmd", "-D", "-N", node, name=node)
-        until(lambda: self._states() == {"idle"}, f"{node} does not come back", 30)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _processes_of(self, node: str) -> list[psutil.Process]:
         found = []
