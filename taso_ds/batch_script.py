@@ -67,11 +67,13 @@ def parse_job(argv: Sequence[str], *, description: str = "") -> tuple[SlurmArgum
     config = RunConfig(*groups)
     flags = remaining_flags([SlurmArguments], argv)
     if job.sweep_tasks is not None:
-        decided = [flag for flag in _FLAGS_OF_AN_ARRAY if flag in flags]
+        decided = {flag.partition("=")[0] for flag in flags}.intersection(_FLAGS_OF_AN_ARRAY)
         if decided:
-            raise UserError(f"{decided[0][2:]}: a job array decides it for each of its runs; drop it")
+            raise UserError(f"{min(decided)[2:]}: a job array decides it for each of its runs; drop it")
     elif config.run.output_dir is None:
         raise UserError("output_dir: name a run folder; the job goes on there when it is started again")
+    if job.requeue and (config.run.overwrite_output_dir or config.run.resume != "auto"):
+        raise UserError("resume, overwrite_output_dir: a requeued job would begin there again; pass --no_requeue too")
     return job, flags
 
 

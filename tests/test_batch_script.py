@@ -101,7 +101,9 @@ def test_the_script_is_written_where_it_should_be(tmp_path: Path) -> None:
         ("--output_dir a --time 1d", "time: '1d' is not a time limit"),
         ("--output_dir a --job_name $(x)", "job_name: .* is not a word"),
         ("--sweep_tasks rte", "pass both"),
-        ("--sweep_tasks rte --sweep_seeds 0 --seed 1", "seed: a job array decides it"),
+        ("--output_dir a --overwrite_output_dir", "a requeued job would begin there again"),
+        ("--output_dir a --resume none", "a requeued job would begin there again"),
+        ("--sweep_tasks rte --sweep_seeds 0 --seed=1", "seed: a job array decides it"),
     ],
 )
 def test_a_mistake_is_said_before_the_job_waits(words: str, message: str) -> None:
