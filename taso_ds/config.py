@@ -207,6 +207,7 @@ class RunArguments:
     overwrite_output_dir: bool = arg(False, "Replace a different run in output_dir.")
     resume: str = arg("auto", "auto: go on with an interrupted run in output_dir; none: anew; or a checkpoint folder.")
     seed: int = arg(0, "Seed of data order, initial adapters and new heads.")
+    expected_world_size: int | None = arg(None, "Number of ranks; with fewer or more the run does not start.")
     verify_export: bool = arg(True, "Re-open the exported adapter in a fresh process and compare logits.")
     dry_run: bool = arg(False, "Print what would be done, without loading weights, and exit.")
     force: bool = arg(False, "Start even where the plan says that host memory is too small.")
@@ -216,6 +217,8 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
+        ranks = self.expected_world_size
+        _require(ranks is None or ranks > 0, "expected_world_size", ranks, "a positive number")
 
 
 GROUPS: tuple[Any, ...] = (
@@ -233,6 +236,7 @@ _NOT_RECORDED = (
     "debug",
     "config",
     "local_rank",
+    "expected_world_size",
     "overwrite_output_dir",
     "resume",
     "verify_export",
@@ -319,8 +323,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
-def _known_names() -> list[str]:
-    return [entry.name for group in GROUPS for entry in dataclasses.fields(group)]
+def _names(groups: Sequence[Any]) -> list[str]:
+    return [entry.name for group in groups for entry in dataclasses.fields(group)]
 
 
 def parse_run_config(argv: Sequence[str] | None = None, *, description: str = "") -> RunConfig:
@@ -363,7 +367,7 @@ def parse_groups(
     *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     if unknown and not partial:
         name = unknown[0].lstrip("-").split("=")[0]
-        raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _known_names())}; --help lists them")
+        raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _names(groups))}; --help lists them")
     for group in parsed:
         for entry in dataclasses.fields(group):
             _check_representable(entry.name, getattr(group, entry.name))
@@ -388,6 +392,15 @@ def _check_representable(name: str, value: Any) -> None:
         _require(fits, name, value, f"short enough for a path ({_LONGEST_NAME} bytes a name, {_LONGEST_PATH} in all)")
 
 
+def remaining_flags(groups: Sequence[Any], argv: Sequence[str]) -> list[str]:
+    """Return the words of a command line that ``parse_groups`` understood without those of ``groups``."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(groups, allow_abbrev=False, add_help=False)
+    remaining: list[str] = parser.parse_args_into_dataclasses(args=list(argv), return_remaining_strings=True)[-1]
+    return remaining
+
+
 def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return values read from a file as what the fields hold.
 
@@ -395,8 +408,8 @@ def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         UserError: an unknown name, or a value of another type.
     """
     for key in values:
-        if key not in _known_names():
-            raise UserError(f"{source} has the unknown key {key!r}{nearest(str(key), _known_names())}")
+        if key not in _names(GROUPS):
+            raise UserError(f"{source} has the unknown key {key!r}{nearest(str(key), _names(GROUPS))}")
     hints = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}
     found: dict[str, Any] = {}
     for key, value in values.items():

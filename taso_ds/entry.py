@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from taso_ds.distributed import slurm
 from taso_ds.errors import Interrupted, UserError, speaks_for_all
 
 CRASH, USER_ERROR = 1, 2
@@ -26,6 +27,7 @@ def run_script(action: Callable[[], str | None]) -> None:
     A ``UserError`` becomes one line ``error: …`` and exit code 2, ``--debug`` shows its traceback; ``Interrupted``
     becomes exit code 75; anything else is a bug, with traceback and exit code 1. In each case no rank is left waiting.
     """
+    slurm.adopt_ranks(os.environ)
     _set_up_logging()
     _leave_script_folder()
     try:

@@ -26,8 +26,20 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"errors", "json_text", "adapters", "data", "distributed", "config", "planning"},
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
     "doctor": {"errors", "config", "distributed", "training"},
+    "batch_script": {"errors", "config"},
     "entry": {"errors", "distributed"},
-    "launch": {"errors", "adapters", "data", "distributed", "config", "training", "doctor", "entry", "taso_ds"},
+    "launch": {
+        "errors",
+        "adapters",
+        "data",
+        "distributed",
+        "config",
+        "training",
+        "doctor",
+        "batch_script",
+        "entry",
+        "taso_ds",
+    },
 }
 # The method runs wherever torch does.
 ADAPTERS_NEED = {"torch", "safetensors"}

@@ -20,6 +20,7 @@ ENTRY_POINTS = {
     "taso-export": "taso_ds.launch.export:main",
     "taso-plan": "taso_ds.launch.plan:main",
     "taso-doctor": "taso_ds.launch.doctor:main",
+    "taso-slurm": "taso_ds.launch.slurm:main",
 }
 
 # Runs in an environment with the wheel and nothing else. Resolving a DeepSpeed JSON needs neither torch nor DeepSpeed.

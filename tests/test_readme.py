@@ -78,6 +78,7 @@ def test_make_pip_and_benchmarks(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", LAUNCHED, ids=" ".join)
 def test_flags_parse(words: list[str]) -> None:
+    from taso_ds.batch_script import SlurmArguments
     from taso_ds.config import GROUPS, parse_groups
     from taso_ds.doctor.arguments import parse_doctor
     from taso_ds.training.finished import FinishedArguments
@@ -91,7 +92,13 @@ def test_flags_parse(words: list[str]) -> None:
         return
     if script == "doctor":
         _, flags = parse_doctor(flags)
-    extra: dict[str | None, tuple[type, ...]] = {"train": (), "calibrate": (), "doctor": (), "plan": (PlanArguments,)}
+    extra: dict[str | None, tuple[type, ...]] = {
+        "train": (),
+        "calibrate": (),
+        "doctor": (),
+        "plan": (PlanArguments,),
+        "slurm": (SlurmArguments,),
+    }
     groups = (*GROUPS, *extra.get(script, (FinishedArguments,)))
     parse_groups(groups, flags, description="")
     made = {Path(folder) for other in LAUNCHED if (folder := value_of(other, "--output_dir"))} | {_demo_folder()}
@@ -156,12 +163,13 @@ def test_python_compiles(body: str) -> None:
 def test_flags_in_the_text_exist() -> None:
     import dataclasses
 
+    from taso_ds.batch_script import SlurmArguments
     from taso_ds.config import GROUPS
     from taso_ds.doctor.arguments import DoctorArguments
     from taso_ds.training.finished import FinishedArguments
     from taso_ds.training.forecast import PlanArguments
 
-    groups = (*GROUPS, FinishedArguments, PlanArguments, DoctorArguments)
+    groups = (*GROUPS, FinishedArguments, PlanArguments, DoctorArguments, SlurmArguments)
     known = {entry.name for group in groups for entry in dataclasses.fields(group)} | {"help"}
     known |= {f"no_{name}" for name in known}
     named = re.findall(r"`--(\w+)", FENCE.sub("", README))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from taso_ds.distributed import slurm
 from taso_ds.distributed.watch import Failure, Watch
 from taso_ds.errors import UserError, speaks_for_all
 
@@ -45,7 +46,7 @@ def _launched(name: str, default: int, valid: range) -> int:
     text = os.environ.get(name, str(default))
     if not (text.isdecimal() and len(text) < 10 and int(text) in valid):
         wanted = f"a number from {valid[0]} to {valid[-1]}"
-        raise UserError(f"environment: {name} is {text!r}, not {wanted}; start with deepspeed or torchrun")
+        raise UserError(f"environment: {name} is {text!r}, not {wanted}; start with deepspeed, torchrun or srun")
     return int(text)
 
 
@@ -57,15 +58,15 @@ def check_launched() -> None:
     """
     if "RANK" not in os.environ:
         if launched_world_size() != 1:
-            raise UserError("environment: WORLD_SIZE is set but RANK is not; start with deepspeed or torchrun")
+            raise UserError("environment: WORLD_SIZE is set but RANK is not; start with deepspeed, torchrun or srun")
         return
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed or torchrun")
+        raise UserError(f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed, torchrun or srun")
     if local_world_size() > launched_world_size():
         raise UserError(
             f"environment: {local_world_size()} ranks on this node (LOCAL_WORLD_SIZE or LOCAL_SIZE) are more than"
-            f" WORLD_SIZE {launched_world_size()}; start with deepspeed or torchrun"
+            f" WORLD_SIZE {launched_world_size()}; start with deepspeed, torchrun or srun"
         )
     launched_rank(), local_rank(), _launched("MASTER_PORT", 0, range(1 << 16))
 
@@ -78,6 +79,7 @@ def init(timeout_minutes: float = 30.0) -> None:
     """
     if dist.is_initialized():
         return
+    slurm.adopt_meeting_point(os.environ)
     check_launched()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
@@ -99,7 +101,9 @@ def init(timeout_minutes: float = 30.0) -> None:
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         first = str(error).splitlines()[0]
-        raise UserError(f"environment: cannot meet at {where}: {first}; choose another --master_port") from error
+        raise UserError(
+            f"environment: cannot meet at {where}: {first}; choose another --master_port (srun: MASTER_PORT)"
+        ) from error
     if accelerator.device_name() == "cpu":
         _unlink_shared_buffers()
     if world_size() > 1:

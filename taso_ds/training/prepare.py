@@ -80,7 +80,13 @@ def _sized_for_two_cores(config: RunConfig) -> RunConfig:
 
 
 def check_flags(config: RunConfig, world_size: int) -> None:
-    """Refuse an unknown task, an unreadable DeepSpeed JSON and batch numbers that do not multiply."""
+    """Refuse ranks that are missing, an unknown task, an unreadable DeepSpeed JSON and batches that do not multiply."""
+    expected = config.run.expected_world_size
+    if expected not in (None, world_size):
+        raise UserError(
+            f"expected_world_size: {expected} ranks were asked for and {world_size} came; compare the nodes and tasks"
+            " of the allocation with those of the script, or the launcher's flags"
+        )
     assert config.data.task is not None
     get_task(config.data.task)
     read_ds_config(config.run.ds_config)

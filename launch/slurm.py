@@ -1,0 +1,25 @@
+"""Slurm: write the batch script of a run; its flags are checked before the job waits in a queue.
+
+python launch/slurm.py --nodes 2 --partition gpu --task gsm8k --output_dir runs/gsm8k --write gsm8k.sbatch
+sbatch gsm8k.sbatch
+"""
+
+import sys
+
+from taso_ds.entry import run_script
+
+
+def _slurm() -> str:
+    from taso_ds.batch_script import batch_script, parse_job, write_script
+
+    job, flags = parse_job(sys.argv[1:], description=str(__doc__))
+    return write_script(batch_script(job, flags), job)
+
+
+def main() -> None:
+    """Console entry point ``taso-slurm``."""
+    run_script(_slurm)
+
+
+if __name__ == "__main__":
+    main()

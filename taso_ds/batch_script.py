@@ -1,0 +1,186 @@
+"""A Slurm batch script from flags: one process per device, requeued and resumed after a signal.
+
+Everything a site decides stands in the script's head, to be edited there; ``srun`` starts the ranks, and the flags that
+``sbatch script`` is given go on to the program.
+"""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from taso_ds.config import GROUPS, RunConfig, arg, parse_groups, remaining_flags
+from taso_ds.errors import UserError
+
+_TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
+_WORD = re.compile(r"[\w.,:-]+")
+_FLAGS_OF_AN_ARRAY = ("--task", "--seed", "--output_dir")
+
+
+@dataclass(frozen=True)
+class SlurmArguments:
+    """The job. Every flag of ``launch/train.py`` is understood beside these and written into the script."""
+
+    nodes: int = arg(1, "Number of nodes.")
+    devices_per_node: int = arg(8, "Devices of a node, one process each.")
+    cpus_per_device: int = arg(8, "CPU cores of each process.")
+    gpus: bool = arg(True, "The devices are GPUs; --no_gpus on a CPU cluster.")
+    partition: str | None = arg(None, "Slurm partition; default: the site's.")
+    account: str | None = arg(None, "Account the job is booked on.")
+    time: str = arg("24:00:00", "Time limit as Slurm writes it; the run is saved two minutes before.")
+    job_name: str = arg("taso", "Name of the job.")
+    activate: str = arg('source "${VENV:-.venv}/bin/activate" || exit', "Shell line that brings taso-train into PATH.")
+    container: str | None = arg(None, "Words before the program, like 'apptainer exec --nv taso.sif'.")
+    network_interface: str | None = arg(None, "Interface between the nodes, like ib0, for NCCL and gloo.")
+    requeue: bool = arg(True, "Queue again what was stopped before its end; --no_requeue to leave it.")
+    sweep_tasks: list[str] | None = arg(None, "Job array: one run for each of these tasks and sweep_seeds.")
+    sweep_seeds: list[int] | None = arg(None, "Seeds of the job array.")
+    write: str | None = arg(None, "File to write; default: the terminal.")
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "devices_per_node", "cpus_per_device"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not a positive number")
+        for name in ("partition", "account", "job_name"):
+            value = getattr(self, name)
+            if value is not None and not _WORD.fullmatch(value):
+                raise UserError(f"{name}: {value!r} is not a word of letters, digits and .,:_-")
+        if not _TIME.fullmatch(self.time):
+            raise UserError(f"time: {self.time!r} is not a time limit of Slurm, like 24:00:00 or 2-12")
+        if (self.sweep_tasks is None) != (self.sweep_seeds is None):
+            raise UserError("sweep_tasks and sweep_seeds make a job array together: pass both")
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.devices_per_node
+
+
+def parse_job(argv: Sequence[str], *, description: str = "") -> tuple[SlurmArguments, list[str]]:
+    """Parse the job's flags and check those of the run, which are returned as they are.
+
+    Raises:
+        UserError: unknown flag, a value that cannot work, or no run folder to go on in.
+    """
+    *groups, job = parse_groups((*GROUPS, SlurmArguments), argv, description=description)
+    config = RunConfig(*groups)
+    flags = remaining_flags([SlurmArguments], argv)
+    if job.sweep_tasks is not None:
+        decided = {flag.partition("=")[0] for flag in flags}.intersection(_FLAGS_OF_AN_ARRAY)
+        if decided:
+            raise UserError(f"{min(decided)[2:]}: a job array decides it for each of its runs; drop it")
+    elif config.run.output_dir is None:
+        raise UserError("output_dir: name a run folder; the job goes on there when it is started again")
+    if job.requeue and (config.run.overwrite_output_dir or config.run.resume != "auto"):
+        raise UserError("resume, overwrite_output_dir: a requeued job would begin there again; pass --no_requeue too")
+    return job, flags
+
+
+def write_script(text: str, job: SlurmArguments) -> str:
+    """Write the script where the job says; returns what the user is to read last."""
+    if job.write is None:
+        return text.rstrip("\n")
+    path = Path(job.write)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"write: cannot write {path}: {error.strerror}") from error
+    return f"SCRIPT {path}"
+
+
+def batch_script(job: SlurmArguments, flags: Sequence[str]) -> str:
+    """Return the script of a job whose runs have these flags."""
+    parts = [
+        _head(job),
+        _environment(job),
+        *([] if job.sweep_tasks is None else [_sweep(job)]),
+        _start(job, flags),
+        _REQUEUE if job.requeue else 'exit "$status"\n',
+    ]
+    return "\n".join(parts)
+
+
+def _head(job: SlurmArguments) -> str:
+    runs = "" if job.sweep_tasks is None else "one run per task and seed, "
+    options = {
+        "job-name": job.job_name,
+        "partition": job.partition,
+        "account": job.account,
+        "nodes": job.nodes,
+        "ntasks-per-node": job.devices_per_node,
+        "gpus-per-node": job.devices_per_node if job.gpus else None,
+        "cpus-per-task": job.cpus_per_device,
+        "time": job.time,
+        "array": None if job.sweep_tasks is None else f"0-{len(job.sweep_tasks) * len(job.sweep_seeds or ()) - 1}",
+        "signal": "USR1@120",
+        "output": "%x-%j.out",
+        "open-mode": "append",
+    }
+    lines = [
+        "#!/bin/bash",
+        f"# {_plural(job.nodes, 'node')} with {_plural(job.devices_per_node, 'device')}: {runs}one process per device.",
+        "# Further flags go on to the program: sbatch THIS_FILE --max_steps 100",
+        *(f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None),
+        "#SBATCH --requeue" if job.requeue else "#SBATCH --no-requeue",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _environment(job: SlurmArguments) -> str:
+    default = {field.name: field.default for field in dataclasses.fields(SlurmArguments)}["activate"]
+    lines = []
+    if job.activate == default and job.container is None:
+        lines += ["# shellcheck source=/dev/null", job.activate]
+    elif job.activate != default:
+        lines += [job.activate]
+    lines += [
+        "set -euo pipefail",
+        'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it over by itself',
+    ]
+    if job.network_interface is None:
+        lines += ["# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0  # where the nodes do not find each other"]
+    else:
+        name = shlex.quote(job.network_interface)
+        lines += [f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}"]
+    return "\n".join(lines) + "\n"
+
+
+def _sweep(job: SlurmArguments) -> str:
+    tasks, seeds = shlex.join(job.sweep_tasks or ()), " ".join(map(str, job.sweep_seeds or ()))
+    return (
+        f"tasks=({tasks})\n"
+        f"seeds=({seeds})\n"
+        "task=${tasks[SLURM_ARRAY_TASK_ID / ${#seeds[@]}]}\n"
+        "seed=${seeds[SLURM_ARRAY_TASK_ID % ${#seeds[@]}]}\n"
+        f'run=(--task "$task" --seed "$seed" --output_dir "runs/{job.job_name}/$task-seed$seed")\n'
+    )
+
+
+def _start(job: SlurmArguments, flags: Sequence[str]) -> str:
+    # the program follows from PROGRAM, so that one script serves a chain: calibrate, train, evaluate
+    words = [*([] if job.container is None else [job.container]), '"${PROGRAM:-taso-train}"']
+    run = shlex.join(flags) if job.sweep_tasks is None else " ".join(['"${run[@]}"', *map(shlex.quote, flags)])
+    # A rank that fails ends the others, and rank 0 says why; Slurm's own --kill-on-bad-exit would silence it. --wait is
+    # for ranks that cannot know, because they have not met yet.
+    return (
+        "status=0\n"
+        "srun --wait=60 --mpi=none \\\n"
+        f"    {' '.join(words)} --expected_world_size {job.world_size} \\\n"
+        f'    {run} "$@" || status=$?\n'
+    )
+
+
+# 138 = 128 + SIGUSR1: a rank that was still loading its libraries.
+_REQUEUE = """\
+# Stopped by a signal, and saved (75) or not begun yet (138): the same command goes on from there.
+if [[ $status == 75 || $status == 138 ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,111 @@
+"""Batch scripts from flags: the shipped ones are what taso-slurm writes, and shellcheck finds nothing in any."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from taso_ds.batch_script import batch_script, parse_job, write_script
+from taso_ds.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parents[1] / "launch" / "slurm"
+# What each shipped script was written with; write it again with --write after a change.
+FLAGS = {
+    "single_node.sbatch": "--partition gpu --output_dir runs/slurm",
+    "multi_node.sbatch": "--nodes 2 --partition gpu --output_dir runs/slurm",
+    "array.sbatch": "--partition gpu --job_name sweep --sweep_tasks rte mrpc --sweep_seeds 0 1",
+}
+SITE = [
+    *("--nodes", "3", "--devices_per_node=2", "--no_gpus", "--cpus_per_device", "16", "--account", "project"),
+    *("--time", "2-12", "--no_requeue", "--network_interface", "ib0", "--activate", "module load taso"),
+    *("--container", "apptainer exec --nv taso.sif"),
+    *("--output_dir", "runs/a", "--task", "gsm8k", "--no_bf16", "--max_steps", "100"),
+]
+
+SITE_SCRIPT = """\
+#!/bin/bash
+# 3 nodes with 2 devices: one process per device.
+# Further flags go on to the program: sbatch THIS_FILE --max_steps 100
+#SBATCH --job-name=taso
+#SBATCH --account=project
+#SBATCH --nodes=3
+#SBATCH --ntasks-per-node=2
+#SBATCH --cpus-per-task=16
+#SBATCH --time=2-12
+#SBATCH --signal=USR1@120
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --no-requeue
+
+module load taso
+set -euo pipefail
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it over by itself
+export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+status=0
+srun --wait=60 --mpi=none \\
+    apptainer exec --nv taso.sif "${PROGRAM:-taso-train}" --expected_world_size 6 \\
+    --output_dir runs/a --task gsm8k --no_bf16 --max_steps 100 "$@" || status=$?
+
+exit "$status"
+"""
+
+
+def written(words: list[str]) -> str:
+    return batch_script(*parse_job(words))
+
+
+def shellcheck(*scripts: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck: apt-get install shellcheck")
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_shipped_scripts_are_what_is_written(name: str) -> None:
+    assert written(FLAGS[name].split()) == (SHIPPED / name).read_text(encoding="utf-8")
+
+
+def test_every_shipped_script_is_tested() -> None:
+    assert {path.name for path in SHIPPED.iterdir()} == {*FLAGS, "chain.sh"}
+
+
+def test_a_site_with_its_own_ways() -> None:
+    assert written(SITE) == SITE_SCRIPT
+
+
+def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
+    site, quoted = tmp_path / "site.sbatch", tmp_path / "quoted.sbatch"
+    site.write_text(SITE_SCRIPT)
+    quoted.write_text(written(["--output_dir", "runs/it's mine", "--tokenizer_name", "a;b"]))
+    shellcheck(*SHIPPED.iterdir(), site, quoted)
+
+
+def test_the_script_is_written_where_it_should_be(tmp_path: Path) -> None:
+    job, flags = parse_job(["--output_dir", "runs/a", "--write", str(tmp_path / "new" / "job.sbatch")])
+    text = batch_script(job, flags)
+    assert write_script(text, job) == f"SCRIPT {tmp_path}/new/job.sbatch"
+    assert (tmp_path / "new" / "job.sbatch").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--task gsm8k", "output_dir: name a run folder"),
+        ("--output_dir a --learning_rat 1", "unknown flag '--learning_rat' .*'learning_rate'"),
+        ("--output_dir a --learning_rate -1", "learning_rate: -1.0 is not positive"),
+        ("--output_dir a --partitoin b", "unknown flag '--partitoin' .*'partition'"),
+        ("--output_dir a --nodes 0", "nodes: 0 is not a positive number"),
+        ("--output_dir a --time 1d", "time: '1d' is not a time limit"),
+        ("--output_dir a --job_name $(x)", "job_name: .* is not a word"),
+        ("--sweep_tasks rte", "pass both"),
+        ("--output_dir a --overwrite_output_dir", "a requeued job would begin there again"),
+        ("--output_dir a --resume none", "a requeued job would begin there again"),
+        ("--sweep_tasks rte --sweep_seeds 0 --seed=1", "seed: a job array decides it"),
+    ],
+)
+def test_a_mistake_is_said_before_the_job_waits(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_job(words.split())
