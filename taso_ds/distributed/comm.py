@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from taso_ds.distributed import launcher, network
 from taso_ds.distributed.watch import Failure, Watch
 from taso_ds.errors import UserError
 
 Result = TypeVar("Result")
-# The watch belongs to the process group, which is the process's own too: none, or one.
+# Like the process group they belong to they are the process's own: none, or one of each.
+_stores: list[Any] = []
 _watches: list[Watch] = []
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -33,13 +35,15 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def init(timeout_minutes: float = 30.0) -> None:
-    """Join the process group on the accelerator's own backend; alone when no launcher set the rank variables.
+def meet(timeout_minutes: float = 30.0) -> None:
+    """Meet the other ranks at a key-value store; alone when no launcher set the rank variables.
+
+    From here on a rank that fails ends all, so what may fail on a single node belongs behind it.
 
     Raises:
-        UserError: when some, but not all, rank variables are set, or the ranks cannot meet.
+        UserError: when some, but not all, rank variables are set, or others than expected, or the ranks cannot meet.
     """
-    if dist.is_initialized():
+    if _stores:
         return
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
@@ -47,28 +51,65 @@ def init(timeout_minutes: float = 30.0) -> None:
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed or torchrun")
+    above = launcher.processes_above()
+    launcher.check_hostfile(above)
+    _check_world_size()
+    os.environ["MASTER_PORT"] = launcher.own_port(above) or os.environ["MASTER_PORT"]
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=timeout_minutes)))
+    except dist.DistError as error:
+        first = str(error).splitlines()[0]
+        is_taken = "EADDRINUSE" in first or "address already in use" in first.lower()
+        remedy = "another run has this port; choose another --master_port" if is_taken else "are all nodes started?"
+        raise UserError(f"environment: cannot meet at {where}: {first}; {remedy}") from error
+    _stores.append(store)
+    if world_size > 1:
+        _watches.append(Watch(store, rank, world_size))
+
+
+def init(timeout_minutes: float = 30.0) -> None:
+    """Join the process group on the accelerator's own backend, after meeting the other ranks.
+
+    Raises:
+        UserError: the ranks cannot meet, or not connect.
+    """
+    if dist.is_initialized():
+        return
+    meet(timeout_minutes)
     import deepspeed
 
     accelerator = deepspeed.accelerator.get_accelerator()
+    backend = accelerator.communication_backend_name()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each use every core of a CPU node slow one another down several times over.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+    if backend == "gloo" and local_world_size() < launched_world_size():
+        network.check_gloo_address()
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     try:
-        deepspeed.init_distributed(
-            dist_backend=accelerator.communication_backend_name(),
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-            verbose=False,
+        dist.init_process_group(
+            backend, store=_stores[0], rank=launched_rank(), world_size=launched_world_size(), timeout=timeout
         )
-    except dist.DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        first = str(error).splitlines()[0]
-        raise UserError(f"environment: cannot meet at {where}: {first}; choose another --master_port") from error
+    except RuntimeError as error:
+        first = str(error).splitlines()[0][:300]
+        remedy = f"open all ports between the nodes, or name their interface in {backend.upper()}_SOCKET_IFNAME"
+        raise UserError(f"environment: the ranks met but cannot connect ({first}); {remedy}") from error
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     if accelerator.device_name() == "cpu":
         _unlink_shared_buffers()
-    if world_size() > 1:
-        _watches.append(Watch())
+
+
+def _check_world_size() -> None:
+    """Refuse to train on fewer nodes, or more, than the user meant: launchers go on with those they find."""
+    expected, started = os.environ.get("TASO_WORLD_SIZE"), launched_world_size()
+    if expected is not None and expected != str(started):
+        raise UserError(
+            f"environment: {started} ranks were started, not TASO_WORLD_SIZE={expected}; compare the launcher's nodes"
+            " and ranks per node with those of the job"
+        )
 
 
 def _unlink_shared_buffers() -> None:
@@ -100,13 +141,14 @@ def leave() -> None:
     barrier()
     while _watches:
         _watches.pop().stop()
+    _stores.clear()
     alone = dist.get_world_size() == 1
     dist.destroy_process_group()
     if not alone:
         _exit(0)
 
 
-def _meet() -> None:
+def _wait_for_all() -> None:
     """Wait for ranks that may take long, with a download, tokens or the proof of an export."""
     if _watches:
         _watches[0].meet()
@@ -160,6 +202,11 @@ def local_rank() -> int:
 def local_world_size() -> int:
     """Return the number of ranks on this node; all of them where the launcher does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))))
+
+
+def spans_nodes() -> bool:
+    """Say whether there are ranks on other nodes too."""
+    return local_world_size() < world_size()
 
 
 def is_main() -> bool:
@@ -282,7 +329,7 @@ def on_main(action: Callable[[], Result]) -> Result:
             box[0] = action()
         except UserError as error:
             box[1] = str(error)
-    _meet()
+    _wait_for_all()
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise UserError(box[1])
@@ -301,7 +348,7 @@ def together(action: Callable[[], Result]) -> Result:
         result = action()
     except UserError as error:
         message = str(error)
-    _meet()
+    _wait_for_all()
     for number, other in enumerate(gather_objects(message)):
         if other is not None:
             raise UserError(other if number == 0 else f"rank {number}: {other}")
