@@ -4,7 +4,7 @@ A collective returns only when all ranks come; one that died, or gave up with an
 for the backend's time-out, half an hour. So a thread of every rank writes a sign of life into the job's key-value store
 (the one the ranks met through) every other second; rank 0's looks after all ranks, the others' after rank 0 and those
 of their own node. A rank that fails leaves its message in the store. On finding one, or a process that is gone, or on
-missing a rank's signs for ``SILENCE`` seconds, each rank ends. Where a cable is cut a call to the store does not return:
+missing a rank's signs for ``SILENCE`` seconds, each rank ends. Where a cable is cut, calls to the store do not return;
 then a second thread ends the rank.
 """
 

@@ -3,11 +3,11 @@
 A host is a set of Linux namespaces; its only way out is a virtual cable to a bridge, which can be cut.
 """
 
+import os
 import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -16,7 +16,7 @@ from launching import ROOT, Finished, finish
 NEEDS = ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "pdsh")
 _ADDRESSES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
 NAMES = tuple(_ADDRESSES)
-_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+_EXTENSION = "deepspeed_shm_comm"
 
 
 def what_is_missing() -> str | None:
@@ -45,6 +45,7 @@ class Cluster:
         for path in (self.shared, self.local, *map(self.disk, NAMES)):
             path.mkdir()
         self._write_ssh()
+        self._copy_extension()
         self._ip("link", "add", self._bridge, "type", "bridge")
         self._ip("link", "set", self._bridge, "up")
         for name, address in _ADDRESSES.items():
@@ -67,7 +68,8 @@ class Cluster:
 
     def start(self, host: str, command: list[str], **variables: str) -> "subprocess.Popen[str]":
         """Start a command on a host, in the shared folder, over ssh."""
-        settings = shlex.join(f"{key}={value}" for key, value in self.environment(variables).items())
+        path = f"{self._folder}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        settings = shlex.join(f"{key}={value}" for key, value in (self.settings | {"PATH": path} | variables).items())
         line = f"cd {self.shared} && exec env {settings} {shlex.join(command)}"
         return subprocess.Popen(
             ["ip", "netns", "exec", self._netns(host), str(self._folder / "bin" / "ssh"), _ADDRESSES[host], line],
@@ -79,19 +81,47 @@ class Cluster:
     def run(self, host: str, command: list[str], *, timeout: float = 120.0, **variables: str) -> Finished:
         return finish(self.start(host, command, **variables), timeout=timeout)
 
-    def environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        paths = {"PYTHONPATH": str(ROOT), "PATH": f"{self._folder}/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-        return _ENVIRONMENT | paths | dict(more)
+    @property
+    def settings(self) -> dict[str, str]:
+        """The environment of every rank."""
+        variables = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        return variables | {"TORCH_EXTENSIONS_DIR": str(self._folder / "extensions"), "PYTHONPATH": str(ROOT)}
 
     def plug(self, host: str, *, connected: bool) -> None:
         """Cut the cable of a host, or mend it."""
         self._ip("link", "set", self._cable(host), "up" if connected else "down")
+
+    def ranks(self, host: str, script: str) -> list[int]:
+        """Return the processes of a host that run ``script``."""
+        namespace = os.readlink(f"/proc/{self._first(host)}/ns/pid")
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if (
+                    os.readlink(folder / "ns/pid") == namespace
+                    and script in (folder / "cmdline").read_text().split("\0")[:3]
+                ):
+                    found.append(int(folder.name))
+            except OSError:  # ended meanwhile
+                continue
+        return found
+
+    def _first(self, host: str) -> int:
+        parent = self._hosts[host].pid
+        return int(Path(f"/proc/{parent}/task/{parent}/children").read_text().split()[0])
 
     def write_etc_hosts(self, host: str, **changed: str) -> None:
         """Write the /etc/hosts of a host: the true addresses, some of them ``changed``."""
         addresses = {"localhost": "127.0.0.1", **_ADDRESSES, **changed}
         lines = (f"{address} {name}\n" for name, address in addresses.items())
         (self._folder / f"{host}.hosts").write_text("".join(lines))
+
+    def _copy_extension(self) -> None:
+        """Give the hosts a copy of what DeepSpeed has compiled: one that is killed would leave a lock in the user's."""
+        caches = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+        for built in list(caches.rglob(f"{_EXTENSION}.so"))[:1]:
+            copy = self._folder / "extensions" / _EXTENSION
+            shutil.copytree(built.parent, copy, ignore=shutil.ignore_patterns("lock"))
 
     def _write_ssh(self) -> None:
         folder = self._folder

@@ -1,0 +1,168 @@
+"""Two hosts with a network between them: launched as a user would, told apart, and cut off from one another."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import tiny_models
+from hosts import NAMES, Cluster, what_is_missing
+from launching import ROOT, Finished, finish
+from sample_rows import write_rows
+
+MISSING = what_is_missing()
+pytestmark = [
+    pytest.mark.multihost,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+]
+
+STEPS = 40
+SCRIPT = str(ROOT / "launch" / "train.py")
+
+
+@dataclass(frozen=True)
+class Desk:
+    cluster: Cluster
+
+    def flags(self, name: str) -> list[str]:
+        return [
+            *(
+                "--model_name_or_path",
+                str(self.cluster.local / "llama"),
+                "--task",
+                "completion",
+                "--max_seq_length",
+                "64",
+            ),
+            *("--train_file", "train.jsonl", "--eval_file", "eval.jsonl", "--max_eval_samples", "4"),
+            *("--max_steps", str(STEPS), "--calibration_samples", "8", "--learning_rate", "1e-2", "--save_steps", "5"),
+            *("--global_batch_size", "8", "--no_verify_export", "--ds_config", "zero3.json"),
+            *("--output_dir", str(self.cluster.local / name)),
+        ]
+
+    def deepspeed(self, name: str, *flags: str) -> list[str]:
+        """Return the command that starts a run on both hosts through pdsh and ssh."""
+        return [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--hostfile",
+            "hostfile",
+            *flags,
+            SCRIPT,
+            *self.flags(name),
+        ]
+
+    def torchrun(self, name: str) -> tuple[Finished, ...]:
+        """Run on both hosts, each of which is told where the ranks meet."""
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"),
+            *(
+                "--rdzv_backend",
+                "c10d",
+                "--rdzv_endpoint",
+                "node-a:29400",
+                "--rdzv_id",
+                name,
+                SCRIPT,
+                *self.flags(name),
+            ),
+        ]
+        started = [self.cluster.start(host, command) for host in NAMES]
+        return tuple(finish(process, timeout=150) for process in started)
+
+    def adapter(self, name: str, host: str = "node-a") -> dict[str, bytes]:
+        folder = self.cluster.disk(host) / name / "adapter"
+        return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+    def steps(self, name: str) -> list[int]:
+        path = self.cluster.disk("node-a") / name / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [json.loads(line)["step"] for line in lines if line.endswith("}") and "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    with Cluster(tmp_path_factory.mktemp("hosts")) as cluster:
+        tiny_models.save(tiny_models.llama(), cluster.disk("node-a") / "llama")
+        shutil.copytree(cluster.disk("node-a") / "llama", cluster.disk("node-b") / "llama")
+        write_rows(cluster.shared / "train.jsonl", 21)
+        write_rows(cluster.shared / "eval.jsonl", 5)
+        (cluster.shared / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
+        (cluster.shared / ".deepspeed_env").write_text(
+            "".join(f"{key}={value}\n" for key, value in cluster.settings.items() if key != "PYTHONPATH")
+        )
+        yield Desk(cluster)
+
+
+@pytest.fixture(scope="module")
+def whole(desk: Desk) -> tuple[Finished, ...]:
+    """The uninterrupted run, under torchrun."""
+    return tuple(done.succeeded() for done in desk.torchrun("whole"))
+
+
+def errors(text: str) -> list[str]:
+    """Return the lines for the user; pdsh puts the host before each."""
+    return [
+        line[line.index("error: ") :] for line in text.splitlines() if line.split(": ", 1)[-1].startswith("error: ")
+    ]
+
+
+def test_torchrun_meets_over_the_network_and_only_rank_0_needs_the_output(
+    desk: Desk, whole: tuple[Finished, ...]
+) -> None:
+    said = whole[0].out
+    assert f"output: {desk.cluster.local / 'whole'} is on node-a; not on node-b, which need not see it" in said
+    assert whole[1].out.count("output: ") == 0
+    assert desk.steps("whole") == list(range(1, STEPS + 1))
+    assert desk.adapter("whole")
+    assert not (desk.cluster.disk("node-b") / "whole").exists()
+
+
+def test_a_cut_cable_ends_all_ranks_and_the_same_command_goes_on(desk: Desk, whole: tuple[Finished, ...]) -> None:
+    process = desk.cluster.start("node-a", desk.deepspeed("cut"))
+    deadline = time.monotonic() + 120
+    while not (done := desk.steps("cut")) or done[-1] < 12:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, process.kill()
+        time.sleep(0.01)
+    desk.cluster.plug("node-b", connected=False)
+    cut = time.monotonic()
+    while any(desk.cluster.ranks(host, SCRIPT) for host in NAMES):
+        assert time.monotonic() - cut < 60, "ranks still run a minute after the cable was cut"
+        time.sleep(0.2)
+    seconds = time.monotonic() - cut
+    ended = finish(process, timeout=60 - seconds)
+    assert ended.code != 0
+    assert errors(ended.err) == ["error: rank 1 on node-b: no sign of life for 20 s"], ended.err
+    print(f"ranks ended {seconds:.0f} s after the cut, the launcher {time.monotonic() - cut:.0f} s")
+    desk.cluster.plug("node-b", connected=True)
+    again = desk.cluster.run("node-a", desk.deepspeed("cut"), timeout=150).succeeded()
+    assert "resume: goes on after step" in again.out
+    assert desk.steps("cut") == list(range(1, STEPS + 1))
+    assert desk.adapter("cut") == desk.adapter("whole")
+
+
+def test_a_node_with_another_model_is_named(desk: Desk) -> None:
+    weights = desk.cluster.disk("node-b") / "llama" / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    refused = desk.cluster.run("node-a", desk.deepspeed("other", "--master_port", "29501"))
+    weights.write_bytes(kept)
+    folder = desk.cluster.local / "llama"
+    line = f"error: model_name_or_path: node-b has another model.safetensors in {folder}; make it the same as on node-a"
+    assert errors(refused.err) == [line], refused.err
+
+
+def test_a_host_whose_name_is_a_loopback_address_is_told_what_to_do(desk: Desk) -> None:
+    desk.cluster.write_etc_hosts("node-b", **{"node-b": "127.0.1.1"})
+    refused = desk.cluster.run("node-a", desk.deepspeed("loopback", "--master_port", "29502"))
+    desk.cluster.write_etc_hosts("node-b")
+    (line,) = errors(refused.err)
+    assert line.startswith("error: rank 1 on node-b: environment: the host name node-b resolves to 127.0.1.1"), line
+    assert "export GLOO_SOCKET_IFNAME=eth0 on every node" in line
+    assert refused.code != 0
