@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from taso_ds.distributed import launcher, network
+from taso_ds.distributed.extensions import warn_of_locks
 from taso_ds.distributed.watch import Failure, Watch
 from taso_ds.errors import UserError
 
@@ -88,6 +89,7 @@ def init(timeout_minutes: float = 30.0) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     if backend == "gloo" and local_world_size() < launched_world_size():
         network.check_gloo_address()
+    warn_of_locks()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     try:
         dist.init_process_group(
