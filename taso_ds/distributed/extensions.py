@@ -1,7 +1,7 @@
 """DeepSpeed's compiled parts, which all runs of a user share, and the lock that a killed run leaves there.
 
-Whoever compiles or loads one creates a file ``lock`` beside it; others wait, without a word, until the file is gone. The
-lock of a process that was killed is never removed.
+Whoever compiles or loads one creates a file ``lock`` beside it; others wait, without a word, until the file is gone.
+The lock of a process that was killed is never removed.
 """
 
 import logging
