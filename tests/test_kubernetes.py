@@ -1,8 +1,8 @@
 """The Kubernetes manifest against what the operator and Kubernetes accept, and its command against our flags.
 
-No API server is at hand: the schema below is the part of ``PyTorchJob`` (kubeflow.org/v1, as its published Go types have
-it) and of Kubernetes' ``PodSpec`` that the manifest uses, written down by hand. Unknown keys are errors, as they are
-with ``kubectl create --validate=strict``.
+No API server is at hand: the schema below is the part of ``PyTorchJob`` (kubeflow.org/v1, as its published Go types
+have it) and of Kubernetes' ``PodSpec`` that the manifest uses, written down by hand. Unknown keys are errors, as
+they are with ``kubectl create --validate=strict``.
 """
 
 import copy

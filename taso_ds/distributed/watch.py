@@ -123,14 +123,21 @@ class Watch:
     def _guard(self) -> None:
         """End this process when the store has not answered the other thread for ``SILENCE`` seconds.
 
-        Seconds in which this thread runs too: a library that holds the interpreter's lock stops both.
+        They count only while this thread runs too: a library that holds the interpreter's lock stops both.
         """
         seen = waited = 0
         while not self._leaving.wait(INTERVAL):
             waited = waited + 1 if self._rounds == seen else 0
             seen = self._rounds
-            if waited * INTERVAL > SILENCE and self._rank != 0:
-                self._end(Failure(0, 1, f"rank 0: out of reach for {SILENCE:.0f} s (the network, or its node)"))
+            if waited * INTERVAL > SILENCE:
+                if os.environ["LOCAL_RANK"] == "0" and self._speaking.acquire(blocking=False):
+                    where = f"rank {self._rank} on {self._host}"
+                    print(
+                        f"\nerror: {where}: cut off from the other ranks for {SILENCE:.0f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                os._exit(1)
 
     def _beat(self) -> None:
         self._beats += 1

@@ -14,7 +14,7 @@ from taso_ds.config import RunConfig
 from taso_ds.data.encode import pad_token_id
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
-from taso_ds.errors import UserError
+from taso_ds.errors import Interrupted, UserError
 from taso_ds.training import export, prepare, regions
 from taso_ds.training.base_model import (
     BaseModel,
@@ -61,11 +61,11 @@ def train(config: RunConfig) -> Path:
 
 @contextmanager
 def _folder_of(config: RunConfig) -> Iterator[tuple[RunConfig, Path]]:
-    """Yield the configuration with its run folder named, and that folder; an error before its first file removes it."""
+    """Yield the configuration with its run folder named, and that folder; it goes if nothing came of it."""
     path = comm.on_main(lambda: take_folder(config))
     try:
         yield dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path))), path
-    except UserError:
+    except (UserError, Interrupted):
         if comm.is_main():
             give_back(config, path)
         raise

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -68,8 +69,7 @@ class Cluster:
 
     def start(self, host: str, command: list[str], **variables: str) -> "subprocess.Popen[str]":
         """Start a command on a host, in the shared folder, over ssh."""
-        path = f"{self._folder}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        settings = shlex.join(f"{key}={value}" for key, value in (self.settings | {"PATH": path} | variables).items())
+        settings = shlex.join(f"{key}={value}" for key, value in (self.settings | variables).items())
         line = f"cd {self.shared} && exec env {settings} {shlex.join(command)}"
         return subprocess.Popen(
             ["ip", "netns", "exec", self._netns(host), str(self._folder / "bin" / "ssh"), _ADDRESSES[host], line],
@@ -84,7 +84,8 @@ class Cluster:
     @property
     def settings(self) -> dict[str, str]:
         """The environment of every rank."""
-        variables = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        path = f"{self._folder}/bin:{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
+        variables = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": path}
         return variables | {"TORCH_EXTENSIONS_DIR": str(self._folder / "extensions"), "PYTHONPATH": str(ROOT)}
 
     def plug(self, host: str, *, connected: bool) -> None:

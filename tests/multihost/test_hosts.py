@@ -1,6 +1,7 @@
 """Two hosts with a network between them: launched as a user would, told apart, and cut off from one another."""
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -59,19 +60,10 @@ class Desk:
 
     def torchrun(self, name: str) -> tuple[Finished, ...]:
         """Run on both hosts, each of which is told where the ranks meet."""
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"),
-            *(
-                "--rdzv_backend",
-                "c10d",
-                "--rdzv_endpoint",
-                "node-a:29400",
-                "--rdzv_id",
-                name,
-                SCRIPT,
-                *self.flags(name),
-            ),
-        ]
+        words = (
+            "-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint node-a:29400"
+        )
+        command = [sys.executable, *words.split(), "--rdzv_id", name, SCRIPT, *self.flags(name)]
         started = [self.cluster.start(host, command) for host in NAMES]
         return tuple(finish(process, timeout=150) for process in started)
 
@@ -107,9 +99,7 @@ def whole(desk: Desk) -> tuple[Finished, ...]:
 
 def errors(text: str) -> list[str]:
     """Return the lines for the user; pdsh puts the host before each."""
-    return [
-        line[line.index("error: ") :] for line in text.splitlines() if line.split(": ", 1)[-1].startswith("error: ")
-    ]
+    return re.findall(r"^(?:[\w-]+: )?(error: .*)$", text, re.MULTILINE)
 
 
 def test_torchrun_meets_over_the_network_and_only_rank_0_needs_the_output(
