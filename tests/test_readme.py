@@ -1,4 +1,5 @@
-"""Every command in the README and in the page on clusters can be pasted: targets exist, flags parse, and what runs here does a dry run."""
+"""Every command in the README and in the page on clusters can be pasted: targets exist, flags parse, and what runs here
+does a dry run."""
 
 import importlib.util
 import os

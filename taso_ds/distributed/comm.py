@@ -91,10 +91,10 @@ def init(timeout_minutes: float = 30.0) -> None:
     if backend == "gloo" and local_world_size() < launched_world_size():
         network.check_gloo_address()
     warn_of_locks()
-    timeout = datetime.timedelta(minutes=timeout_minutes)
     try:
-        dist.init_process_group(
-            backend, store=_stores[0], rank=launched_rank(), world_size=launched_world_size(), timeout=timeout
+        # Through DeepSpeed, which binds devices as each version of torch needs it; it finds the same meeting point.
+        deepspeed.init_distributed(
+            dist_backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False
         )
     except RuntimeError as error:
         if cause_elsewhere(_GRACE) is not None:
@@ -102,7 +102,6 @@ def init(timeout_minutes: float = 30.0) -> None:
         first = str(error).splitlines()[0][:300]
         remedy = f"open all ports between the nodes, or name their interface in {backend.upper()}_SOCKET_IFNAME"
         raise UserError(f"environment: the ranks met but cannot connect ({first}); {remedy}") from error
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     if accelerator.device_name() == "cpu":
         _unlink_shared_buffers()
 
