@@ -67,6 +67,16 @@ class Desk:
         started = [self.cluster.start(host, command) for host in NAMES]
         return tuple(finish(process, timeout=150) for process in started)
 
+    def plain(self, name: str, port: int) -> list[Finished]:
+        """Run on both hosts without any launcher, which could end the ranks that a failed one leaves behind."""
+        ranks = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node-a"}
+        command = [sys.executable, SCRIPT, *self.flags(name)]
+        started = [
+            self.cluster.start(host, command, RANK=str(rank), MASTER_PORT=str(port), **ranks)
+            for rank, host in enumerate(NAMES)
+        ]
+        return [finish(process, timeout=120) for process in started]
+
     def adapter(self, name: str, host: str = "node-a") -> dict[str, bytes]:
         folder = self.cluster.disk(host) / name / "adapter"
         return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
@@ -141,18 +151,19 @@ def test_a_node_with_another_model_is_named(desk: Desk) -> None:
     weights = desk.cluster.disk("node-b") / "llama" / "model.safetensors"
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    refused = desk.cluster.run("node-a", desk.deepspeed("other", "--master_port", "29501"))
+    refused = desk.plain("other", 29501)
     weights.write_bytes(kept)
     folder = desk.cluster.local / "llama"
     line = f"error: model_name_or_path: node-b has another model.safetensors in {folder}; make it the same as on node-a"
-    assert errors(refused.err) == [line], refused.err
+    assert [errors(done.err) for done in refused] == [[line], []]
+    assert [done.code for done in refused] == [2, 2]
 
 
 def test_a_host_whose_name_is_a_loopback_address_is_told_what_to_do(desk: Desk) -> None:
     desk.cluster.write_etc_hosts("node-b", **{"node-b": "127.0.1.1"})
-    refused = desk.cluster.run("node-a", desk.deepspeed("loopback", "--master_port", "29502"))
+    refused = desk.plain("loopback", 29502)
     desk.cluster.write_etc_hosts("node-b")
-    (line,) = errors(refused.err)
+    (line,) = errors(refused[0].err)
     assert line.startswith("error: rank 1 on node-b: environment: the host name node-b resolves to 127.0.1.1"), line
     assert "export GLOO_SOCKET_IFNAME=eth0 on every node" in line
-    assert refused.code != 0
+    assert [done.code for done in refused] == [2, 2]
