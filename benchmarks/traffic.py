@@ -10,6 +10,7 @@ tree passes on what it gets; the ratios between stages stay.) The last line is o
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,8 +104,6 @@ _PARTS: dict[str, Callable[[Sequence[Any], dict[str, Any], int], float]] = {
 
 def work(ds_config: str) -> dict[str, int]:
     """Take three steps and return what a rank sends in the last, on average over the ranks."""
-    import os
-
     os.environ.update(LOCAL_WORLD_SIZE=str(RANKS_PER_NODE), GLOO_SOCKET_IFNAME="lo")
     from worker import make_setup, make_trainer
 
