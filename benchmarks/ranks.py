@@ -20,7 +20,9 @@ class LaunchFailed(SystemExit):
     """A worker ended with an error, which it printed."""
 
 
-def launch(worker: Path, flags: Sequence[str], *, environment: Mapping[str, str] | None = None) -> Any:
+def launch(
+    worker: Path, flags: Sequence[str], *, environment: Mapping[str, str] | None = None, count: int = RANKS
+) -> Any:
     """Return what the worker's rank 0 wrote to ``--result``; None when it was stopped for want of memory.
 
     Raises:
@@ -28,7 +30,7 @@ def launch(worker: Path, flags: Sequence[str], *, environment: Mapping[str, str]
     """
     with tempfile.TemporaryDirectory(prefix="taso_bench_") as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(RANKS), str(worker)]
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count), str(worker)]
         process = subprocess.Popen(
             [*command, "--result", str(result), *flags],
             stdout=sys.stderr, env=os.environ | dict(environment or {}), start_new_session=True,

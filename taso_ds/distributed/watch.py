@@ -4,7 +4,8 @@ A collective returns only when all ranks come; one that died, or gave up with an
 for the backend's time-out, half an hour. So a thread of every rank writes a sign of life into the job's key-value store
 (the one the ranks met through) every other second; rank 0's looks after all ranks, the others' after rank 0 and those
 of their own node. A rank that fails leaves its message in the store. On finding one, or a process that is gone, or on
-missing a rank's signs for ``SILENCE`` seconds, each rank ends.
+missing a rank's signs for ``SILENCE`` seconds, each rank ends. Where a cable is cut, calls to the store do not return;
+then a second thread ends the rank.
 """
 
 import contextlib
@@ -17,8 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 INTERVAL = 2.0
 # Long enough for a library that holds the interpreter's lock, short enough to end within half a minute.
@@ -54,24 +53,25 @@ class _Sign:
 class Watch:
     """The signs of life of one rank, and its eye on the others'."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
         # A connection of its own: a blocked call on the shared one would hold back the signs.
-        store: Any = dist.distributed_c10d._get_default_store()
         self._store: Any = store.clone()
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._rank, self._world_size = rank, world_size
         self._host = socket.gethostname()
         self._signs = {rank: _Sign("", time.monotonic()) for rank in range(self._world_size) if rank != self._rank}
-        self._beats = self._meetings = 0
+        self._beats = self._meetings = self._rounds = 0
         self._leaving = threading.Event()
         self._speaking = threading.Lock()  # taken once, by whoever says why this process ends
         self._beat()
-        self._thread = threading.Thread(target=self._run, name="taso_ds-watch", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._run, self._guard)]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """End the watch; the job has come to its end on all ranks."""
         self._leaving.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def meet(self) -> None:
         """Wait until all ranks have come here, for as long as they are alive: no backend's time-out runs meanwhile."""
@@ -118,6 +118,26 @@ class Watch:
             # A rank that fails ends by itself; on leaving, others may be gone already.
             if failure is not None and failure.rank != self._rank and not self._leaving.is_set():
                 self._end(failure)
+            self._rounds += 1
+
+    def _guard(self) -> None:
+        """End this process when the store has not answered the other thread for ``SILENCE`` seconds.
+
+        They count only while this thread runs too: a library that holds the interpreter's lock stops both.
+        """
+        seen = waited = 0
+        while not self._leaving.wait(INTERVAL):
+            waited = waited + 1 if self._rounds == seen else 0
+            seen = self._rounds
+            if waited * INTERVAL > SILENCE:
+                if os.environ["LOCAL_RANK"] == "0" and self._speaking.acquire(blocking=False):
+                    where = f"rank {self._rank} on {self._host}"
+                    print(
+                        f"\nerror: {where}: cut off from the other ranks for {SILENCE:.0f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                os._exit(1)
 
     def _beat(self) -> None:
         self._beats += 1

@@ -40,6 +40,7 @@ from taso_ds.training.forecast import check_this_host
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import LossSum, loss_sum
 from taso_ds.training.model_source import model_source
+from taso_ds.training.nodes import check_same_model
 from taso_ds.training.optim import Group, make_groups
 from taso_ds.training.stored_weights import StoredWeights, stored_weights
 
@@ -111,15 +112,17 @@ class Setup:
 
 
 def join(config: RunConfig) -> None:
-    """Bring the base onto this node if that has not been done, then join the process group.
+    """Meet the other ranks, bring the base onto this node if that has not been done, then join the process group.
 
-    In this order: inside a group transformers saves a model on rank 0 only, and waiting ranks could time out. What is
-    cheap to check comes first, for a download or a conversion takes its time.
+    In this order: a node that has no base ends all, inside a group transformers saves a model on rank 0 only, and
+    waiting ranks could time out. What is cheap to check comes first, for a download or a conversion takes its time.
     """
     comm.check_launched()
     prepare.check_flags(config, comm.launched_world_size())
-    model_source(config.model)
+    comm.meet()
+    source = model_source(config.model)
     comm.init()
+    check_same_model(config, source)
     engines.quiet_deepspeed()
     quiet_bitsandbytes()
 

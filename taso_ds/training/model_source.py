@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
 # What a model is read from; the weights besides.
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 def model_source(arguments: ModelArguments) -> str:
@@ -52,8 +53,8 @@ def _downloaded(name: str, revision: str) -> str:
 
     def load() -> str:
         get = partial(snapshot_download, name, revision=revision, ignore_patterns="*/*")
-        folder = get(allow_patterns=[*_SMALL_FILES, "*.safetensors"])
-        return folder if any(Path(folder).glob("*.safetensors")) else get(allow_patterns=[*_SMALL_FILES, "*.bin"])
+        folder = get(allow_patterns=[*SMALL_FILES, "*.safetensors"])
+        return folder if any(Path(folder).glob("*.safetensors")) else get(allow_patterns=[*SMALL_FILES, "*.bin"])
 
     return loading(f"{name} from the Hub", load)
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from taso_ds.data.encode import pad_token_id
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import without_secrets
-from taso_ds.errors import UserError
+from taso_ds.errors import Interrupted, UserError
 from taso_ds.training import export, prepare, regions
 from taso_ds.training.base_model import (
     BaseModel,
@@ -23,6 +24,7 @@ from taso_ds.training.build import Setup, Trained, attach, base_fingerprint, fin
 from taso_ds.training.divergence import Diverged
 from taso_ds.training.interrupts import Interrupts
 from taso_ds.training.lora_baseline import lora_parameters
+from taso_ds.training.nodes import check_no_run_elsewhere, say_who_sees
 from taso_ds.training.optim import (
     Group,
     Schedule,
@@ -36,7 +38,7 @@ from taso_ds.training.prove import Proof, probe_logits, prove_export
 from taso_ds.training.quantized_base import num_parameters
 from taso_ds.training.recoverable import RecoverableTraining
 from taso_ds.training.resume import Start, check_base, check_data, check_same_run, find_start
-from taso_ds.training.run_folder import ADAPTER, RESULTS, RUN, RunFolder, choose_folder, versions
+from taso_ds.training.run_folder import ADAPTER, RESULTS, RUN, RunFolder, give_back, take_folder, versions
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +50,26 @@ def train(config: RunConfig) -> Path:
         UserError: on every rank; before training nothing is left behind.
         Interrupted: a signal asked the run to stop; started again, it goes on.
     """
-    with Interrupts() as interrupts:
-        path = comm.on_main(lambda: choose_folder(config))
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path)))
+    with Interrupts() as interrupts, _folder_of(config) as (config, path):
         start = comm.on_main(lambda: find_start(config, path))
+        if start.is_new and config.run.resume == "auto" and not config.run.overwrite_output_dir:
+            check_no_run_elsewhere(path)
         if start.is_finished:
             log.info("%s holds this run, finished; --resume none runs it again", path)
             return path
         return _run(config, start, RunFolder(path), interrupts)
+
+
+@contextmanager
+def _folder_of(config: RunConfig) -> Iterator[tuple[RunConfig, Path]]:
+    """Yield the configuration with its run folder named, and that folder; it goes if nothing came of it."""
+    path = comm.on_main(lambda: take_folder(config))
+    try:
+        yield dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path))), path
+    except (UserError, Interrupted):
+        if comm.is_main():
+            give_back(config, path)
+        raise
 
 
 def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrupts) -> Path:
@@ -72,6 +86,7 @@ def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrup
     schedule = make_schedule(config.training, total_steps(config.training, setup.plan.steps_per_epoch))
     record = run_record(setup, base.model, trained.groups, schedule) | {"config": asked.flags()}
     comm.on_main(lambda: _start(folder, config, record, found, start))
+    say_who_sees(folder.path)
     engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.ds_config)
     evaluate = partial(setup.evaluator, engine.module)
     before = evaluate() if start.progress is None else start.progress.before
@@ -205,10 +220,14 @@ def calibrate(config: RunConfig) -> Path:
     """
     if config.calibration.core_regions is not None or config.adapter.method != "taso":
         raise UserError("calibrate: makes core regions; drop --core_regions and --method")
-    path = comm.on_main(lambda: choose_folder(config))
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path)))
-    comm.on_main(lambda: check_same_run(config, path))
-    setup, folder = comm.together(lambda: set_up(config)), RunFolder(path)
+    with _folder_of(config) as (config, path):
+        comm.on_main(lambda: check_same_run(config, path))
+        _calibrate(config, RunFolder(path))
+        return path
+
+
+def _calibrate(config: RunConfig, folder: RunFolder) -> None:
+    setup = comm.together(lambda: set_up(config))
     base, targets, shapes = load_base(setup)
     found = find_regions(setup, base, targets, shapes)
     record = {
@@ -227,7 +246,6 @@ def calibrate(config: RunConfig) -> Path:
         folder.write_json(RUN, record)
 
     comm.on_main(write)
-    return path
 
 
 def _save_last_good(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, error: Diverged) -> None:

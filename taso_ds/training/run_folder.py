@@ -4,6 +4,7 @@
 full fine-tuning), ``metrics.jsonl``, ``results.json``.
 """
 
+import contextlib
 import errno
 import importlib.metadata
 import json
@@ -125,15 +126,15 @@ def choose_folder(config: RunConfig) -> Path:
     Raises:
         UserError: when it cannot be written, or holds something else than a run.
     """
-    if config.run.output_dir is None and config.run.resume not in ("auto", "none"):
-        path = resolve_checkpoint(Path(config.run.resume)).parent.parent
-    elif config.run.output_dir is None:
+    if _is_ours_to_name(config):
         first = Path("runs") / f"{config.adapter.method}-{config.data.task}"
         number = 1
         path = first
         while path.exists():
             number += 1
             path = first.with_name(f"{first.name}-{number}")
+    elif config.run.output_dir is None:
+        path = resolve_checkpoint(Path(config.run.resume)).parent.parent
     else:
         path = Path(config.run.output_dir)
         _check_apart(path, config)
@@ -150,6 +151,36 @@ def _check_apart(path: Path, config: RunConfig) -> None:
     own, above = path.resolve(), (base.resolve(), *base.resolve().parents)
     if own == above[0] or any(own / name in above for name in _ENTRIES):
         raise UserError(f"output_dir: {path} is where the base {base} lies: choose another --output_dir")
+
+
+def take_folder(config: RunConfig) -> Path:
+    """Return the folder of this run and, where its name is ours to choose, create it.
+
+    So of two runs that start at the same moment each has its own.
+
+    Raises:
+        UserError: as ``choose_folder``.
+    """
+    while True:
+        path = choose_folder(config)
+        if not _is_ours_to_name(config):
+            return path
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:  # another run was faster
+            continue
+
+
+def give_back(config: RunConfig, path: Path) -> None:
+    """Remove what ``take_folder`` created, if nothing has been written there."""
+    if _is_ours_to_name(config):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def _is_ours_to_name(config: RunConfig) -> bool:
+    return config.run.output_dir is None and config.run.resume in ("auto", "none")
 
 
 def _check_content(path: Path, config: RunConfig) -> None:

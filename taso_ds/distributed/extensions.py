@@ -1,0 +1,34 @@
+"""DeepSpeed's compiled parts, which all runs of a user share, and the lock that a killed run leaves there.
+
+Whoever compiles or loads one creates a file ``lock`` beside it; others wait, without a word, until the file is gone.
+The lock of a process that was killed is never removed.
+"""
+
+import logging
+import os
+import time
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 60.0  # seconds; loading takes less than one, compiling a few minutes
+
+
+def warn_of_locks() -> None:
+    """Say for which files this run is about to wait."""
+    # torch's own function for this folder would create it.
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    for lock in old_locks(folder, now=time.time()):
+        log.warning("environment: waits while %s exists; if no run compiles, it is a killed one's: remove it", lock)
+
+
+def old_locks(folder: Path, *, now: float) -> list[Path]:
+    """Return the locks below ``folder`` that are older than it takes to load."""
+    found = []
+    for lock in sorted([*folder.glob("*/lock"), *folder.glob("*/*/lock")]):
+        try:
+            if now - lock.stat().st_mtime > _PATIENCE:
+                found.append(lock)
+        except FileNotFoundError:  # released meanwhile
+            continue
+    return found

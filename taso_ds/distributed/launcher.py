@@ -1,0 +1,71 @@
+"""What DeepSpeed's launcher, which stands above this process, was asked for and does not pass on.
+
+It takes a hostfile that does not exist for none, and starts on this node alone after a warning that nobody reads; and
+all its runs meet at one port, unless told otherwise.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from taso_ds.errors import UserError
+
+_DEFAULT_PORT = "29500"
+_RUNNER, _NODE_LAUNCHER = "deepspeed.launcher.runner", "deepspeed.launcher.launch"
+_COMMANDS = ("deepspeed", "deepspeed.pt", "ds")
+
+
+@dataclass(frozen=True)
+class Above:
+    """A process above this one."""
+
+    pid: int
+    command: Sequence[str]
+
+
+def processes_above() -> list[Above]:
+    """Return this process's parent and its parent, as far as they can be seen."""
+    found = []
+    for process in psutil.Process().parents()[:2]:
+        try:
+            found.append(Above(process.pid, process.cmdline()))
+        except psutil.Error:  # ended meanwhile, or another user's
+            break
+    return found
+
+
+def check_hostfile(above: Sequence[Above]) -> None:
+    """Refuse to run on one node only because the hostfile that ``deepspeed`` was given does not exist; UserError."""
+    if len(above) < 2 or _NODE_LAUNCHER not in above[0].command:
+        return
+    hostfile = _given_hostfile(above[1].command)
+    if hostfile is not None and not hostfile.is_file():
+        raise UserError(
+            f"environment: deepspeed was given --hostfile {hostfile}, which is no file here, and has started on this"
+            " node alone; correct the path"
+        )
+
+
+def own_port(above: Sequence[Above]) -> str | None:
+    """Return the port of a run on one node that was given none: each of its ranks derives the same from the launcher.
+
+    With DeepSpeed's one default, two runs on a node would meet each other.
+    """
+    is_one_node = os.environ.get("LOCAL_SIZE") == os.environ["WORLD_SIZE"]
+    if above and _NODE_LAUNCHER in above[0].command and is_one_node and os.environ["MASTER_PORT"] == _DEFAULT_PORT:
+        return str(10_000 + above[0].pid % 20_000)  # below the ports that systems hand out by themselves
+    return None
+
+
+def _given_hostfile(command: Sequence[str]) -> Path | None:
+    """Return the ``--hostfile`` of a ``deepspeed`` command."""
+    starts = [n for n, word in enumerate(command) if word == _RUNNER or Path(word).name in _COMMANDS]
+    if not starts:
+        return None
+    from deepspeed.launcher.runner import DLTS_HOSTFILE, parse_args
+
+    given: str = parse_args(list(command[starts[0] + 1 :])).hostfile
+    return None if given == DLTS_HOSTFILE else Path(given)

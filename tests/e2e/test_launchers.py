@@ -1,0 +1,52 @@
+"""Launchers that do something else than was asked for, and two runs at once on one node."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, environment, finish, start
+from sample_rows import write_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def flags(tmp_path: Path, llama_folder: Path) -> list[str]:
+    rows, held_out = write_rows(tmp_path / "train.jsonl", 8), write_rows(tmp_path / "eval.jsonl", 2)
+    return [
+        *("--model_name_or_path", str(llama_folder), "--task", "completion", "--max_seq_length", "64"),
+        *("--train_file", str(rows), "--eval_file", str(held_out), "--max_steps", "2", "--calibration_samples", "4"),
+        *("--per_device_train_batch_size", "2", "--no_verify_export", "--ds_config", "zero2.json"),
+    ]
+
+
+def deepspeed(tmp_path: Path, words: list[str], flags: list[str]) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *words, str(ROOT / "launch" / "train.py"), *flags]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment()
+    )
+
+
+def test_a_hostfile_that_does_not_exist_starts_nothing(tmp_path: Path, flags: list[str]) -> None:
+    done = finish(deepspeed(tmp_path, ["--hostfile", "hosts.txt"], flags))
+    assert done.code == 2
+    (line,) = done.errors
+    assert "--hostfile hosts.txt, which is no file here" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_fewer_ranks_than_expected_start_nothing(tmp_path: Path, flags: list[str]) -> None:
+    done = start("train", [*flags, "--expected_world_size", "4"], cwd=tmp_path)
+    assert done.code == 2
+    (line,) = done.errors
+    assert "expected_world_size: 4 ranks were asked for and 1 came" in line
+
+
+def test_two_runs_at_once_have_a_port_and_a_folder_each(tmp_path: Path, flags: list[str]) -> None:
+    runs = [deepspeed(tmp_path, ["--num_gpus", "2"], flags) for _ in range(2)]
+    last = {finish(run).succeeded().lines[-1] for run in runs}
+    names = {"runs/taso-completion", "runs/taso-completion-2"}
+    assert last == {f"RUN {name}" for name in names}
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in sorted(names)]
+    assert adapters[0] == adapters[1]
