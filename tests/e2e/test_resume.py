@@ -222,6 +222,23 @@ def test_a_named_checkpoint_goes_on_in_another_folder(desk: Desk, interrupted: O
     ).read_bytes()
 
 
+def test_a_run_is_not_replaced_by_one_that_goes_on_from_elsewhere(
+    desk: Desk, interrupted: Outcome, alone: Outcome
+) -> None:
+    refused = desk.start("alone", "--resume", str(interrupted.run), ranks=1)
+    assert refused.codes == [2]
+    assert "holds a run already" in refused.errors[0]
+    assert (alone.run / "results.json").is_file()
+
+
+def test_a_signal_in_the_last_step_saves_and_leaves(desk: Desk, alone: Outcome) -> None:
+    stopped = desk.start("late", ranks=1, stop_at=STEPS)
+    assert stopped.codes == [75]
+    assert stopped.errors == [f"stopped by SIGTERM after step {STEPS}; the same command goes on from there"]
+    resumed = desk.start("late", ranks=1)
+    assert (resumed.codes, resumed.trained, resumed.losses) == ([0], alone.trained, alone.losses)
+
+
 def test_other_rows_or_another_base_are_refused(desk: Desk, interrupted: Outcome) -> None:
     changed = desk.path / "changed"
     shutil.copytree(desk.path / "llama", changed / "llama")
