@@ -49,6 +49,6 @@ def test_a_rank_that_is_about_to_leave_is_not_ended_because_the_others_were_fast
     leaving.join()
 
 
-@pytest.mark.parametrize(("process", "running"), [(os.getpid(), True), (2**22 + 1, False)])
-def test_whether_a_process_runs(process: int, running: bool) -> None:
-    assert watch._is_running(process) is running
+def test_whether_a_process_runs() -> None:
+    assert watch._is_running(os.getpid())
+    assert not watch._is_running(2**22 + 1)  # above the largest number a process can have
