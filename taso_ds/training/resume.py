@@ -139,8 +139,13 @@ def find_start(config: RunConfig, folder: Path) -> Start:
     resume = config.run.resume
     if resume not in (AUTO, NONE):
         checkpoint = resolve_checkpoint(Path(resume))
-        check_same_run(config, folder)
-        return _from(config, checkpoint.parent.parent, checkpoint)
+        start = _from(config, checkpoint.parent.parent, checkpoint)
+        if (folder / RUN).is_file() and not start.is_same_folder(folder) and not config.run.overwrite_output_dir:
+            raise UserError(
+                f"output_dir: {folder} holds a run already; choose another --output_dir to go on from {checkpoint}, or"
+                " pass --overwrite_output_dir"
+            )
+        return start
     if config.run.overwrite_output_dir or not (folder / RUN).is_file():
         return Start()
     if resume == NONE or (folder / RESULTS).is_file():

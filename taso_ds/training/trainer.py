@@ -84,17 +84,17 @@ class Trainer:
                     self.on_log(metrics)
                 if self.eval_steps and metrics["step"] % self.eval_steps == 0 and metrics["step"] < total:
                     self.on_eval(metrics["step"])
-        if first < total:
-            self.on_save(total)
+        self._meet(total, saved=first == total, interrupts=interrupts)
 
     def _meet(self, step: int, *, saved: bool, interrupts: Interrupts | None) -> None:
-        """Compare with the other ranks before a step; save and stop if any of them wishes so."""
+        """Compare with the other ranks before a step, and after the last; save and stop if any of them wishes so."""
         late = self.save_minutes is not None and time.monotonic() - self._saved_at > 60.0 * self.save_minutes
         arrived = interrupts.arrived if interrupts else None
         data = self.feed.step(step)
         place = Place(step, len(data.micro_batches), digest([str(data.rows).encode()]), self.trained)
         wishes = agree(place, wishes=(_STOP if arrived else 0) | (_SAVE if late and comm.is_main() else 0))
-        due = wishes or (self.save_steps and step % self.save_steps == 0)
+        is_last = step == self.schedule.total_steps
+        due = wishes or is_last or (self.save_steps and step % self.save_steps == 0)
         if due and not saved:
             self.on_save(step)
             self._saved_at = time.monotonic()

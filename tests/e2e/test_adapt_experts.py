@@ -60,6 +60,7 @@ def test_experts_have_regions_and_the_adapter_is_proved(run: Path) -> None:
     assert len(config["target_parameters"]) == 2 * 2
 
 
+@pytest.mark.slow
 def test_the_proof_tells_an_expert_that_is_not_in_the_file(run: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -95,6 +96,7 @@ def test_merges_into_a_plain_mixture(run: Path, tmp_path: Path) -> None:
     assert float((before - adapted).norm() / before.norm()) > 0.05
 
 
+@pytest.mark.slow
 def test_bf16_is_proved_too(path: Path) -> None:
     call(path, "bf16", "--bf16", "--adapt_experts")
     proof = read(path / "bf16")["export"]

@@ -146,7 +146,15 @@ def stopped(desk: Desk) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage", "micro"), [(1, 3, 8), (1, 0, 2), (2, 2, 2), (4, 3, 2), (4, 1, 1)], ids=lambda value: str(value)
+    ("ranks", "stage", "micro"),
+    [
+        (1, 0, 2),
+        (2, 2, 2),
+        (4, 3, 2),
+        pytest.param(1, 3, 8, marks=pytest.mark.slow),
+        pytest.param(4, 1, 1, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_on_other_ranks_and_stages_the_curve_is_the_same(
     desk: Desk, whole: Outcome, stopped: Outcome, ranks: int, stage: int, micro: int
@@ -220,6 +228,23 @@ def test_a_named_checkpoint_goes_on_in_another_folder(desk: Desk, interrupted: O
     assert (elsewhere.run / "core_regions.safetensors").read_bytes() == (
         alone.run / "core_regions.safetensors"
     ).read_bytes()
+
+
+def test_a_run_is_not_replaced_by_one_that_goes_on_from_elsewhere(
+    desk: Desk, interrupted: Outcome, alone: Outcome
+) -> None:
+    refused = desk.start("alone", "--resume", str(interrupted.run), ranks=1)
+    assert refused.codes == [2]
+    assert "holds a run already" in refused.errors[0]
+    assert (alone.run / "results.json").is_file()
+
+
+def test_a_signal_in_the_last_step_saves_and_leaves(desk: Desk, alone: Outcome) -> None:
+    stopped = desk.start("late", ranks=1, stop_at=STEPS)
+    assert stopped.codes == [75]
+    assert stopped.errors == [f"stopped by SIGTERM after step {STEPS}; the same command goes on from there"]
+    resumed = desk.start("late", ranks=1)
+    assert (resumed.codes, resumed.trained, resumed.losses) == ([0], alone.trained, alone.losses)
 
 
 def test_other_rows_or_another_base_are_refused(desk: Desk, interrupted: Outcome) -> None:

@@ -35,7 +35,12 @@ MAKES = {"mixtral": lambda: tiny_models.mixtral(experts=11), "qwen3_moe": tiny_m
 NUM_EXPERTS = {"mixtral": 11, "qwen3_moe": 4}
 CASES = [(name, stage) for name in BLOCKS for stage in (2, 3)]
 EXPERT_RUNS = ["0 experts", "3 experts", "3 experts checkpointed"]  # the stage, and how
-EXPERT_CASES = [(ranks, name, how) for ranks in (1, 2) for name in BLOCKS for how in EXPERT_RUNS]
+EXPERT_CASES = [
+    pytest.param(ranks, name, how, marks=[pytest.mark.slow] if ranks == 1 else [])
+    for ranks in (1, 2)
+    for name in BLOCKS
+    for how in EXPERT_RUNS
+]
 experts = pytest.mark.parametrize(("ranks", "name", "how"), EXPERT_CASES)
 
 Report = Callable[[int], dict[str, Any]]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT, environment
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_predicted_peak_of_a_run(tmp_path: Path) -> None:

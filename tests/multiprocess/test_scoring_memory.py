@@ -4,56 +4,53 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from launching import environment, finish, free_port
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 WORKER = Path(__file__).with_name("scoring_memory_worker.py")
-RANKS = (2, 4)
+RANKS = (2, pytest.param(4, marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, float]]]:
-    found: dict[int, list[dict[str, Any]]] = {}
-    for ranks in RANKS:
-        out = tmp_path_factory.mktemp("memory") / f"{ranks}.json"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        process = subprocess.Popen(
-            [*command, f"--master_port={free_port()}", str(WORKER), str(out)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-        )  # fmt: skip
-        finish(process).succeeded()
-        found[ranks] = json.loads(out.read_text())
-    return found
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """What the worker found for each model on this many ranks."""
+    out = tmp_path_factory.mktemp("memory") / "found.json"
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}"]
+    process = subprocess.Popen(
+        [*command, f"--master_port={free_port()}", str(WORKER), str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    finish(process).succeeded()
+    found: list[dict[str, float]] = json.loads(out.read_text())
+    return [model | {"ranks": request.param} for model in found]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_extra_memory_is_the_formulas(measured: dict[int, list[dict[str, float]]], ranks: int) -> None:
-    for model in measured[ranks]:
-        sums, matrix = 4 * model["elements"] / ranks, 4 * model["largest"]
+@pytest.mark.parametrize("measured", RANKS, indirect=True)
+def test_extra_memory_is_the_formulas(measured: list[dict[str, float]]) -> None:
+    for model in measured:
+        sums, matrix = 4 * model["elements"] / model["ranks"], 4 * model["largest"]
         extra = model["scoring"] - model["plain"]
         assert 0.9 * sums <= extra <= sums + 2 * matrix, model
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_passes_divide_the_sums(measured: dict[int, list[dict[str, float]]], ranks: int) -> None:
-    for model in measured[ranks]:
-        sums, matrix = 4 * model["elements"] / ranks, 4 * model["largest"]
+@pytest.mark.parametrize("measured", RANKS, indirect=True)
+def test_passes_divide_the_sums(measured: list[dict[str, float]]) -> None:
+    for model in measured:
+        sums, matrix = 4 * model["elements"] / model["ranks"], 4 * model["largest"]
         assert model["four passes"] - model["plain"] <= sums / 4 + 2 * matrix, model
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_a_single_batch_needs_no_sums(measured: dict[int, list[dict[str, float]]], ranks: int) -> None:
-    for model in measured[ranks]:
-        assert model["sums"] == pytest.approx(4 * model["elements"] / ranks, rel=0.1), model
+@pytest.mark.parametrize("measured", RANKS, indirect=True)
+def test_a_single_batch_needs_no_sums(measured: list[dict[str, float]]) -> None:
+    for model in measured:
+        assert model["sums"] == pytest.approx(4 * model["elements"] / model["ranks"], rel=0.1), model
         assert model["sums of a single batch"] == 4 * model["largest"], model
 
 
-def test_extra_memory_grows_as_parameters_over_ranks(measured: dict[int, list[dict[str, float]]]) -> None:
-    extra = {ranks: [model["scoring"] - model["plain"] for model in measured[ranks]] for ranks in RANKS}
-    elements = [model["elements"] for model in measured[RANKS[0]]]
-    for values in extra.values():
-        assert values[2] / values[1] == pytest.approx(elements[2] / elements[1], rel=0.25)
-    assert extra[2][2] / extra[4][2] == pytest.approx(2.0, rel=0.25)
+@pytest.mark.parametrize("measured", RANKS, indirect=True)
+def test_extra_memory_grows_as_parameters(measured: list[dict[str, float]]) -> None:
+    """And as one over the ranks, which is in the formula above."""
+    _, middle, large = ((model["scoring"] - model["plain"], model["elements"]) for model in measured)
+    assert large[0] / middle[0] == pytest.approx(large[1] / middle[1], rel=0.25)

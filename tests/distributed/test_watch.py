@@ -1,0 +1,54 @@
+"""The watch ends a rank that others have left behind, and no rank that has come to its end itself.
+
+Whole jobs whose ranks fail, die or stand still are in ``tests/e2e/test_resume.py``.
+"""
+
+import os
+import threading
+from typing import NoReturn
+
+import pytest
+
+from taso_ds.distributed import watch
+from taso_ds.distributed.watch import Failure, Watch
+
+
+class Ended(BaseException):
+    pass
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """The watch of rank 1, without a job."""
+
+    def end(code: int) -> NoReturn:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(watch, "GRACE", 0.2)
+    made = Watch.__new__(Watch)
+    made._rank, made._leaving, made._speaking = 1, threading.Event(), threading.Lock()
+    return made
+
+
+GONE = Failure(0, 3, "rank 0 on a: its process is gone")
+
+
+def test_a_rank_left_behind_ends_and_says_why(second: Watch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Ended) as ended:
+        second._end(GONE)
+    assert ended.value.args == (3,)
+    assert capsys.readouterr().err.splitlines()[-1] == "error: rank 0 on a: its process is gone"
+
+
+def test_a_rank_that_is_about_to_leave_is_not_ended_because_the_others_were_faster(second: Watch) -> None:
+    """All have passed the last barrier; rank 0 has ended, this rank has not stopped its watch yet."""
+    leaving = threading.Timer(0.05, second._leaving.set)
+    leaving.start()
+    second._end(GONE)
+    leaving.join()
+
+
+def test_whether_a_process_runs() -> None:
+    assert watch._is_running(os.getpid())
+    assert not watch._is_running(2**22 + 1)  # above the largest number a process can have
