@@ -1,5 +1,7 @@
 """DeepSpeed engines: one without an optimizer to score the base, one with to train."""
 
+import functools
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +66,7 @@ def scoring_engine(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[nn.M
         return
     import deepspeed
 
+    _keep_no_memo_of_another_order()
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     try:
         yield engine.module
@@ -84,6 +87,29 @@ def scoring_engine(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[nn.M
                 parameter.partition()
 
 
+def _keep_no_memo_of_another_order() -> None:
+    """Make ZeRO-3 work out anew what to release after each module when it records a new order of use.
+
+    DeepSpeed 0.19 memoizes that by module and position and keeps it for ever. So a forward without backward before the
+    first step (a probe, an evaluation), after which no weight is needed again, would make every step release in forward
+    what its backward gathers once more.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    instrumented = Coordinator._PartitionedParameterCoordinator__params_to_release
+    memo = inspect.getclosurevars(instrumented).nonlocals.get("func", instrumented)
+    forget_order = Coordinator._clear_trace_structures
+    if hasattr(forget_order, "__wrapped__") or not hasattr(memo, "cache_clear"):
+        return  # done already, or of a DeepSpeed without such a memo
+
+    @functools.wraps(forget_order)
+    def forget_both(coordinator: Any) -> None:
+        forget_order(coordinator)
+        memo.cache_clear()
+
+    Coordinator._clear_trace_structures = forget_both
+
+
 def set_leaf_modules(model: nn.Module, names: Sequence[str]) -> None:
     """Make ZeRO-3 gather each named module as a whole, with everything inside it.
 
@@ -101,6 +127,7 @@ def training_engine(
     """Return the DeepSpeed engine of ``model``; ZeRO partitions what ``optimizer`` trains."""
     import deepspeed
 
+    _keep_no_memo_of_another_order()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if zero_stage(ds_config) == 0 and ds_config["bf16"]["enabled"]:
         _undo_warm_up_step(engine.optimizer)

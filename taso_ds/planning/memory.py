@@ -10,10 +10,10 @@ trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions
 - **Gathered** (stage 3; DeepSpeed ``partitioned_param_coordinator.py``). Once a forward and backward have been
   recorded, a parameter stays gathered after use if its next use is less than ``max_reuse_distance`` parameters away.
   Behind the last ``d`` parameters of the model lie ``d`` of forward and ``d`` of backward, so the last ``reuse/2`` are
-  still there when backward starts (``reuse/3`` with checkpointing: the recomputation lies in between). The input
-  embedding is not used in backward. ``max_live_parameters`` stops fetching ahead, it releases nothing. On top lies one
-  prefetch bucket twice, as it arrived and cut into parameters. Before the recording is complete only the largest
-  tensor is there.
+  still there when backward starts (``reuse/3`` with checkpointing: the recomputation lies in between). Beside those,
+  every module that runs fetches another prefetch bucket ahead of need, which fills up ``max_live_parameters`` within a
+  few layers and keeps them full. The input embedding is not used in backward. On top lies one prefetch bucket twice,
+  as it arrived and cut into parameters. Before the recording is complete only the largest tensor is there.
 - **Activations** per token and block, saved for backward with adapters on every linear, ``e`` bytes per element: norm
   inputs ``2·4·h`` (RMSNorm works in fp32; else ``2·e·h``), norm outputs ``2·e·h``, queries, keys, values and attention
   output ``e·(2a+2v)``, its log-sum-exp ``4·heads``, gate, activation, up and product ``4·e·f`` (ungated: ``2·e·f``). A
@@ -46,13 +46,16 @@ _QUANTIZING_CHUNK, _QUANTIZING_BYTES = 1 << 22, 20.0
 class Limits:
     """What DeepSpeed may keep gathered and reserve, in elements: the resolved ``zero_optimization`` section."""
 
+    max_live_parameters: int = 1_000_000_000
     max_reuse_distance: int = 1_000_000_000
     prefetch_bucket: int = 50_000_000
     reduce_bucket: int = 20_000_000
 
     def packed(self) -> "Limits":
         """Return the limits of ``zero3_nf4.json``: as many weights, four of which are one stored bf16 number."""
-        return Limits(self.max_reuse_distance // 4, self.prefetch_bucket // 4, self.reduce_bucket)
+        return Limits(
+            self.max_live_parameters // 4, self.max_reuse_distance // 4, self.prefetch_bucket // 4, self.reduce_bucket
+        )
 
 
 @dataclass(frozen=True)
@@ -161,9 +164,12 @@ def kept_gathered(shape: ModelShape, strategy: Strategy, element: int = 2) -> fl
     if strategy.stage < 3:
         return 0.0
     uses = 3.0 if strategy.gradient_checkpointing else 2.0
+    return min(_used_in_backward(shape, strategy, element), element * strategy.limits.max_reuse_distance / uses)
+
+
+def _used_in_backward(shape: ModelShape, strategy: Strategy, element: int) -> float:
     idle = 0 if shape.is_tied else shape.embedding
-    used = weight_bytes(shape, strategy, element).partitioned - element * idle
-    return min(used, element * strategy.limits.max_reuse_distance / uses)
+    return weight_bytes(shape, strategy, element).partitioned - element * idle
 
 
 def gathered_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, recorded: bool) -> float:
@@ -176,7 +182,8 @@ def gathered_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, rec
         return largest
     partitioned = weight_bytes(shape, strategy, element).partitioned
     bucket = min(float(element * strategy.limits.prefetch_bucket), partitioned)
-    whole = min(partitioned, kept_gathered(shape, strategy, element) + bucket)
+    ahead = min(_used_in_backward(shape, strategy, element), float(element * strategy.limits.max_live_parameters))
+    whole = min(partitioned, max(kept_gathered(shape, strategy, element), ahead) + bucket)
     return max(largest, whole + bucket)
 
 

@@ -179,8 +179,19 @@ def _load_whole(
     model, report = comm.together(lambda: _from_pretrained(arguments, source, config, options, head=head, whole=True))
     if quantization is not None:
         adopt_linears(model, quantization)
+        _leave_files(model)
     model.to(comm.device())
     return model, report
+
+
+def _leave_files(model: Any) -> None:
+    """Copy parameters that are still pages of the checkpoint: one of them keeps the pages of all in memory.
+
+    After quantization those are mostly the 16-bit weights that nobody needs any more.
+    """
+    if comm.device().type == "cpu":  # elsewhere the parameters have been copied to the device
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
 
 
 def _from_pretrained(

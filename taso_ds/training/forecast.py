@@ -125,6 +125,7 @@ def make_forecast(config: RunConfig, plan: PlanArguments) -> Forecast:
     device = get_device(plan.device, memory_gb=plan.device_memory_gb, tflops=plan.device_tflops)
     hardware = Hardware(device, get_network(plan.network, gb_per_s=plan.network_gb_per_s), plan.host_memory_gb)
     limits = Limits(
+        max_live_parameters=int(ZERO_AUTO["stage3_max_live_parameters"]),
         max_reuse_distance=int(ZERO_AUTO["stage3_max_reuse_distance"]),
         prefetch_bucket=int(ZERO_AUTO["stage3_prefetch_bucket_size"]),
         reduce_bucket=int(ZERO_AUTO["reduce_bucket_size"]),
@@ -267,6 +268,7 @@ def check_this_host(
         gradient_checkpointing=config.training.gradient_checkpointing,
         hpz=int(zero.get("zero_hpz_partition_size", 1)) > 1,
         limits=Limits(
+            max_live_parameters=int(zero.get("stage3_max_live_parameters", Limits.max_live_parameters)),
             max_reuse_distance=int(zero.get("stage3_max_reuse_distance", Limits.max_reuse_distance)),
             prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", Limits.prefetch_bucket)),
             reduce_bucket=int(zero.get("reduce_bucket_size", Limits.reduce_bucket)),

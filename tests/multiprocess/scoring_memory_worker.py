@@ -77,6 +77,30 @@ def plain_backward(model: Any, weights: Sequence[Any], batches: Sequence[dict[st
         handle.remove()
 
 
+def gathered_in_a_step(live: Any, batches: Sequence[dict[str, Tensor]]) -> int:
+    """Return how many weights a forward and backward gathers, once forwards alone have gone before."""
+    gathered = 0
+
+    def counting(gather: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(parameters: Sequence[Any], **options: Any) -> Any:
+            nonlocal gathered
+            gathered += sum(parameter.ds_numel for parameter in parameters)
+            return gather(parameters, **options)
+
+        return counted
+
+    for parameter in live.parameters():
+        parameter.all_gather_coalesced = counting(parameter.all_gather_coalesced)
+    live.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    with torch.no_grad():
+        for batch in batches:
+            language_model_loss(live, batch)
+    for _ in range(4):  # the first of another order than the forwards, the second recorded, the third as recorded
+        gathered = 0
+        language_model_loss(live, batches[0])[0].backward()
+    return gathered
+
+
 def measure(hidden_size: int) -> dict[str, float]:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -116,8 +140,10 @@ def measure(hidden_size: int) -> dict[str, float]:
             found[name] = max(comm.gather_objects(peak_bytes(job)))
         for name, some in (("sums", batches), ("sums of a single batch", batches[:1])):
             found[name] = max(comm.gather_objects(bytes_of_sums(partial(score, some))))
+    with engine.scoring_engine(model, ds_config) as live:
+        found["gathered in a step"] = gathered_in_a_step(live, batches)
     assert all(zero.is_partitioned(weight) for weight in weights)
-    return found
+    return found | {"parameters": sum(zero.full_numel(value) for value in model.parameters())}
 
 
 def main(out: str) -> None:

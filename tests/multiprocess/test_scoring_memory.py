@@ -54,3 +54,10 @@ def test_extra_memory_grows_as_parameters(measured: list[dict[str, float]]) -> N
     """And as one over the ranks, which is in the formula above."""
     _, middle, large = ((model["scoring"] - model["plain"], model["elements"]) for model in measured)
     assert large[0] / middle[0] == pytest.approx(large[1] / middle[1], rel=0.25)
+
+
+@pytest.mark.parametrize("measured", RANKS, indirect=True)
+def test_forwards_alone_do_not_make_later_steps_gather_twice(measured: list[dict[str, float]]) -> None:
+    """All of these models may stay gathered from forward to backward."""
+    for model in measured:
+        assert model["gathered in a step"] == model["parameters"]

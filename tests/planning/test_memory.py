@@ -15,6 +15,7 @@ from taso_ds.planning.memory import (
     Workload,
     activation_bytes,
     export_usage,
+    gathered_bytes,
     kept_gathered,
     loss_bytes,
     phase_usage,
@@ -139,6 +140,20 @@ def test_what_stays_gathered_is_bounded_by_the_reuse_distance() -> None:
     assert kept_gathered(shape, replace(limited, gradient_checkpointing=True)) == 2 * 2000
     # four NF4 weights are one stored element: the same bytes stay
     assert kept_gathered(shape, replace(limited, load_in_4bit=True)) == 2 * 3000
+
+
+def test_fetching_ahead_fills_the_live_parameters() -> None:
+    shape, work = counted(llama()), Workload(gpus_per_node=2)
+
+    def gathered(**limits: int) -> float:
+        strategy = Strategy(3, limits=Limits(prefetch_bucket=100, **limits))
+        return gathered_bytes(shape, strategy, work, recorded=True)
+
+    largest = 2 * shape.largest_tensor
+    live = shape.largest_tensor + 5000
+    assert gathered(max_live_parameters=0, max_reuse_distance=0) == largest
+    assert gathered(max_live_parameters=live, max_reuse_distance=0) == 2 * (live + 200)
+    assert gathered(max_live_parameters=live, max_reuse_distance=2 * live + 2000) == 2 * (live + 1200)
 
 
 def test_checkpointing_saves_activations_and_ranks_share_accumulators() -> None:
