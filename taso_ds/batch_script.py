@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from taso_ds.config import GROUPS, RunConfig, arg, parse_groups, remaining_flags
+from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
+from taso_ds.flags import arg, parse_groups, remaining_flags
 
 _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
 _WORD = re.compile(r"[\w.,:-]+")

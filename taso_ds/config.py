@@ -7,32 +7,21 @@ Names are Hugging Face's where one exists. Every group is a frozen dataclass; a 
 import dataclasses
 import math
 import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any
 
 from taso_ds.adapters.compensation import parse_rho
 from taso_ds.adapters.importance import REDUCTIONS, SCORES
 from taso_ds.adapters.structure import STRUCTURES
 from taso_ds.errors import UserError, nearest
-from taso_ds.yaml_text import parse_yaml
+from taso_ds.flags import arg, parse_groups, require
 
 METHODS = ("taso", "lora", "full")
 IMPORTANCE_WEIGHTS = ("loaded", "original")
 HEADS = ("auto", "lm", "classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-
-
-def arg(default: Any, help: str) -> Any:
-    """Return a dataclass field whose help text argparse shows."""
-    return field(default=default, metadata={"help": help})
-
-
-def _require(condition: bool, name: str, value: Any, valid: str) -> None:
-    if not condition:
-        raise UserError(f"{name}: {value!r} is not {valid}")
 
 
 def _is_positive(value: float) -> bool:
@@ -84,10 +73,10 @@ class DataArguments:
     use_chat_template: bool = arg(False, "Wrap prompts in the tokenizer's chat template.")
 
     def __post_init__(self) -> None:
-        _require(self.max_seq_length >= 2, "max_seq_length", self.max_seq_length, "at least 2")
+        require(self.max_seq_length >= 2, "max_seq_length", self.max_seq_length, "at least 2")
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "a positive number of rows")
+            require(value is None or value > 0, name, value, "a positive number of rows")
 
 
 @dataclass(frozen=True)
@@ -109,14 +98,14 @@ class CalibrationArguments:
         _one_of("calibration_reduction", self.calibration_reduction, REDUCTIONS)
         _one_of("importance", self.importance, SCORES)
         _one_of("calibration_offload", self.calibration_offload, ("none", "cpu"))
-        _require(self.calibration_passes > 0, "calibration_passes", self.calibration_passes, "a positive number")
+        require(self.calibration_passes > 0, "calibration_passes", self.calibration_passes, "a positive number")
         _one_of("importance_weights", self.importance_weights, IMPORTANCE_WEIGHTS)
         for name in ("element_fraction", "core_fraction"):
             value = getattr(self, name)
-            _require(0.0 < value <= 1.0, name, value, "in (0, 1]")
-        _require(self.calibration_samples > 0, "calibration_samples", self.calibration_samples, "a positive number")
+            require(0.0 < value <= 1.0, name, value, "in (0, 1]")
+        require(self.calibration_samples > 0, "calibration_samples", self.calibration_samples, "a positive number")
         size = self.calibration_batch_size
-        _require(size is None or size > 0, "calibration_batch_size", size, "a positive number of rows")
+        require(size is None or size > 0, "calibration_batch_size", size, "a positive number of rows")
 
 
 @dataclass(frozen=True)
@@ -134,8 +123,8 @@ class AdapterArguments:
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("structure", self.structure, list(STRUCTURES))
-        _require(self.rank > 0, "rank", self.rank, "a positive number")
-        _require(self.alpha is None or _is_positive(self.alpha), "alpha", self.alpha, "positive and finite")
+        require(self.rank > 0, "rank", self.rank, "a positive number")
+        require(self.alpha is None or _is_positive(self.alpha), "alpha", self.alpha, "positive and finite")
         parse_rho(self.rho)
         if self.adapt_experts and self.method != "taso":
             raise UserError(f"adapt_experts: --method {self.method} does not adapt single experts; drop the flag")
@@ -178,23 +167,23 @@ class TrainArguments:
     def __post_init__(self) -> None:
         _one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
-            _require(_is_positive(getattr(self, name)), name, getattr(self, name), "positive and finite")
-        _require(0.0 <= self.warmup_ratio <= 1.0, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
+            require(_is_positive(getattr(self, name)), name, getattr(self, name), "positive and finite")
+        require(0.0 <= self.warmup_ratio <= 1.0, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "max_new_tokens"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         _one_of("on_divergence", self.on_divergence, ("stop", "rollback"))
         minutes = self.save_minutes
-        _require(minutes is None or _is_positive(minutes), "save_minutes", minutes, "positive and finite")
-        _require(self.save_total_limit > 0, "save_total_limit", self.save_total_limit, "a positive number")
-        _require(self.max_rollbacks >= 0, "max_rollbacks", self.max_rollbacks, "0 or more")
+        require(minutes is None or _is_positive(minutes), "save_minutes", minutes, "positive and finite")
+        require(self.save_total_limit > 0, "save_total_limit", self.save_total_limit, "a positive number")
+        require(self.max_rollbacks >= 0, "max_rollbacks", self.max_rollbacks, "0 or more")
         for name in ("gradient_accumulation_steps", "global_batch_size", "eval_steps", "save_steps"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "a positive number")
+            require(value is None or value > 0, name, value, "a positive number")
         for name in ("weight_decay", "max_grad_norm", "max_loss_jump"):
-            _require(0.0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more and finite")
+            require(0.0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more and finite")
         for name in ("adam_beta1", "adam_beta2"):
-            _require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")
-        _require(self.max_steps == -1 or self.max_steps > 0, "max_steps", self.max_steps, "positive, or -1")
+            require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")
+        require(self.max_steps == -1 or self.max_steps > 0, "max_steps", self.max_steps, "positive, or -1")
 
 
 @dataclass(frozen=True)
@@ -216,9 +205,9 @@ class RunArguments:
     local_rank: int = arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.")
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
         ranks = self.expected_world_size
-        _require(ranks is None or ranks > 0, "expected_world_size", ranks, "a positive number")
+        require(ranks is None or ranks > 0, "expected_world_size", ranks, "a positive number")
 
 
 GROUPS: tuple[Any, ...] = (
@@ -311,22 +300,6 @@ def batch_sizes(training: TrainArguments, world_size: int) -> BatchSizes:
     return BatchSizes(micro, derived, world_size)
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """Read a configuration file; UserError when it is missing or malformed, or names another one."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config: cannot read {path}: {error}") from error
-    values = parse_yaml(text, f"config: {path}")
-    if "config" in values:
-        raise UserError(f"config: {path} names another configuration file: put all arguments into one")
-    return values
-
-
-def _names(groups: Sequence[Any]) -> list[str]:
-    return [entry.name for group in groups for entry in dataclasses.fields(group)]
-
-
 def parse_run_config(argv: Sequence[str] | None = None, *, description: str = "") -> RunConfig:
     """Parse flags over ``--config FILE`` over defaults.
 
@@ -334,112 +307,6 @@ def parse_run_config(argv: Sequence[str] | None = None, *, description: str = ""
         UserError: unknown flag or key, or a value that cannot work.
     """
     return RunConfig(*parse_groups(GROUPS, argv, description=description))
-
-
-def parse_groups(
-    groups: Sequence[Any],
-    argv: Sequence[str] | None,
-    *,
-    description: str,
-    defaults: Mapping[str, Any] | None = None,
-    partial: bool = False,
-) -> list[Any]:
-    """Parse flags over ``--config FILE`` over ``defaults`` into one object per dataclass of ``groups``.
-
-    With ``partial`` other flags (``--help`` too) are left for a later parse.
-
-    Raises:
-        UserError: unknown flag or key, or a value that cannot work.
-    """
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(message)
-
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(groups, description=description, allow_abbrev=False, add_help=not partial)
-    parser.set_defaults(**(defaults or {}))
-    if not partial:
-        file = parse_groups([RunArguments], arguments, description="", partial=True)[0].config
-        if file is not None:
-            parser.set_defaults(**typed(read_yaml(file), f"config: {file}"))
-    *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
-    if unknown and not partial:
-        name = unknown[0].lstrip("-").split("=")[0]
-        raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _names(groups))}; --help lists them")
-    for group in parsed:
-        for entry in dataclasses.fields(group):
-            _check_representable(entry.name, getattr(group, entry.name))
-    return parsed
-
-
-_LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1  # of the types that tensors and counters have
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
-
-
-def _check_representable(name: str, value: Any) -> None:
-    """Refuse numbers that no tensor and texts that no file system can hold, before a library meets them."""
-    if isinstance(value, float):
-        _require(not math.isfinite(value) or abs(value) <= _LARGEST_FLOAT, name, value, "within the range of fp32")
-    elif isinstance(value, int):
-        _require(abs(value) <= _LARGEST_INT, name, value, "within 64 bits")
-    elif isinstance(value, str):
-        whole = "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
-        _require(whole, name, value, "UTF-8 text without null characters")
-        longest = max(len(part.encode()) for part in value.split("/"))
-        fits = longest <= _LONGEST_NAME and len(value.encode()) <= _LONGEST_PATH
-        _require(fits, name, value, f"short enough for a path ({_LONGEST_NAME} bytes a name, {_LONGEST_PATH} in all)")
-
-
-def remaining_flags(groups: Sequence[Any], argv: Sequence[str]) -> list[str]:
-    """Return the words of a command line that ``parse_groups`` understood without those of ``groups``."""
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(groups, allow_abbrev=False, add_help=False)
-    remaining: list[str] = parser.parse_args_into_dataclasses(args=list(argv), return_remaining_strings=True)[-1]
-    return remaining
-
-
-def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return values read from a file as what the fields hold.
-
-    Raises:
-        UserError: an unknown name, or a value of another type.
-    """
-    for key in values:
-        if key not in _names(GROUPS):
-            raise UserError(f"{source} has the unknown key {key!r}{nearest(str(key), _names(GROUPS))}")
-    hints = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        kind, *others = get_args(hints[key]) or (hints[key],)
-        if key == "rho" and value is False:  # `off` is a boolean to YAML
-            found[key] = "off"
-        elif value is None and others:
-            found[key] = None
-        else:
-            try:
-                found[key] = _as_kind(value, kind)
-            except (TypeError, ValueError) as error:
-                name = "a list of texts" if kind == list[str] else kind.__name__
-                remedy = "; put it in quotes" if kind is str else ""
-                raise UserError(f"{source}: {key} is {value!r}, not {name}{remedy}") from error
-    return found
-
-
-def _as_kind(value: Any, kind: Any) -> Any:
-    """Return ``value`` as ``kind``; ``2e-4`` is a text to YAML, and ``2`` no float."""
-    if kind == list[str]:
-        items = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, str) for item in items):
-            raise TypeError
-        return items
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (bool, int, float, str)):
-        raise TypeError
-    if kind is int and isinstance(value, float):
-        raise TypeError
-    return kind(value)
 
 
 def cache_dir() -> Path:

@@ -22,12 +22,13 @@ from taso_ds.adapters.files import CHECKSUM
 from taso_ds.adapters.peft_format import load_adapter, peft_tensors, save_adapter
 from taso_ds.adapters.region_file import RegionFile, load_region_file, save_region_file
 from taso_ds.adapters.selection import cut_region, score_rows_and_cols
-from taso_ds.config import read_yaml, typed
+from taso_ds.config import GROUPS
 from taso_ds.data.records import read_jsonl
 from taso_ds.data.tasks import TASKS
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.safetensors_files import open_checkpoint
 from taso_ds.errors import UserError
+from taso_ds.flags import read_yaml, typed
 from taso_ds.training.checkpoint import MANIFEST, MARKER, PROGRESS, STATE, Checkpoints, resolve_checkpoint
 from taso_ds.training.resume import Progress, read_progress
 
@@ -145,7 +146,7 @@ def write_yaml(folder: Path) -> None:
 
 
 def read_configuration(folder: Path) -> None:
-    typed(read_yaml(str(folder / "run.yaml")), "run.yaml")
+    typed(read_yaml(str(folder / "run.yaml")), GROUPS, "run.yaml")
 
 
 SAVED = "step-00000001"

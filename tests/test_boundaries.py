@@ -20,13 +20,14 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": {"errors", "json_text"},
     "data": {"errors", "json_text"},
     "distributed": {"errors", "json_text"},
-    "config": {"errors", "yaml_text", "adapters", "data"},
+    "flags": {"errors", "yaml_text"},
+    "config": {"errors", "flags", "adapters", "data"},
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
     "planning": {"errors", "adapters"},
-    "training": {"errors", "json_text", "adapters", "data", "distributed", "config", "planning"},
+    "training": {"errors", "json_text", "adapters", "data", "distributed", "flags", "config", "planning"},
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
     "doctor": {"errors", "config", "distributed", "training"},
-    "batch_script": {"errors", "config"},
+    "batch_script": {"errors", "flags", "config"},
     "entry": {"errors", "distributed"},
     "launch": {
         "errors",

@@ -81,8 +81,9 @@ def test_make_pip_and_benchmarks(words: list[str]) -> None:
 @pytest.mark.parametrize("words", LAUNCHED, ids=" ".join)
 def test_flags_parse(words: list[str]) -> None:
     from taso_ds.batch_script import SlurmArguments
-    from taso_ds.config import GROUPS, parse_groups
+    from taso_ds.config import GROUPS
     from taso_ds.doctor.arguments import parse_doctor
+    from taso_ds.flags import parse_groups
     from taso_ds.training.finished import FinishedArguments
     from taso_ds.training.forecast import PlanArguments
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.peft_format import COMPACT_FILE, load_adapter
-from taso_ds.config import GROUPS, RunConfig, arg, parse_groups, typed
+from taso_ds.config import GROUPS, RunConfig
 from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
+from taso_ds.flags import arg, parse_groups, typed
 from taso_ds.training import export
 from taso_ds.training.base_model import BaseModel
 from taso_ds.training.build import Setup, load_base, set_up
@@ -42,7 +43,9 @@ def parse_over_run(argv: Sequence[str] | None = None, *, description: str = "") 
         UserError: bad flag, or a folder that is not a run.
     """
     (named,) = parse_groups([FinishedArguments], argv, description="", partial=True)
-    recorded = {} if named.run is None else typed(read_run(Path(named.run))["config"], f"{Path(named.run) / RUN}")
+    recorded = (
+        {} if named.run is None else typed(read_run(Path(named.run))["config"], GROUPS, f"{Path(named.run) / RUN}")
+    )
     defaults = {key: value for key, value in recorded.items() if key != "core_regions"}  # the adapter knows its own
     *groups, finished = parse_groups((*GROUPS, FinishedArguments), argv, description=description, defaults=defaults)
     return with_defaults(RunConfig(*groups)), finished

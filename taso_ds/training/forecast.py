@@ -13,11 +13,12 @@ from taso_ds.adapters.files import replacing, write_json
 from taso_ds.adapters.selection import ladder_with
 from taso_ds.adapters.structure import count_dense
 from taso_ds.adapters.targets import MatrixShape
-from taso_ds.config import GROUPS, RunConfig, arg, parse_groups
+from taso_ds.config import GROUPS, RunConfig
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
 from taso_ds.errors import UserError
+from taso_ds.flags import arg, parse_groups
 from taso_ds.planning import report
 from taso_ds.planning.devices import DEVICES, NETWORKS, get_device, get_network
 from taso_ds.planning.disk import disk_bytes

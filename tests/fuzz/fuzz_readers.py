@@ -23,6 +23,7 @@ with atheris.instrument_imports(include=["taso_ds"]):
     import taso_ds.data.tasks
     import taso_ds.distributed.ds_config
     import taso_ds.distributed.safetensors_files
+    import taso_ds.flags
     import taso_ds.training.checkpoint
     import taso_ds.training.resume  # noqa: F401
 

@@ -1,0 +1,161 @@
+"""Flags from dataclasses: every field is one, read from the command line, from ``--config FILE``, or its default.
+
+What the fields mean, and which values work, is the dataclasses' own business (``taso_ds.config``).
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from taso_ds.errors import UserError, nearest
+from taso_ds.yaml_text import parse_yaml
+
+
+def arg(default: Any, help: str) -> Any:
+    """Return a dataclass field whose help text argparse shows."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def require(condition: bool, name: str, value: Any, valid: str) -> None:
+    """Refuse a value: ``UserError`` with what would be valid."""
+    if not condition:
+        raise UserError(f"{name}: {value!r} is not {valid}")
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a configuration file; UserError when it is missing or malformed, or names another one."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: cannot read {path}: {error}") from error
+    values = parse_yaml(text, f"config: {path}")
+    if "config" in values:
+        raise UserError(f"config: {path} names another configuration file: put all arguments into one")
+    return values
+
+
+class _RaisingParser(argparse.ArgumentParser):
+    """Leaves what to say, and how to end, to the caller."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _config_file(argv: Sequence[str]) -> str | None:
+    parser = _RaisingParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    file: str | None = parser.parse_known_args(argv)[0].config
+    return file
+
+
+def _names(groups: Sequence[Any]) -> list[str]:
+    return [entry.name for group in groups for entry in dataclasses.fields(group)]
+
+
+def parse_groups(
+    groups: Sequence[Any],
+    argv: Sequence[str] | None,
+    *,
+    description: str,
+    defaults: Mapping[str, Any] | None = None,
+    partial: bool = False,
+) -> list[Any]:
+    """Parse flags over ``--config FILE`` over ``defaults`` into one object per dataclass of ``groups``.
+
+    With ``partial`` other flags (``--help`` too) are left for a later parse.
+
+    Raises:
+        UserError: unknown flag or key, or a value that cannot work.
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(_RaisingParser, HfArgumentParser):
+        pass
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(groups, description=description, allow_abbrev=False, add_help=not partial)
+    parser.set_defaults(**(defaults or {}))
+    if not partial:
+        file = _config_file(arguments)
+        if file is not None:
+            parser.set_defaults(**typed(read_yaml(file), groups, f"config: {file}"))
+    *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
+    if unknown and not partial:
+        name = unknown[0].lstrip("-").split("=")[0]
+        raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _names(groups))}; --help lists them")
+    for group in parsed:
+        for entry in dataclasses.fields(group):
+            _check_representable(entry.name, getattr(group, entry.name))
+    return parsed
+
+
+_LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1  # of the types that tensors and counters have
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
+
+
+def _check_representable(name: str, value: Any) -> None:
+    """Refuse numbers that no tensor and texts that no file system can hold, before a library meets them."""
+    if isinstance(value, float):
+        require(not math.isfinite(value) or abs(value) <= _LARGEST_FLOAT, name, value, "within the range of fp32")
+    elif isinstance(value, int):
+        require(abs(value) <= _LARGEST_INT, name, value, "within 64 bits")
+    elif isinstance(value, str):
+        whole = "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+        require(whole, name, value, "UTF-8 text without null characters")
+        longest = max(len(part.encode()) for part in value.split("/"))
+        fits = longest <= _LONGEST_NAME and len(value.encode()) <= _LONGEST_PATH
+        require(fits, name, value, f"short enough for a path ({_LONGEST_NAME} bytes a name, {_LONGEST_PATH} in all)")
+
+
+def remaining_flags(groups: Sequence[Any], argv: Sequence[str]) -> list[str]:
+    """Return the words of a command line that ``parse_groups`` understood without those of ``groups``."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(groups, allow_abbrev=False, add_help=False)
+    remaining: list[str] = parser.parse_args_into_dataclasses(args=list(argv), return_remaining_strings=True)[-1]
+    return remaining
+
+
+def typed(values: Mapping[str, Any], groups: Sequence[Any], source: str) -> dict[str, Any]:
+    """Return values read from a file as what the fields of ``groups`` hold.
+
+    Raises:
+        UserError: an unknown name, or a value of another type.
+    """
+    for key in values:
+        if key not in _names(groups):
+            raise UserError(f"{source} has the unknown key {key!r}{nearest(str(key), _names(groups))}")
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        kind, *others = get_args(hints[key]) or (hints[key],)
+        if key == "rho" and value is False:  # `off` is a boolean to YAML
+            found[key] = "off"
+        elif value is None and others:
+            found[key] = None
+        else:
+            try:
+                found[key] = _as_kind(value, kind)
+            except (TypeError, ValueError) as error:
+                name = "a list of texts" if kind == list[str] else kind.__name__
+                remedy = "; put it in quotes" if kind is str else ""
+                raise UserError(f"{source}: {key} is {value!r}, not {name}{remedy}") from error
+    return found
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    """Return ``value`` as ``kind``; ``2e-4`` is a text to YAML, and ``2`` no float."""
+    if kind == list[str]:
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise TypeError
+        return items
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (bool, int, float, str)):
+        raise TypeError
+    if kind is int and isinstance(value, float):
+        raise TypeError
+    return kind(value)
