@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from trained_adapters import losses_of_steps
 
 from taso_ds.adapters.adapter import ADAPTER_MODULE, TasoAdapter, merge_into, num_dense_entries
 from taso_ds.adapters.selection import CoreRegion, share
@@ -351,14 +352,7 @@ def test_learns() -> None:
     model = tiny_models.llama().requires_grad_(False)
     adapter = make_adapter(random_regions(model, 0.2), trained=False)
     adapter.attach(model)
-    optimizer = torch.optim.AdamW([adapter.flat], lr=0.01, weight_decay=0.0)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = model(**BATCH).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_steps(model, adapter, BATCH)
     assert losses[-1] < 0.7 * losses[0]
 
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from trained_adapters import losses_of_steps, trained_adapter
 
 from taso_ds.adapters.adapter import TasoAdapter, merge_into
 from taso_ds.adapters.fused_experts import ExpertMatrix, HookedExperts, fused_parameters, fused_sizes
 from taso_ds.adapters.importance import tap_expert_gradients, weight_gradient
 from taso_ds.adapters.peft_format import PEFT_CONFIG_FILE, PEFT_FILE, load_adapter, peft_config, save_adapter
-from taso_ds.adapters.selection import CoreRegion, share
 from taso_ds.adapters.targets import MatrixShape, find_targets, get_target, matrix_shape
 from taso_ds.errors import UserError
 
@@ -181,27 +181,6 @@ def test_only_what_is_listened_to_is_delivered() -> None:
 # The adapter ----------------------------------------------------------------------------------------------------------
 
 
-def trained_adapter(
-    model: Any, targets: list[str] | None = None, *, experts: bool = True, **changes: Any
-) -> TasoAdapter:
-    """An adapter on 30 % of the rows and columns of linears and experts, with random values everywhere."""
-    generator = torch.Generator().manual_seed(1)
-    regions = {}
-    for name, target in find_targets(model, targets, experts=experts).items():
-        shape = matrix_shape(target)
-        assert shape is not None
-        rows, cols = (
-            torch.randperm(size, generator=generator)[: share(0.3, size)].sort().values
-            for size in (shape.out_features, shape.in_features)
-        )
-        regions[name] = CoreRegion(rows, cols, shape.out_features, shape.in_features)
-    options = {"structure": "union", "rank": 1, "scaling": 1.0, "seed": 0, "dtype": torch.float32}
-    adapter = TasoAdapter(regions, **(options | changes))
-    with torch.no_grad():
-        adapter.flat.copy_(0.2 * torch.randn(adapter.flat.shape, generator=generator))
-    return adapter
-
-
 def with_merged_weights(model: Any, adapter: TasoAdapter) -> dict[str, Tensor]:
     """Every adapted parameter plus s · B A, experts slice by slice, differentiable in the flat parameter."""
     weights: dict[str, Tensor] = {}
@@ -224,7 +203,7 @@ def test_output_and_gradient_are_those_of_merged_slices(make: Make, structure: s
     """In fp64, but for the routers, some of which compute in fp32: rounding there is 1e-7."""
     model = make().double().requires_grad_(False)
     model.set_experts_implementation("eager")  # the only one of transformers' own that computes in fp64
-    adapter = trained_adapter(model, structure=structure, rank=2, scaling=1.7, dtype=torch.float64)
+    adapter = trained_adapter(model, structure=structure, rank=2, scaling=1.7, dtype=torch.float64, experts=True)
     expected = functional_call(model, with_merged_weights(model, adapter), kwargs=BATCH)
     (wanted,) = torch.autograd.grad(expected.loss, adapter.flat)
     base = model(**BATCH).logits
@@ -243,7 +222,7 @@ def test_output_and_gradient_are_those_of_merged_slices(make: Make, structure: s
 def test_starts_as_the_base_and_detaches_to_it(make: Make) -> None:
     model = make().requires_grad_(False)
     before = model(**BATCH).logits
-    regions = trained_adapter(model).regions
+    regions = trained_adapter(model, experts=True).regions
     adapter = TasoAdapter(regions, structure="union", rank=1, scaling=1.0, seed=0, dtype=torch.float32)
     adapter.attach(model)
     torch.testing.assert_close(model(**BATCH).logits, before, rtol=1e-4, atol=1e-5)
@@ -254,25 +233,18 @@ def test_starts_as_the_base_and_detaches_to_it(make: Make) -> None:
 
 def test_learns() -> None:
     model = tiny_models.mixtral().requires_grad_(False)
-    adapter = trained_adapter(model, ["gate_up_proj", "down_proj"])  # experts alone
+    adapter = trained_adapter(model, ["gate_up_proj", "down_proj"], experts=True)  # experts alone
     with torch.no_grad():
         adapter.flat.mul_(0.1)
     adapter.attach(model)
-    optimizer = torch.optim.AdamW([adapter.flat], lr=0.01, weight_decay=0.0)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = model(**BATCH).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_steps(model, adapter, BATCH)
     assert losses[-1] < 0.7 * losses[0]
 
 
 @every_model
 def test_generates_with_and_without_cache(make: Make) -> None:
     model = make().requires_grad_(False)
-    trained_adapter(model).attach(model)
+    trained_adapter(model, experts=True).attach(model)
     prompt = BATCH["input_ids"][:1, :5]
     with torch.no_grad():
         cached, plain = (
@@ -315,7 +287,7 @@ def test_peft_computes_what_the_live_adapter_does(
 ) -> None:
     model = make().requires_grad_(False)
     base = model(**BATCH).logits
-    adapter = trained_adapter(model, targets, structure=structure, rank=rank, scaling=1.5)
+    adapter = trained_adapter(model, targets, structure=structure, rank=rank, scaling=1.5, experts=True)
     opened = opened_by_peft(model, adapter, tmp_path)
     adapter.attach(model)
     live = model(**BATCH).logits
@@ -345,7 +317,7 @@ def test_dense_layers_are_not_taken_for_experts(tmp_path: Path, make: Make, expe
 def test_pefts_tensors_by_name_and_shape(tmp_path: Path) -> None:
     """The later parameter's wrapper lies around the earlier one's; R = 2, E = 4."""
     model = tiny_models.mixtral().requires_grad_(False)
-    opened_by_peft(model, trained_adapter(model), tmp_path)
+    opened_by_peft(model, trained_adapter(model, experts=True), tmp_path)
     config = json.loads((tmp_path / PEFT_CONFIG_FILE).read_text())
     assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert config["target_parameters"] == [
@@ -369,7 +341,7 @@ def test_pefts_tensors_by_name_and_shape(tmp_path: Path) -> None:
 @every_model
 def test_slices_merge_like_any_weight(make: Make) -> None:
     model = make().requires_grad_(False)
-    adapter = trained_adapter(model, rank=2, scaling=1.5)
+    adapter = trained_adapter(model, rank=2, scaling=1.5, experts=True)
     merged = copy.deepcopy(model)
     for name in adapter.regions:
         target: Any = get_target(merged, name)

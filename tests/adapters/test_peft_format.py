@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from trained_adapters import trained_adapter
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.files import read_tensors, write_tensors
@@ -24,9 +25,9 @@ from taso_ds.adapters.peft_format import (
     peft_tensors,
     save_adapter,
 )
-from taso_ds.adapters.selection import CoreRegion, select_core_region, share
+from taso_ds.adapters.selection import select_core_region
 from taso_ds.adapters.structure import STRUCTURES
-from taso_ds.adapters.targets import find_targets, matrix_shape
+from taso_ds.adapters.targets import matrix_shape
 from taso_ds.errors import UserError
 
 BATCH = {key: value for key, value in tiny_models.token_batch().items() if key != "labels"}
@@ -34,25 +35,6 @@ BATCH = {key: value for key, value in tiny_models.token_batch().items() if key !
 
 def linear_names(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if matrix_shape(module) is not None]
-
-
-def trained_adapter(model: Any, targets: list[str] | None = None, **changes: Any) -> TasoAdapter:
-    """An adapter on 30 % of rows and columns, with random values everywhere."""
-    generator = torch.Generator().manual_seed(1)
-    regions = {}
-    for name, module in find_targets(model, targets).items():
-        shape = matrix_shape(module)
-        assert shape is not None
-        rows, cols = (
-            torch.randperm(size, generator=generator)[: share(0.3, size)].sort().values
-            for size in (shape.out_features, shape.in_features)
-        )
-        regions[name] = CoreRegion(rows, cols, shape.out_features, shape.in_features)
-    options = {"structure": "union", "rank": 1, "scaling": 1.0, "seed": 0, "dtype": torch.float32}
-    adapter = TasoAdapter(regions, **(options | changes))
-    with torch.no_grad():
-        adapter.flat.copy_(0.2 * torch.randn(adapter.flat.shape, generator=generator))
-    return adapter
 
 
 def save(
