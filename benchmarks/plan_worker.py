@@ -94,6 +94,10 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     config: Any = prepare.with_defaults(parse_run_config(flags))
     join(config)
+    if config.model.load_in_4bit:  # loading would import what quantizes
+        import accelerate  # noqa: F401
+        import bitsandbytes  # noqa: F401
+        import transformers.integrations.bitsandbytes  # noqa: F401
     found = run(set_up(config), arguments.result.parent / "run")
     if comm.is_main():
         arguments.result.write_text(json.dumps(found))

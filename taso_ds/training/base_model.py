@@ -15,6 +15,7 @@ from torch import nn
 from taso_ds.adapters.adapter import ADAPTER_MODULE
 from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm, engine, zero
+from taso_ds.distributed.quantized import QuantizedLinear
 from taso_ds.distributed.safetensors_files import check_index
 from taso_ds.errors import UserError
 from taso_ds.json_text import parse_json
@@ -189,8 +190,11 @@ def _leave_files(model: Any) -> None:
 
     After quantization those are mostly the 16-bit weights that nobody needs any more.
     """
-    if comm.device().type == "cpu":  # elsewhere the parameters have been copied to the device
-        for parameter in model.parameters():
+    if comm.device().type != "cpu":  # where the parameters are copied anyway
+        return
+    quantized = {id(module.weight) for module in model.modules() if isinstance(module, QuantizedLinear)}
+    for parameter in model.parameters():
+        if id(parameter) not in quantized:
             parameter.data = parameter.data.clone()
 
 
