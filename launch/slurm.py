@@ -1,6 +1,7 @@
 """Slurm: write the batch script of a run; its flags are checked before the job waits in a queue.
 
-python launch/slurm.py --nodes 2 --partition gpu --task gsm8k --output_dir runs/gsm8k --write gsm8k.sbatch
+python launch/slurm.py --nodes 2 --partition gpu --plan_for a100-80 --task gsm8k --output_dir runs/gsm8k \
+    --write gsm8k.sbatch
 sbatch gsm8k.sbatch
 """
 
@@ -11,8 +12,14 @@ from taso_ds.entry import run_script
 
 def _slurm() -> str:
     from taso_ds.batch_script import batch_script, parse_job, write_script
+    from taso_ds.training.forecast import PlanArguments, planned_flags
 
-    job, flags = parse_job(sys.argv[1:], description=str(__doc__))
+    job, config, flags = parse_job(sys.argv[1:], description=str(__doc__))
+    if job.plan_for is not None:
+        plan = PlanArguments(
+            device=job.plan_for, network=job.plan_network, nodes=job.nodes, gpus_per_node=job.devices_per_node
+        )
+        flags = [*planned_flags(config, plan), *flags]
     return write_script(batch_script(job, flags), job)
 
 

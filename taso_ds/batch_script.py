@@ -14,10 +14,11 @@ from pathlib import Path
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
 from taso_ds.flags import arg, parse_groups, remaining_flags
+from taso_ds.planning.plan import DECIDED_FLAGS
 
 _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
 _WORD = re.compile(r"[\w.,:-]+")
-_FLAGS_OF_AN_ARRAY = ("--task", "--seed", "--output_dir")
+_FLAGS_OF_AN_ARRAY = ("task", "seed", "output_dir")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class SlurmArguments:
     requeue: bool = arg(True, "Queue again what was stopped before its end; --no_requeue to leave it.")
     sweep_tasks: list[str] | None = arg(None, "Job array: one run for each of these tasks and sweep_seeds.")
     sweep_seeds: list[int] | None = arg(None, "Seeds of the job array.")
+    plan_for: str | None = arg(None, "Let the plan choose the fastest strategy that fits these devices, like a100-80.")
+    plan_network: str = arg("ib-400", "Network between the nodes, for the plan.")
     write: str | None = arg(None, "File to write; default: the terminal.")
 
     def __post_init__(self) -> None:
@@ -58,8 +61,8 @@ class SlurmArguments:
         return self.nodes * self.devices_per_node
 
 
-def parse_job(argv: Sequence[str], *, description: str = "") -> tuple[SlurmArguments, list[str]]:
-    """Parse the job's flags and check those of the run, which are returned as they are.
+def parse_job(argv: Sequence[str], *, description: str = "") -> tuple[SlurmArguments, RunConfig, list[str]]:
+    """Parse the job's flags and check those of the run, which are also returned as they are.
 
     Raises:
         UserError: unknown flag, a value that cannot work, or no run folder to go on in.
@@ -67,15 +70,18 @@ def parse_job(argv: Sequence[str], *, description: str = "") -> tuple[SlurmArgum
     *groups, job = parse_groups((*GROUPS, SlurmArguments), argv, description=description)
     config = RunConfig(*groups)
     flags = remaining_flags([SlurmArguments], argv)
+    given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
+    if job.plan_for is not None and given.intersection(DECIDED_FLAGS):
+        raise UserError(f"{min(given.intersection(DECIDED_FLAGS))}: the plan decides it; drop it, or --plan_for")
     if job.sweep_tasks is not None:
-        decided = {flag.partition("=")[0] for flag in flags}.intersection(_FLAGS_OF_AN_ARRAY)
-        if decided:
-            raise UserError(f"{min(decided)[2:]}: a job array decides it for each of its runs; drop it")
+        if given.intersection(_FLAGS_OF_AN_ARRAY):
+            name = min(given.intersection(_FLAGS_OF_AN_ARRAY))
+            raise UserError(f"{name}: a job array decides it for each of its runs; drop it")
     elif config.run.output_dir is None:
         raise UserError("output_dir: name a run folder; the job goes on there when it is started again")
     if job.requeue and (config.run.overwrite_output_dir or config.run.resume != "auto"):
         raise UserError("resume, overwrite_output_dir: a requeued job would begin there again; pass --no_requeue too")
-    return job, flags
+    return job, config, flags
 
 
 def write_script(text: str, job: SlurmArguments) -> str:

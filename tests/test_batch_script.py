@@ -2,9 +2,11 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from taso_ds.launch import slurm
 
 from taso_ds.batch_script import batch_script, parse_job, write_script
 from taso_ds.errors import UserError
@@ -53,7 +55,8 @@ exit "$status"
 
 
 def written(words: list[str]) -> str:
-    return batch_script(*parse_job(words))
+    job, _, flags = parse_job(words)
+    return batch_script(job, flags)
 
 
 def shellcheck(*scripts: Path) -> None:
@@ -76,6 +79,15 @@ def test_a_site_with_its_own_ways() -> None:
     assert written(SITE) == SITE_SCRIPT
 
 
+def test_the_plan_chooses_the_strategy(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["slurm", "--output_dir", "runs/a", "--model_name_or_path", str(llama_folder), "--max_seq_length", "64"]
+    monkeypatch.setattr(sys, "argv", [*words, "--plan_for", "a100-80", "--nodes", "2"])
+    slurm.main()
+    assert "--expected_world_size 16 \\\n    --ds_config zero1.json --output_dir runs/a" in capsys.readouterr().out
+
+
 def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
     site, quoted = tmp_path / "site.sbatch", tmp_path / "quoted.sbatch"
     site.write_text(SITE_SCRIPT)
@@ -84,7 +96,7 @@ def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
 
 
 def test_the_script_is_written_where_it_should_be(tmp_path: Path) -> None:
-    job, flags = parse_job(["--output_dir", "runs/a", "--write", str(tmp_path / "new" / "job.sbatch")])
+    job, _, flags = parse_job(["--output_dir", "runs/a", "--write", str(tmp_path / "new" / "job.sbatch")])
     text = batch_script(job, flags)
     assert write_script(text, job) == f"SCRIPT {tmp_path}/new/job.sbatch"
     assert (tmp_path / "new" / "job.sbatch").read_text() == text
@@ -104,6 +116,7 @@ def test_the_script_is_written_where_it_should_be(tmp_path: Path) -> None:
         ("--output_dir a --overwrite_output_dir", "a requeued job would begin there again"),
         ("--output_dir a --resume none", "a requeued job would begin there again"),
         ("--sweep_tasks rte --sweep_seeds 0 --seed=1", "seed: a job array decides it"),
+        ("--output_dir a --plan_for h100 --ds_config zero2.json", "ds_config: the plan decides it"),
     ],
 )
 def test_a_mistake_is_said_before_the_job_waits(words: str, message: str) -> None:

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"errors", "json_text", "adapters", "data", "distributed", "flags", "config", "planning"},
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
     "doctor": {"errors", "config", "distributed", "training"},
-    "batch_script": {"errors", "flags", "config"},
+    "batch_script": {"errors", "flags", "config", "planning"},
     "entry": {"errors", "distributed"},
     "launch": {
         "errors",

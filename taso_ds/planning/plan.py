@@ -128,12 +128,21 @@ def command_line(strategy: Strategy, work: Workload, flags: Sequence[str]) -> st
     words = ["deepspeed"]
     if work.nodes > 1:
         words += ["--hostfile", "hostfile", "--num_nodes", str(work.nodes)]
-    words += ["--num_gpus", str(work.gpus_per_node), "launch/train.py", "--ds_config", ds_config_name(strategy)]
+    words += ["--num_gpus", str(work.gpus_per_node), "launch/train.py", *strategy_flags(strategy)]
+    return " ".join([*words, *flags])
+
+
+DECIDED_FLAGS = ("ds_config", "gradient_checkpointing", "load_in_4bit")
+
+
+def strategy_flags(strategy: Strategy) -> list[str]:
+    """Return the flags that make a run take this strategy."""
+    words = ["--ds_config", ds_config_name(strategy)]
     if strategy.load_in_4bit:
         words.append("--load_in_4bit")
     if strategy.gradient_checkpointing:
         words.append("--gradient_checkpointing")
-    return " ".join([*words, *flags])
+    return words
 
 
 @dataclass(frozen=True)

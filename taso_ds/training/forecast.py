@@ -26,6 +26,7 @@ from taso_ds.planning.host import available_host_bytes, check_host_memory
 from taso_ds.planning.memory import Limits, Strategy, Workload, phase_usage
 from taso_ds.planning.model_shape import ModelShape, read_model_shape
 from taso_ds.planning.plan import (
+    DECIDED_FLAGS,
     Candidate,
     Hardware,
     assess,
@@ -33,13 +34,12 @@ from taso_ds.planning.plan import (
     fastest,
     scaling,
     strategies,
+    strategy_flags,
 )
 from taso_ds.training import prepare
 from taso_ds.training.base_model import BaseModel, meta_model, read_config, wants_head
 
 _NODES = (1, 2, 4, 8, 16, 32)
-# Flags of a run that the plan decides, or that only say where things are kept.
-_DECIDED = ("ds_config", "gradient_checkpointing", "load_in_4bit")
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ def parse_plan(argv: Sequence[str] | None = None, *, description: str = "") -> t
         UserError: unknown flag, or a value that cannot work.
     """
     *groups, plan = parse_groups((*GROUPS, PlanArguments), argv, description=description)
-    config = RunConfig(*groups)
-    return (prepare.with_defaults(config) if config.model.model_name_or_path is None else config), plan
+    return RunConfig(*groups), plan
 
 
 def count_model(config: RunConfig, model: nn.Module, base_config: Any, shapes: Mapping[str, MatrixShape]) -> ModelShape:
@@ -121,6 +120,8 @@ def make_forecast(config: RunConfig, plan: PlanArguments) -> Forecast:
     Raises:
         UserError: a model that cannot be read or built, batch numbers that do not multiply.
     """
+    if config.model.model_name_or_path is None:
+        config = prepare.with_defaults(config)
     shape, _ = read_shape(config)
     work = _workload(config, nodes=plan.nodes, gpus_per_node=plan.gpus_per_node, share=plan.supervised_share)
     device = get_device(plan.device, memory_gb=plan.device_memory_gb, tflops=plan.device_tflops)
@@ -213,7 +214,7 @@ def run_flags(config: RunConfig) -> list[str]:
     defaults = {entry.name: entry.default for group in GROUPS for entry in dataclasses.fields(group)}
     words: list[str] = []
     for name, value in config.flags().items():
-        if name in _DECIDED or value == defaults[name]:
+        if name in DECIDED_FLAGS or value == defaults[name]:
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no_{name}")
@@ -221,6 +222,18 @@ def run_flags(config: RunConfig) -> list[str]:
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(shlex.quote(str(one)) for one in values)]
     return words
+
+
+def planned_flags(config: RunConfig, plan: PlanArguments) -> list[str]:
+    """Return the flags of the fastest strategy that fits.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    best = make_forecast(config, plan).best
+    if best is None:
+        raise UserError(f"plan_for: nothing fits {plan.nodes} × {plan.gpus_per_node} {plan.device}; see launch/plan.py")
+    return strategy_flags(best.strategy)
 
 
 def write_forecast(forecast: Forecast, plan: PlanArguments) -> None:

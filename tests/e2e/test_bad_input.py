@@ -620,7 +620,7 @@ def test_a_launcher_that_disagrees_with_itself(
         monkeypatch.setenv(name, value)
     for script in ("train", "calibrate"):
         finished = call_main(script, GOOD.format(llama=llama_folder).split())
-        assert_one_line(finished, "environment: ", *words, "deepspeed or torchrun")
+        assert_one_line(finished, "environment: ", *words, "deepspeed, torchrun or srun")
     assert not (desk / "run").exists()
 
 
@@ -669,7 +669,7 @@ def test_half_a_launcher(llama_folder: Path, desk: Path, monkeypatch: pytest.Mon
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     finished = call_main("train", GOOD.format(llama=llama_folder).split())
-    assert_one_line(finished, "RANK is set but WORLD_SIZE", "deepspeed or torchrun")
+    assert_one_line(finished, "RANK is set but WORLD_SIZE", "deepspeed, torchrun or srun")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

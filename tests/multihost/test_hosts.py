@@ -39,9 +39,9 @@ class Desk:
         where = ["--model_name_or_path", str(self.cluster.local / "llama"), "--output_dir", str(folder)]
         return [*words.split(), *where]
 
-    def deepspeed(self, folder: Path) -> list[str]:
-        """Return the command that starts a run on both hosts through pdsh and ssh."""
-        launcher = ["-m", "deepspeed.launcher.runner", "--hostfile", "hostfile"]
+    def deepspeed(self, folder: Path, *choice: str) -> list[str]:
+        """Return the command that starts a run on both hosts, or those chosen, through pdsh and ssh."""
+        launcher = ["-m", "deepspeed.launcher.runner", "--hostfile", "hostfile", *choice]
         return [sys.executable, *launcher, SCRIPT, *self.flags(folder)]
 
     def torchrun(self, folder: Path) -> list[Finished]:
@@ -128,6 +128,16 @@ def test_a_cut_cable_ends_all_ranks_and_the_same_command_goes_on(desk: Desk, who
     assert f"output: {run} is shared by all 2 nodes" in again.out
     assert steps(run) == list(range(1, STEPS + 1))
     assert adapter(run) == adapter(desk.cluster.disk("node-a") / "whole")
+
+
+@pytest.mark.parametrize("choice", [("--include", "node-b"), ("--exclude", "node-a")])
+def test_only_the_chosen_hosts_are_used_and_missing_ranks_are_said(desk: Desk, choice: tuple[str, str]) -> None:
+    command = desk.deepspeed(desk.cluster.shared / "chosen", *choice)
+    done = desk.cluster.run("node-a", [*command, "--expected_world_size", "2"], timeout=60)
+    assert done.code != 0
+    (line,) = [line for line in done.err.splitlines() if "error: " in line]
+    assert line.startswith("node-b: error: expected_world_size: 2 ranks were asked for and 1 came"), line
+    assert not (desk.cluster.shared / "chosen").exists()
 
 
 def test_a_node_with_another_model_is_named(desk: Desk) -> None:

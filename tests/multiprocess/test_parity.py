@@ -29,8 +29,12 @@ from taso_ds.training.optim import make_schedule
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
-WORLDS = [(ranks, stage) for ranks, stages in case.STAGES.items() for stage in stages]
-SMALL = [(ranks, stage) for ranks, stage in WORLDS if ranks <= case.SMALL_WORLD]
+WORLDS = [
+    pytest.param(ranks, stage, marks=[pytest.mark.slow] if ranks > case.SMALL_WORLD else [])
+    for ranks, stages in case.STAGES.items()
+    for stage in stages
+]
+SMALL = [(ranks, stage) for ranks, stages in case.STAGES.items() for stage in stages if ranks <= case.SMALL_WORLD]
 worlds = pytest.mark.parametrize(("ranks", "stage"), WORLDS, ids=lambda value: str(value))
 small_worlds = pytest.mark.parametrize(("ranks", "stage"), SMALL, ids=lambda value: str(value))
 
