@@ -54,10 +54,11 @@ def _launched(name: str, default: int, valid: range) -> int:
 
 
 def check_launched() -> None:
-    """Refuse rank variables that no launcher sets, before anything takes its time; those of Slurm are taken over.
+    """Refuse rank variables that no launcher sets, and hosts that ``deepspeed`` did not take, before anything takes its
+    time; Slurm's variables are taken over.
 
     Raises:
-        UserError: names the variable.
+        UserError: names the variable, or the hosts.
     """
     slurm.adopt_meeting_point(os.environ)
     if "RANK" not in os.environ:
@@ -75,6 +76,7 @@ def check_launched() -> None:
             f" WORLD_SIZE {launched_world_size()}; start with deepspeed, torchrun or srun"
         )
     launched_rank(), local_rank(), _launched("MASTER_PORT", 0, range(1 << 16))
+    launcher.check_hosts(launcher.processes_above())
 
 
 def meet(timeout_minutes: float = 30.0) -> None:
@@ -91,9 +93,7 @@ def meet(timeout_minutes: float = 30.0) -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
-    above = launcher.processes_above()
-    launcher.check_hostfile(above)
-    os.environ["MASTER_PORT"] = launcher.own_port(above) or os.environ["MASTER_PORT"]
+    os.environ["MASTER_PORT"] = launcher.own_port(launcher.processes_above()) or os.environ["MASTER_PORT"]
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=timeout_minutes)))

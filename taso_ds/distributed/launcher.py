@@ -1,10 +1,13 @@
 """What DeepSpeed's launcher, which stands above this process, was asked for and does not pass on.
 
-It takes a hostfile that does not exist for none, and starts on this node alone after a warning that nobody reads; and
-all its runs meet at one port, unless told otherwise.
+It takes a hostfile that does not exist for none, and starts on this node alone after a warning that nobody reads; it
+starts on this node, too, where one other host is chosen; and all its runs meet at one port, unless told otherwise.
 """
 
+import base64
+import json
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +40,17 @@ def processes_above() -> list[Above]:
     return found
 
 
-def check_hostfile(above: Sequence[Above]) -> None:
-    """Refuse to run on one node only because the hostfile that ``deepspeed`` was given does not exist; UserError."""
+def check_hosts(above: Sequence[Above]) -> None:
+    """Refuse to run on other hosts than ``deepspeed`` was asked for.
+
+    Raises:
+        UserError: its hostfile does not exist, or it was to start on one other host, and it started on this one.
+    """
+    _check_hostfile(above)
+    _check_only_host(above)
+
+
+def _check_hostfile(above: Sequence[Above]) -> None:
     if len(above) < 2 or _NODE_LAUNCHER not in above[0].command:
         return
     hostfile = _given_hostfile(above[1].command)
@@ -47,6 +59,35 @@ def check_hostfile(above: Sequence[Above]) -> None:
             f"environment: deepspeed was given --hostfile {hostfile}, which is no file here, and has started on this"
             " node alone; correct the path"
         )
+
+
+def _check_only_host(above: Sequence[Above]) -> None:
+    hosts = _started_hosts(above[0].command) if above else []
+    if len(hosts) == 1 and not _is_this_host(hosts[0]):
+        raise UserError(
+            f"environment: deepspeed was to use {hosts[0]} and, as it is the only host, has started on"
+            f" {socket.gethostname()}; add --force_multi, or start it on {hosts[0]}"
+        )
+
+
+def _started_hosts(command: Sequence[str]) -> list[str]:
+    """Return the hosts that a node's launcher was told of."""
+    given = [word.partition("=")[2] for word in command if word.startswith("--world_info=")]
+    if _NODE_LAUNCHER not in command or not given:
+        return []
+    return list(json.loads(base64.urlsafe_b64decode(given[0])))
+
+
+def _is_this_host(name: str) -> bool:
+    own = socket.gethostname()
+    if name in ("localhost", own, own.partition(".")[0]):
+        return True
+    try:
+        addresses = {entry[4][0] for entry in socket.getaddrinfo(name, None)}
+    except OSError:
+        return False
+    here = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
+    return not addresses.isdisjoint(here)
 
 
 def own_port(above: Sequence[Above]) -> str | None:

@@ -309,6 +309,7 @@ def assert_same_training(run: Path, reference: Path, *, tolerance: float) -> Non
         assert ours[when] == pytest.approx(theirs[when], rel=tolerance)
 
 
+@pytest.mark.slow
 def test_torchrun_with_gradient_checkpointing_learns_the_same(desk: Desk, stage3: Path) -> None:
     flags = ("--ds_config", "zero3.json", "--gradient_checkpointing", "--no_verify_export")
     finished = desk.start("checkpointed", "torchrun", 2, *flags)

@@ -130,13 +130,20 @@ def test_a_cut_cable_ends_all_ranks_and_the_same_command_goes_on(desk: Desk, who
     assert adapter(run) == adapter(desk.cluster.disk("node-a") / "whole")
 
 
-@pytest.mark.parametrize("choice", [("--include", "node-b"), ("--exclude", "node-a")])
-def test_only_the_chosen_hosts_are_used_and_missing_ranks_are_said(desk: Desk, choice: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (("--exclude", "node-b"), "error: expected_world_size: 2 ranks were asked for and 1 came"),
+        (("--include", "node-b"), "error: environment: deepspeed was to use node-b and, as it is the only host, has"),
+        (("--include", "node-b", "--force_multi"), "node-b: error: expected_world_size: 2 ranks were asked for"),
+    ],
+)
+def test_hosts_can_be_chosen_and_missing_ones_are_said(desk: Desk, choice: tuple[str, ...], said: str) -> None:
     command = desk.deepspeed(desk.cluster.shared / "chosen", *choice)
     done = desk.cluster.run("node-a", [*command, "--expected_world_size", "2"], timeout=60)
     assert done.code != 0
     (line,) = [line for line in done.err.splitlines() if "error: " in line]
-    assert line.startswith("node-b: error: expected_world_size: 2 ranks were asked for and 1 came"), line
+    assert line.startswith(said), line
     assert not (desk.cluster.shared / "chosen").exists()
 
 

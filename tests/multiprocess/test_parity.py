@@ -366,7 +366,7 @@ def test_every_split_of_the_batch_learns_the_same(
     assert max(empty) > 0  # some rank had a micro-batch without any row
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_output_layer_is_gathered_once_per_forward_whatever_a_rank_has(report: Report, ranks: int) -> None:
     """ZeRO-3 gathers it on ranks without a row too, and not again for backward."""
     splits = report(ranks, 3)["train"]["splits"]
