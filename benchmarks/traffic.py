@@ -104,7 +104,8 @@ _PARTS: dict[str, Callable[[Sequence[Any], dict[str, Any], int], float]] = {
 
 def work(ds_config: str) -> dict[str, int]:
     """Take three steps and return what a rank sends in the last, on average over the ranks."""
-    os.environ.update(LOCAL_WORLD_SIZE=str(RANKS_PER_NODE), GLOO_SOCKET_IFNAME="lo")
+    local_rank = int(os.environ["RANK"]) % RANKS_PER_NODE
+    os.environ.update(LOCAL_WORLD_SIZE=str(RANKS_PER_NODE), LOCAL_RANK=str(local_rank), GLOO_SOCKET_IFNAME="lo")
     from worker import make_setup, make_trainer
 
     from taso_ds.distributed import comm
