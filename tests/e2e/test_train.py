@@ -510,6 +510,7 @@ def test_classification_head(desk: Desk, bert_folder: Path, sentences: list[str]
 # A run that goes wrong ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_loss_that_diverges_stops_and_keeps_the_last_good_adapter(desk: Desk) -> None:
     run = desk.folder("diverged")
     flags = ("--learning_rate", "1e30", "--max_grad_norm", "0", "--output_dir", str(run))

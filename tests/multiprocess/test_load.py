@@ -126,7 +126,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, folder: Path, run_ranks: Any) -> dict[str, Any]:
     out = folder / f"{request.param}.json"
     run_ranks(WORKER, request.param, [out, folder])
