@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
-from taso_ds.distributed import comm, engine
+from taso_ds.distributed import comm, engine, process_group
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.training.checkpoint import Checkpoints
 from taso_ds.training.resume import Progress
@@ -62,7 +62,7 @@ class Alone(nn.Module):
 
 def work(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train and save on one rank."""
-    comm.init()
+    process_group.init()
     engine.quiet_deepspeed()
     regions = random_regions(arguments.size)
     adapter = TasoAdapter(regions, structure="union", rank=1, scaling=1.0, seed=0, dtype=torch.bfloat16)
@@ -112,7 +112,7 @@ def main() -> None:
         found = work(arguments)
         if comm.is_main():
             arguments.result.write_text(json.dumps(found))
-        comm.leave()
+        process_group.leave()
         return
     flags = ["--size", arguments.size, "--stage", str(arguments.stage), "--saves", str(arguments.saves)]
     print(json.dumps(ranks.launch(Path(__file__), flags)))

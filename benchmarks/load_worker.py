@@ -11,7 +11,7 @@ import torch
 import transformers.models.llama.modeling_llama
 
 from taso_ds.config import ModelArguments
-from taso_ds.distributed import comm, engine, zero
+from taso_ds.distributed import comm, engine, process_group, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint
 from taso_ds.training.base_model import load_base_model, load_config
@@ -109,13 +109,13 @@ def main() -> None:
     parser.add_argument("--load_in_4bit", action="store_true")
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
-    comm.init()
+    process_group.init()
     engine.quiet_deepspeed()
     comm.barrier()
     found = comm.gather_objects(load(arguments.how, arguments.model, load_in_4bit=arguments.load_in_4bit))
     if comm.is_main():
         arguments.result.write_text(json.dumps(found))
-    comm.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (imported lazily 
 
 from taso_ds.config import parse_run_config
 from taso_ds.data.plan import BatchPlan
-from taso_ds.distributed import comm
+from taso_ds.distributed import comm, process_group
 from taso_ds.distributed import engine as engines
 from taso_ds.training import prepare
 from taso_ds.training.build import Setup, attach, find_regions, join, load_base, set_up
@@ -101,7 +101,7 @@ def main() -> None:
     found = run(set_up(config), arguments.result.parent / "run")
     if comm.is_main():
         arguments.result.write_text(json.dumps(found))
-    comm.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -129,11 +129,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.result is not None:
         found = work(arguments.way)
-        from taso_ds.distributed import comm
+        from taso_ds.distributed import comm, process_group
 
         if comm.is_main():
             arguments.result.write_text(json.dumps(found))
-        comm.leave()
+        process_group.leave()
         return
     table = {}
     print(f"{'to the other node, per rank and step':<38}{'base':>14}{'all else':>14}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
 from taso_ds.config import parse_run_config
 from taso_ds.data.plan import BatchPlan
-from taso_ds.distributed import comm, zero
+from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.training import calibrate, prepare
 from taso_ds.training.build import Setup, attach, find_regions, join, load_base, set_up
@@ -212,7 +212,7 @@ def main() -> None:
         found = peak_memory(arguments.methods)
     if comm.is_main():
         arguments.result.write_text(json.dumps(found))
-    comm.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

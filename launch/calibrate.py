@@ -12,12 +12,12 @@ def _calibrate() -> str:
     from taso_ds.training.prepare import with_defaults
 
     config = with_defaults(parse_run_config(description=__doc__))
-    from taso_ds.distributed import comm
+    from taso_ds.distributed import environment
 
     if config.run.dry_run:
         from taso_ds.training.dry_run import describe
 
-        return describe(config, comm.launched_world_size()) if comm.launched_rank() == 0 else ""
+        return describe(config, environment.world_size()) if environment.rank() == 0 else ""
     from taso_ds.training.build import join
     from taso_ds.training.run import calibrate
 

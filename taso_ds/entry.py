@@ -43,25 +43,25 @@ def run_script(action: Callable[[], str | None]) -> None:
         _blame_another(wait=_LOOK_AROUND)
         traceback.print_exc()
         _leave(f"error: {type(error).__name__}: {_printable(str(error))}", CRASH)
-    from taso_ds.distributed import comm
+    from taso_ds.distributed import comm, process_group
 
     if last_line is not None and comm.is_main():
         print(last_line, flush=True)
-    comm.leave()
+    process_group.leave()
 
 
 def _blame_another(*, wait: float) -> None:
     """Leave with another rank's failure, if there is one: a collective fails on all when one is gone."""
-    comm = sys.modules.get("taso_ds.distributed.comm")
-    failure = comm.cause_elsewhere(wait) if comm else None
-    if comm and failure and failure.code != INTERRUPTED:
-        comm.give_up(f"error: {failure.message}", failure.code, failure)
+    process_group = sys.modules.get("taso_ds.distributed.process_group")
+    failure = process_group.cause_elsewhere(wait) if process_group else None
+    if process_group and failure and failure.code != INTERRUPTED:
+        process_group.give_up(f"error: {failure.message}", failure.code, failure)
 
 
 def _leave(line: str, code: int) -> NoReturn:
     """Say the line on rank 0 and leave; the others leave too."""
-    if comm := sys.modules.get("taso_ds.distributed.comm"):
-        comm.give_up(line, code)
+    if process_group := sys.modules.get("taso_ds.distributed.process_group"):
+        process_group.give_up(line, code)
     if speaks_for_all():
         print(line, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -1,11 +1,7 @@
-"""What all tests share: tiny models on disk, fixed seeds, no network, and a way to launch several ranks."""
+"""What all tests share: tiny models on disk, fixed seeds and no network."""
 
 import os
 import random
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +12,6 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
 ROOT = Path(__file__).resolve().parents[1]
-
-RunRanks = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
@@ -57,42 +51,3 @@ def stories260k() -> Path:
     if not (folder / "model.safetensors").is_file():
         pytest.skip(f"no real model: set TASO_TEST_MODELS to a folder with stories260k, or put it into {beside}")
     return folder
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="session")
-def run_ranks() -> RunRanks:
-    """Return ``run_ranks(script, n, args)``: run a script on n gloo ranks of this machine; returns what it printed."""
-
-    def run(script: Path, n: int, args: Sequence[str | Path] = (), *, timeout: float = 300.0) -> str:
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
-        command += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", str(script), *map(str, args)]
-        environment = os.environ | {
-            "DS_ACCELERATOR": "cpu",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        }
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # the launcher ends its ranks
-            output, _ = process.communicate(timeout=60)
-            pytest.fail(f"{script.name} on {n} ranks took more than {timeout:.0f} s:\n{output[-12000:]}")
-        if process.returncode:
-            pytest.fail(f"{script.name} on {n} ranks failed with {process.returncode}:\n{output[-12000:]}")
-        return output
-
-    return run

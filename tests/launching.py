@@ -91,6 +91,23 @@ def start(
     return finish(process)
 
 
+def run_ranks(
+    worker: str | Path, ranks: int, args: Sequence[str | Path] = (), *, port: int | None = None, timeout: float = 300.0
+) -> Finished:
+    """Run a test's own script on gloo ranks of this machine; it must succeed."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={port or free_port()}", str(worker), *map(str, args)]
+    python_path = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment() | {"PYTHONPATH": python_path},
+    )
+    return finish(process, timeout=timeout).succeeded()
+
+
 def finish(process: "subprocess.Popen[str]", *, timeout: float = 400.0) -> Finished:
     """Wait for a process; one that hangs is ended and fails with what it had printed."""
     try:

@@ -55,11 +55,11 @@ def resolved(name: str, bf16: bool, accumulation: int, nvme_path: str) -> dict[s
 
 def train_all(report: Path) -> None:
     """Give every case to ``deepspeed.initialize`` and write what its engine says and learned; runs in a subprocess."""
-    from taso_ds.distributed import comm
+    from taso_ds.distributed import process_group
 
-    comm.init()
+    process_group.init()
     report.write_text(json.dumps([train(*case, nvme_path=f"{report}.nvme") for case in CASES]))
-    comm.leave()
+    process_group.leave()
 
 
 def train(name: str, bf16: bool, accumulation: int, *, nvme_path: str) -> dict[str, Any]:

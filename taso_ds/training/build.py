@@ -20,7 +20,7 @@ from taso_ds.config import BatchSizes, RunConfig
 from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow, pad_token_id
 from taso_ds.data.plan import BatchPlan
-from taso_ds.distributed import comm, placement, zero
+from taso_ds.distributed import comm, environment, placement, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.quantized import quiet_bitsandbytes
 from taso_ds.training import prepare, regions
@@ -117,11 +117,11 @@ def join(config: RunConfig) -> None:
     In this order: a node that has no base ends all, inside a group transformers saves a model on rank 0 only, and
     waiting ranks could time out. What is cheap to check comes first, for a download or a conversion takes its time.
     """
-    comm.check_launched()
-    prepare.check_flags(config, comm.launched_world_size())
-    comm.meet()
+    environment.check()
+    prepare.check_flags(config, environment.world_size())
+    process_group.meet()
     source = model_source(config.model)
-    comm.init()
+    process_group.init()
     check_same_model(config, source)
     engines.quiet_deepspeed()
     quiet_bitsandbytes()

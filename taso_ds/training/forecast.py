@@ -15,7 +15,7 @@ from taso_ds.adapters.structure import count_dense
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.data.encode import EncodedRow
-from taso_ds.distributed import comm
+from taso_ds.distributed import comm, environment
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
 from taso_ds.errors import UserError
 from taso_ds.flags import arg, parse_groups
@@ -288,7 +288,7 @@ def check_this_host(
             reduce_bucket=int(zero.get("reduce_bucket_size", Limits.reduce_bucket)),
         ),
     )
-    local = min(comm.local_world_size(), comm.world_size())
+    local = min(environment.local_world_size(), comm.world_size())
     length = max(len(row.input_ids) for row in rows)
     supervised = max(row.num_supervised for row in rows)
     work = _workload(

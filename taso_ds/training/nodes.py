@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.config import RunConfig
-from taso_ds.distributed import comm
+from taso_ds.distributed import comm, environment
 from taso_ds.errors import UserError
 from taso_ds.training.model_source import SMALL_FILES, WEIGHT_FILES
 from taso_ds.training.run_folder import RUN
@@ -101,7 +101,7 @@ def say_who_sees(folder: Path) -> None:
 
 def _on_each_node(action: Callable[[], Any]) -> list[tuple[str, Any]]:
     """Return what ``action`` finds on each node, with the node's name, rank 0's first. A collective."""
-    is_first = comm.local_rank() == 0
+    is_first = environment.local_rank() == 0
     found = comm.together(lambda: action() if is_first else None)
     everywhere = comm.gather_objects((is_first, socket.gethostname(), found))
     return [(host, value) for counts, host, value in everywhere if counts]

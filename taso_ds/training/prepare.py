@@ -18,7 +18,7 @@ from taso_ds.data.embedded import EMBEDDED, embedded_model, embedded_records
 from taso_ds.data.encode import EncodedRow, encode_examples, pad_token_id
 from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
 from taso_ds.data.tasks import Example, Task, get_task
-from taso_ds.distributed import comm, zero
+from taso_ds.distributed import environment, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.errors import UserError
 from taso_ds.training.quantized_base import quantization_of
@@ -222,7 +222,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int) -> tuple[dict[str, Any
         world_size=world_size,
         bf16=config.model.bf16,
         max_grad_norm=config.training.max_grad_norm,
-        ranks_per_node=comm.local_world_size(),
+        ranks_per_node=environment.local_world_size(),
         nvme_path=config.run.nvme_path,
         source=config.run.ds_config,
     )

@@ -69,9 +69,9 @@ def train(llama_folder: Path, flags: str) -> Finished:
 def test_no_room_for_a_file(size: int, flags: str, file: str, llama_folder: Path, desk: Path) -> None:
     """The process group exists before the limit is set: DeepSpeed's own shared memory counts as a file."""
     call_main("train", f"{GOOD} --dry_run".format(llama=llama_folder).split()).succeeded()
-    from taso_ds.distributed import comm
+    from taso_ds.distributed import process_group
 
-    comm.init()
+    process_group.init()
     with largest_file(size):
         finished = train(llama_folder, flags)
     assert_one_line(finished, "cannot write", "run", file)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 import variants_worker
-from launching import HAS_NVME, NO_NVME
+from launching import HAS_NVME, NO_NVME, run_ranks
 from sample_rows import write_rows
 
 from taso_ds.distributed.ds_config import read_ds_config, shipped_ds_configs
@@ -25,7 +25,7 @@ on_nvme = pytest.mark.skipif(not HAS_NVME, reason=NO_NVME)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: Any) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run of every variant; the MLP is as small as DeepSpeed writes to a disk: 1 MB on each rank."""
     path: Path = tmp_path_factory.mktemp("variants")
     base = tiny_models.save(tiny_models.llama(layers=1, intermediate_size=16384), path / "base")
@@ -58,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: Any) -> Path:
     (path / "cases.json").write_text(json.dumps(cases))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_CACHE", str(hub.parent))
-        run_ranks(Path(variants_worker.__file__), 2, [path / "cases.json"], timeout=500.0)
+        run_ranks(variants_worker.__file__, 2, [path / "cases.json"], timeout=500.0)
     return path / "runs"
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from taso_ds.config import parse_run_config
-from taso_ds.distributed import comm
+from taso_ds.distributed import process_group
 from taso_ds.training.build import join
 from taso_ds.training.run import train
 
@@ -22,7 +22,7 @@ def main(cases: str) -> None:
         join(config)
         train(config)
         gc.collect()
-    comm.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.config import parse_run_config
-from taso_ds.distributed import comm
+from taso_ds.distributed import comm, process_group
 from taso_ds.training import evaluate, finished
 from taso_ds.training.build import join
 
@@ -62,7 +62,7 @@ def main(out: str, folder: str) -> None:
     found = {f"{task} {stage}": evaluate_task(Path(folder), task, stage) for stage in STAGES for task in TASKS}
     if comm.is_main():
         Path(out).write_text(json.dumps(found))
-    comm.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from taso_ds.config import parse_run_config
-from taso_ds.distributed import comm, zero
+from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.placement import check_nvme
 from taso_ds.errors import UserError
@@ -68,7 +68,7 @@ def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
 
 
 def main(out: str, folder: str) -> None:
-    comm.init()
+    process_group.init()
     said = Said()
     logging.getLogger("taso_ds").addHandler(said)
     logging.getLogger("taso_ds").setLevel(logging.INFO)
@@ -82,7 +82,7 @@ def main(out: str, folder: str) -> None:
         found[name]["said"] = list(said.lines)
     if comm.is_main():
         Path(out).write_text(json.dumps(found))
-    comm.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import parity_case as case
 import parity_worker as worker
 from deepspeed.utils import get_z3_leaf_modules
 
-from taso_ds.distributed import comm
+from taso_ds.distributed import comm, process_group
 from taso_ds.distributed import engine as engines
 
 RUNS = [("scores", "importance", "signed_mean", 5)]
@@ -43,7 +43,7 @@ def with_experts(folder: str, stage: int, split: case.Split, *, checkpointing: b
 
 def main(out: str, *folders: str) -> None:
     faulthandler.dump_traceback_later(450, exit=True)  # a rank that waits for ever says where
-    comm.init(timeout_minutes=3.0)
+    process_group.init(timeout_minutes=3.0)
     engines.quiet_deepspeed()
     split, results = case.SPLITS[comm.world_size()][-1], {}
     for name, folder in (entry.split("=", 1) for entry in folders):
@@ -54,7 +54,7 @@ def main(out: str, *folders: str) -> None:
             results[key] = with_experts(folder, stage, split, checkpointing=checkpointing)
     if comm.is_main():
         Path(out).write_text(json.dumps(results))
-    comm.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from taso_ds.config import parse_run_config
 from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow
 from taso_ds.data.plan import BatchPlan
-from taso_ds.distributed import comm, zero
+from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.training import calibrate, chunked_loss
@@ -351,7 +351,7 @@ def main() -> None:
     # Chunks of five positions: how many there are differs from rank to rank, and an empty micro-batch has none.
     chunked_loss.CHUNK_BYTES = 5 * 4 * VOCABULARY
     faulthandler.dump_traceback_later(200, exit=True)  # a rank that waits for ever says where
-    comm.init(timeout_minutes=3.0)
+    process_group.init(timeout_minutes=3.0)
     engines.quiet_deepspeed()
     names = dict(zip(("llama", "gpt2", "bert"), folders, strict=True))
     results = {}
@@ -360,7 +360,7 @@ def main() -> None:
         gc.collect()
     if comm.is_main():
         Path(out).write_text(json.dumps(results))
-    comm.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

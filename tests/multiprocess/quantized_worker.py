@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from taso_ds.config import parse_run_config
 from taso_ds.data.collate import collate
-from taso_ds.distributed import comm, zero
+from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.quantized import QuantizedLinear
@@ -145,7 +145,7 @@ def main() -> None:
     out, base, *stored = sys.argv[1:5]
     others = sys.argv[5:]
     faulthandler.dump_traceback_later(270, exit=True)  # a rank that waits for ever says where
-    comm.init(timeout_minutes=4.0)
+    process_group.init(timeout_minutes=4.0)
     engines.quiet_deepspeed()
     found: dict[str, Any] = {}
     for bits, folder in zip(("4", "8"), stored, strict=True):
@@ -168,7 +168,7 @@ def main() -> None:
     found["16"] = {"kept": kept_for_backward(base)}
     if comm.is_main():
         Path(out).write_text(json.dumps(found))
-    comm.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
 from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
-from taso_ds.distributed import comm, engine, zero
+from taso_ds.distributed import comm, engine, process_group, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.training.calibrate import GradientSum, ScoringSettings, score_regions, scoring_mode
 from taso_ds.training.load_sharded import partition_whole
@@ -147,12 +147,12 @@ def measure(hidden_size: int) -> dict[str, float]:
 
 
 def main(out: str) -> None:
-    comm.init()
+    process_group.init()
     engine.quiet_deepspeed()
     found = [measure(hidden_size) for hidden_size in HIDDEN_SIZES]
     if comm.is_main():
         Path(out).write_text(json.dumps(found))
-    comm.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

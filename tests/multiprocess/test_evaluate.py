@@ -10,6 +10,7 @@ import evaluate_worker as worker
 import pytest
 import tiny_models
 import torch
+from launching import run_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -87,9 +88,9 @@ def folder(llama_folder: Path, bert_folder: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def two_ranks(run_ranks: Any, folder: Path) -> Found:
+def two_ranks(folder: Path) -> Found:
     out = folder / "two_ranks.json"
-    run_ranks(Path(worker.__file__), 2, [out, folder])
+    run_ranks(worker.__file__, 2, [out, folder])
     found: Found = json.loads(out.read_text())
     return found
 

@@ -10,7 +10,7 @@ import load_worker
 import pytest
 import tiny_models
 import torch
-from launching import HAS_NVME, NO_NVME
+from launching import HAS_NVME, NO_NVME, run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -127,7 +127,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def found(request: pytest.FixtureRequest, folder: Path, run_ranks: Any) -> dict[str, Any]:
+def found(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
     out = folder / f"{request.param}.json"
     run_ranks(WORKER, request.param, [out, folder])
     result: dict[str, Any] = json.loads(out.read_text())

@@ -5,6 +5,7 @@ The ranks read different rows, whose tokens go to different experts.
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import parity_case as case
 import pytest
 import tiny_models
 import torch
+from launching import run_ranks
 from test_parity import (
     PEAK,
     ROOT_OF_TEN,
@@ -36,12 +38,11 @@ NUM_EXPERTS = {"mixtral": 11, "qwen3_moe": 4}
 CASES = [(name, stage) for name in BLOCKS for stage in (2, 3)]
 EXPERT_RUNS = ["0 experts", "3 experts", "3 experts checkpointed"]  # the stage, and how
 EXPERT_CASES = [
-    pytest.param(ranks, name, how, marks=[pytest.mark.slow] if ranks == 1 else [])
+    pytest.param((ranks, name, how), id=f"{ranks}-{name}-{how}", marks=[pytest.mark.slow] if ranks == 1 else [])
     for ranks in (1, 2)
     for name in BLOCKS
     for how in EXPERT_RUNS
 ]
-experts = pytest.mark.parametrize(("ranks", "name", "how"), EXPERT_CASES)
 
 Report = Callable[[int], dict[str, Any]]
 
@@ -53,14 +54,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def report(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, run_ranks: Any) -> Report:
+def report(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
     """Return ``report(ranks)``; each number of ranks is launched once, when it is first asked for."""
 
     @cache
     def launch(ranks: int) -> dict[str, Any]:
         out = tmp_path_factory.mktemp("moe") / f"{ranks}.json"
         arguments = [out, *(f"{name}={folder}" for name, folder in folders.items())]
-        run_ranks(Path(moe_worker.__file__), ranks, arguments, timeout=500.0)
+        run_ranks(moe_worker.__file__, ranks, arguments, timeout=500.0)
         results: dict[str, Any] = json.loads(out.read_text())
         return results
 
@@ -111,35 +112,39 @@ def test_blocks_are_gathered_as_a_whole(report: Report, name: str) -> None:
 # The experts adapted --------------------------------------------------------------------------------------------------
 
 
-@experts
-def test_experts_are_scored_like_autograd(
+@dataclass(frozen=True)
+class ExpertRun:
+    """What a launch found with one model's experts adapted, and what plain autograd does with that model."""
+
+    found: dict[str, Any]
+    ranks: int
+    folder: Path
+    signed: dict[str, torch.Tensor]
+
+
+@pytest.fixture(params=EXPERT_CASES)
+def run(
+    request: pytest.FixtureRequest,
     report: Report,
-    signed: dict[str, dict[str, torch.Tensor]],
     folders: dict[str, Path],
-    ranks: int,
-    name: str,
-    how: str,
-) -> None:
-    found = report(ranks)[f"{name} {how}"]
+    signed: dict[str, dict[str, torch.Tensor]],
+) -> ExpertRun:
+    ranks, name, how = request.param
+    return ExpertRun(report(ranks)[f"{name} {how}"], ranks, folders[name], signed[name])
+
+
+def test_experts_are_scored_like_autograd(run: ExpertRun) -> None:
     for label in ("batches of 1", "batches of 5 in passes", "one batch"):
-        assert_regions(found[label], signed[name])
-    magnitude = {target: weight.abs() for target, weight in weights(load(folders[name]), experts=True).items()}
-    assert_regions(found["magnitude"], magnitude)
-    assert found["left_behind"] == [[]] * ranks
-    assert sum(found["held"]["batches of 1"]) == found["target_elements"]
-    assert max(found["held"]["one batch"]) <= found["largest_target"]
+        assert_regions(run.found[label], run.signed)
+    magnitude = {target: weight.abs() for target, weight in weights(load(run.folder), experts=True).items()}
+    assert_regions(run.found["magnitude"], magnitude)
+    assert run.found["left_behind"] == [[]] * run.ranks
+    assert sum(run.found["held"]["batches of 1"]) == run.found["target_elements"]
+    assert max(run.found["held"]["one batch"]) <= run.found["largest_target"]
 
 
-@experts
-def test_experts_learn_what_a_plain_loop_learns(
-    report: Report,
-    signed: dict[str, dict[str, torch.Tensor]],
-    folders: dict[str, Path],
-    ranks: int,
-    name: str,
-    how: str,
-) -> None:
-    model = load(folders[name])
-    adapter = taso(model, core_regions(signed[name]))
+def test_experts_learn_what_a_plain_loop_learns(run: ExpertRun) -> None:
+    model = load(run.folder)
+    adapter = taso(model, core_regions(run.signed))
     plain = plain_training(model, [([adapter.flat], PEAK * ROOT_OF_TEN)], case.TRAIN)
-    assert_same_run(report(ranks)[f"{name} {how}"]["train"], plain)
+    assert_same_run(run.found["train"], plain)

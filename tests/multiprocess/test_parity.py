@@ -14,6 +14,7 @@ import parity_case as case
 import pytest
 import torch
 import torch.nn.functional as F
+from launching import run_ranks
 from torch import Tensor, nn
 
 from taso_ds.adapters.adapter import TasoAdapter
@@ -44,7 +45,7 @@ ROOT_OF_TEN = math.sqrt(10.0)
 
 @pytest.fixture(scope="module")
 def report(
-    run_ranks: Any, llama_folder: Path, gpt2_folder: Path, bert_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    llama_folder: Path, gpt2_folder: Path, bert_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Report:
     """Return ``report(ranks, stage)``; each number of ranks is launched once, when it is first asked for."""
 

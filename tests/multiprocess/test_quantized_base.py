@@ -12,6 +12,7 @@ import quantized_worker
 import tiny_models
 import torch
 import torch.nn.functional as F
+from launching import run_ranks
 from load_worker import digest
 from test_parity import assert_regions, gradients, weights
 from torch import Tensor, nn
@@ -80,14 +81,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(run_ranks: Any, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     stored = []
     for bits in BITS:
         stored.append(tmp_path_factory.mktemp("stored") / bits)
         by_bitsandbytes(base, bits).save_pretrained(stored[-1])
     out = stored[0].parent / "found.json"
     others = [tiny_models.save(make(), stored[0].parent / name) for name, make in OTHERS.items()]
-    run_ranks(Path(quantized_worker.__file__), 2, [out, base, *stored, *others])
+    run_ranks(quantized_worker.__file__, 2, [out, base, *stored, *others])
     result: dict[str, Any] = json.loads(out.read_text())
     return result
 

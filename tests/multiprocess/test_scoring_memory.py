@@ -1,12 +1,10 @@
 """What scoring takes beyond a plain backward: fp32 sums of parameters / ranks, and no more than two matrices beside."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import environment, finish, free_port
+from launching import run_ranks
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 WORKER = Path(__file__).with_name("scoring_memory_worker.py")
@@ -17,12 +15,7 @@ RANKS = (2, pytest.param(4, marks=pytest.mark.slow))
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     """What the worker found for each model on this many ranks."""
     out = tmp_path_factory.mktemp("memory") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={request.param}"]
-    process = subprocess.Popen(
-        [*command, f"--master_port={free_port()}", str(WORKER), str(out)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
-    finish(process).succeeded()
+    run_ranks(WORKER, request.param, [out], timeout=400.0)
     found: list[dict[str, float]] = json.loads(out.read_text())
     return [model | {"ranks": request.param} for model in found]
 
