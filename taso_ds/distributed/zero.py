@@ -51,17 +51,17 @@ def gathered_on(parameter: Any, owner: int, *, index: int | None = None) -> Tens
     """Return the whole parameter, or its slice ``[index]``, detached, on rank ``owner`` and None elsewhere.
 
     A collective. The shards, or what they have of the slice, travel to the owner only, and not at all where ZeRO has
-    the parameter whole at the moment.
+    the parameter whole at the moment; the owner may keep it.
     """
     if is_partitioned(parameter) and parameter.ds_status.name != "AVAILABLE":
         if index is not None:
             return _slice_on(parameter, owner, index)
         whole = comm.concatenate_on(_read_shard(parameter).to(comm.device()), owner)
         return None if whole is None else whole[: parameter.ds_numel].view(parameter.ds_shape)
-    whole = parameter.detach()
     if comm.rank() != owner:
         return None
-    return whole if index is None else whole[index]
+    whole = parameter.detach() if index is None else parameter.detach()[index]
+    return whole.clone() if is_partitioned(parameter) else whole  # what ZeRO gathered may be a view of many
 
 
 def _slice_on(parameter: Any, owner: int, index: int) -> Tensor | None:

@@ -7,7 +7,7 @@ selects, all owners in parallel; then the row and column scores, a few numbers p
 
 Less memory: ``passes`` scores that many groups of matrices one after the other, with the accumulators of one group at a
 time; a backward ends at its group's lowest matrix. With one micro-batch per rank nothing has to be summed over time:
-every matrix is selected the moment its gradient arrives, and no accumulator exists.
+each matrix is selected from as soon as every owner has one, or one owner would have two, and no accumulator exists.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -256,7 +257,9 @@ class _Pass:
         self._shapes, self._settings, self._seeds = shapes, settings, seeds
         self._gradients = GradientSum(shapes, self.owners, absolute=self.per_batch, offload=settings.offload)
         self._units = torch.zeros(1, dtype=torch.float64, device=comm.device())
-        self._selected: set[str] = set()
+        # At the owners, with the weight as it is stored; at most one matrix of each, and known to all ranks.
+        self._waiting: dict[str, Tensor | None] = {}
+        self._taken: set[str] = set()
         self._scores: dict[str, RegionScores] = {}
         self._not_finite: list[str] = []
 
@@ -274,20 +277,22 @@ class _Pass:
 
     def select_from(self, name: str, inputs: Tensor, grad_output: Tensor) -> None:
         """Select from the only gradient there is."""
-        if name in self._selected:
+        if name in self._taken:
             raise UserError(f"scoring: {name} runs twice in one forward; use two calibration batches or more")
+        self._make_room(name)
         self.add(name, inputs, grad_output)
-        self._select(name)
+        self._take_weight(name)
 
     def free_buffers(self) -> None:
         """Keep nothing but sums between two micro-batches."""
         self._gradients.free_buffers()
 
     def finish(self) -> dict[str, RegionScores]:
-        """Select what is not selected yet, in parallel on the owners, and return this rank's scores."""
-        for name in self.targets:
-            if name not in self._selected:
-                self._select(name)
+        """Select what is not selected yet and return this rank's scores."""
+        for name in _by_turns([name for name in self.targets if name not in self._taken], self.owners):
+            self._make_room(name)
+            self._take_weight(name)
+        self._select_waiting()
         found = [name for names in comm.gather_objects(self._not_finite) for name in names]
         if found:
             raise UserError(
@@ -295,17 +300,27 @@ class _Pass:
             )
         return self._scores
 
-    def _select(self, name: str) -> None:
-        """Score one matrix on its owner. A collective: its weight is gathered to the owner."""
-        self._selected.add(name)
-        score, shape, owner = self._settings.score, self._shapes[name], self.owners[name]
-        original = self._settings.original_weight
-        wanted = needs_weight(score)
-        stored = _stored_on(self.targets[name], owner) if wanted and original is None else None
-        if comm.rank() != owner:
-            return
+    def _make_room(self, name: str) -> None:
+        """Select from what waits once an owner's turn comes again: all owners work at the same time."""
+        if self.owners[name] in {self.owners[other] for other in self._waiting}:
+            self._select_waiting()
+
+    def _take_weight(self, name: str) -> None:
+        """Let a matrix wait at its owner. A collective: its weight is gathered to the owner."""
+        is_read = needs_weight(self._settings.score) and self._settings.original_weight is None
+        self._waiting[name] = _stored_on(self.targets[name], self.owners[name]) if is_read else None
+        self._taken.add(name)
+
+    def _select_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for name in [name for name in waiting if self.owners[name] == comm.rank()]:
+            self._select(name, waiting.pop(name))
+
+    def _select(self, name: str, stored: Tensor | None) -> None:
+        """Score one matrix, which this rank owns."""
+        score, shape, original = self._settings.score, self._shapes[name], self._settings.original_weight
         weight = weight_of(self.targets[name], stored) if stored is not None else None
-        if wanted and original is not None:
+        if needs_weight(score) and original is not None:
             weight = original(name).to(comm.device())
         grad = self._gradients.take(name)
         if grad is not None:
@@ -324,6 +339,12 @@ class _Pass:
             self._scores[name] = score_rows_and_cols(importance, self._settings.ladder)
         except FloatingPointError:
             self._not_finite.append(name)
+
+
+def _by_turns(names: Sequence[str], owners: Mapping[str, int]) -> list[str]:
+    """Return the names so that one of each owner comes before the second of any."""
+    turns = zip_longest(*([name for name in names if owners[name] == owner] for owner in sorted(set(owners.values()))))
+    return [name for turn in turns for name in turn if name is not None]
 
 
 def _stored_on(target: Any, owner: int) -> Tensor | None:

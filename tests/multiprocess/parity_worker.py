@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import parity_case as case
 import torch
@@ -105,6 +105,16 @@ class Watched(calibrate.GradientSum):
         Watched.elements = max(Watched.elements, sum(value.numel() for value in self._sums.values()))
 
 
+class WatchedPass(calibrate._Pass):
+    """Remembers how many owners selected at the same time, turn by turn."""
+
+    turns: ClassVar[list[int]] = []
+
+    def _select_waiting(self) -> None:
+        WatchedPass.turns.append(len(self._waiting))
+        super()._select_waiting()
+
+
 def left_behind(model: nn.Module, stage: int) -> list[str]:
     """What scoring should not have left on this rank."""
     found = []
@@ -139,13 +149,13 @@ def score(
     """Score one base several times; ``runs`` are (label, score, reduction, rows per batch)."""
     ds_config = ds_config_of(stage, case.SPLITS[comm.world_size()][0], bf16=bf16)
     base, targets, shapes = load(folder, ds_config, bf16=bf16, checkpointing=checkpointing, experts=experts)
-    calibrate.GradientSum = Watched  # type: ignore[misc]
+    calibrate.GradientSum, calibrate._Pass = Watched, WatchedPass  # type: ignore[misc]
     hooks_before = left_behind(base.model, stage)
-    found: dict[str, Any] = {"held": {}}
+    found: dict[str, Any] = {"held": {}, "turns": {}}
     language_model_loss = LanguageModelLoss(shapes)
     with engines.scoring_engine(base.model, ds_config) as scored:
         for label, kind, reduction, batch_size in runs:
-            Watched.elements = 0
+            Watched.elements, WatchedPass.turns = 0, []
             batches = dealt_batches(case.CALIBRATION, batch_size=batch_size, collate=COLLATE, filler=FILLER)
             passes = case.PASSES if "passes" in label else 1
             settings = ScoringSettings(kind, reduction, case.LADDER, case.SEED, passes=passes, offload=passes > 1)
@@ -155,6 +165,7 @@ def score(
             )  # fmt: skip
             found[label] = as_json(scores)
             found["held"][label] = comm.gather_objects(Watched.elements)
+            found["turns"][label] = comm.gather_objects(WatchedPass.turns)
     found["left_behind"] = comm.gather_objects(
         [what for what in left_behind(base.model, stage) if what not in hooks_before]
     )

@@ -230,6 +230,23 @@ def test_accumulators_are_spread_over_the_ranks(report: Report, ranks: int, stag
     assert max(found["held"]["magnitude"]) == 0
 
 
+@worlds
+def test_owners_select_at_the_same_time(report: Report, ranks: int, stage: int) -> None:
+    found = report(ranks, stage)["llama"]["turns"]
+    for label in ("batches of 2", "magnitude", "one batch"):
+        assert found[label] == [found[label][0]] * ranks, "all ranks know what waits"
+    for label in ("batches of 2", "magnitude"):  # 14 matrices: an owner has as many turns as it has matrices
+        turns = found[label][0]
+        assert sum(turns) == 14
+        assert turns == sorted(turns, reverse=True)
+        assert turns[0] == ranks
+    assert sum(found["one batch"][0]) == 14
+    assert max(found["one batch"][0]) == ranks
+    assert len(found["one batch"][0]) <= 14 / ranks + 3, (
+        "in the order of backward, owners now and then do not alternate"
+    )
+
+
 # Training: the reference ----------------------------------------------------------------------------------------------
 
 
