@@ -192,6 +192,7 @@ ZERO: dict[str, str] = {
 ZERO_FIXED: dict[str, tuple[object, str]] = {
     "compute_grad_norm": (True, "clipping and the log need the gradient norm"),
     "zenflow": (None, "it replaces the optimizer step"),
+    "zero_quantized_nontrainable_weights": (False, "the base is loaded as it is to stay; pass --load_in_4bit"),
     "cpu_offload": (False, 'write "offload_optimizer": {"device": "cpu"}'),
     "cpu_offload_param": (False, 'write "offload_param": {"device": "cpu"}'),
     "cpu_offload_use_pin_memory": (False, 'write "pin_memory" inside "offload_optimizer"'),

@@ -119,7 +119,8 @@ def open_checkpoint(folder: Path) -> Iterator[SafetensorsCheckpoint]:
             or longer than its header says.
     """
     assert sys.byteorder == "little", "safetensors stores little-endian numbers"
-    checkpoint = SafetensorsCheckpoint(_read_index(folder) if (folder / INDEX).is_file() else _header(folder / SINGLE))
+    is_single = (folder / SINGLE).is_file()  # which transformers, too, prefers to an index that was left behind
+    checkpoint = SafetensorsCheckpoint(_header(folder / SINGLE) if is_single else _read_index(folder))
     try:
         yield checkpoint
     finally:
@@ -138,7 +139,7 @@ def check_index(folder: Path) -> None:
         UserError: naming the file.
     """
     index = folder / (INDEX if has_checkpoint(folder) else _PICKLE_INDEX)
-    if index.is_file():
+    if index.is_file() and not (folder / SINGLE).is_file():
         _indexed_files(index)
 
 

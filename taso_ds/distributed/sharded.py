@@ -53,7 +53,7 @@ class Partitioner:
         from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 
         init = self._init
-        data = torch.empty(1, dtype=parameter.dtype, device=comm.device()).expand(parameter.shape)
+        data = torch.empty((), dtype=parameter.dtype, device=comm.device()).expand(parameter.shape)
         partitioned: Any = nn.Parameter(data, requires_grad=False)
         init._convert_to_deepspeed_param(partitioned)
         partitioned.ds_numel_aligned = init._aligned_size(partitioned)

@@ -234,6 +234,7 @@ def _load_partitioned(
         loads = comm.together(lambda: QuantizedLoad(quantization, model))
         report = comm.together(lambda: load_sharded(model, source, ds_config, loads))
         loads.finish()
+        _read_generation_config(model, source)
         return model, report
     if quantization is not None:
         # transformers quantizes whole matrices, after which nothing is left for ZeRO to partition on the way.
@@ -244,6 +245,21 @@ def _load_partitioned(
     log.info("loading %s through transformers, rank 0 reads for all: %s", source, reason)
     with engine.zero3_loading(ds_config):
         return _said_by_each_rank(lambda: _from_pretrained(arguments, source, config, options, head=head, whole=False))
+
+
+def _read_generation_config(model: Any, source: str) -> None:
+    """Let the model generate as its folder says, with all its end tokens, which ``from_pretrained`` sees to itself."""
+    from transformers import GenerationConfig
+
+    if not model.can_generate():
+        return
+    if (Path(source) / "generation_config.json").is_file():
+        read = partial(GenerationConfig.from_pretrained, source)
+    else:  # an older folder, which says in config.json how to generate
+        read = partial(
+            GenerationConfig.from_pretrained, source, config_file_name="config.json", _from_model_config=True
+        )
+    model.generation_config = loading(f"how {source} generates", read)
 
 
 def _said_by_each_rank(load: Callable[[], Loaded]) -> Loaded:

@@ -48,7 +48,17 @@ def build_without_memory(model_class: Any, config: Any, **options: Any) -> nn.Mo
 
     with no_init_weights(), parameters_without_memory():
         model: nn.Module = model_class.from_config(config, **options)
+    _compute_buffers(model)
     return model
+
+
+def _compute_buffers(model: Any) -> None:
+    """Compute the buffers again, as ``from_pretrained`` does: a model built in bf16 computes its tables in bf16."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 def tie_weights(model: Any, source: str) -> None:
@@ -104,7 +114,9 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: Quan
 def partition_whole(model: nn.Module, ds_config: dict[str, Any]) -> None:
     """Turn a model that every rank holds whole into ZeRO-3 partitions, one parameter after the other."""
     partitioner = Partitioner(ds_config)
-    for parameter in dict.fromkeys(model.parameters()):
+    names = [name for name, _ in model.named_parameters()]
+    for name in names:  # no list of parameters, which would keep the whole ones
+        parameter = model.get_parameter(name)
         partition = partitioner.partition(parameter, _from_tensor(parameter.detach().flatten()))
         replace_parameters(model, {parameter: partition})
 
@@ -159,7 +171,7 @@ def _initialized(model: Any, name: str) -> Tensor:
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)
     without_memory = module._parameters[attribute]
-    value = nn.Parameter(torch.empty_like(without_memory, device="cpu"), requires_grad=False)
+    value = nn.Parameter(torch.zeros_like(without_memory, device="cpu"), requires_grad=False)
     module._parameters[attribute] = value
     model._init_weights(module)
     module._parameters[attribute] = without_memory
@@ -174,10 +186,12 @@ def _load_buffers(
     for name, buffer in model.named_buffers():
         module_name, _, attribute = name.rpartition(".")
         value = buffer
-        if name in stored:
-            value = checkpoint.read(stored[name]).to(buffer.dtype)
-        elif name in persistent:
+        if name in persistent and name not in stored:
             report.missing_keys.add(name)
+        elif name in persistent and (shape := checkpoint.tensors[stored[name]].shape) != buffer.shape:
+            report.mismatched_keys.add((name, shape, buffer.shape))
+        elif name in persistent:
+            value = checkpoint.read(stored[name]).to(buffer.dtype)
         model.get_submodule(module_name)._buffers[attribute] = value.to(comm.device())
 
 

@@ -24,7 +24,7 @@ from taso_ds.errors import UserError
 from taso_ds.training.quantized_base import quantization_of
 
 # Ways to move partitions that compute with them on the way.
-_ALTERS_BITS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "use_all_reduce_for_fetch_params")
+_ALTERS_BITS = ("zero_quantized_weights", "use_all_reduce_for_fetch_params")
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,11 @@ def digest(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(bits).hexdigest()}"
 
 
+def generation(model: Any) -> dict[str, Any] | None:
+    """Return how a model would generate, without what says where its weights come from."""
+    return model.generation_config.to_dict() if model.can_generate() else None
+
+
 class Said(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +62,7 @@ def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
     return {
         "parameters": found,
         "buffers": buffers,
+        "generation": generation(base.model),
         "shards": shards,
         "checksum": zero.checksum(parameters),
         "training": base.model.training,

@@ -72,6 +72,15 @@ def mixtral() -> Any:
     return MixtralForCausalLM(config)
 
 
+def gptj() -> Any:
+    """A GPT-J, which computes a table of sines in its modules' dtype."""
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    config = GPTJConfig(vocab_size=33, n_positions=512, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
+    torch.manual_seed(6)
+    return GPTJForCausalLM(config)
+
+
 def changed(root: Path, name: str, **values: int) -> Path:
     """Write a shipped DeepSpeed JSON with other numbers."""
     raw = read_ds_config(f"{name}.json")
@@ -114,6 +123,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("new_head", llama, "--head", "classification", "--no_bf16")
     add("encoder", tiny_models.bert().bert, "--head", "classification", "--no_bf16")
     add("merged_experts", mixtral(), "--no_bf16")
+    add("computed_buffer", gptj())
+    rotary = {"model.rotary_emb.inv_freq": torch.ones(4, dtype=torch.bfloat16)}
+    add("stored_buffer", llama, change=lambda tensors: tensors | rotary)
+    add("left_index", llama)
+    save_file({"lm_head.weight": torch.ones(3)}, root / "left_index" / "other.safetensors")
+    weight_map = {"weight_map": {"lm_head.weight": "other.safetensors"}}
+    (root / "left_index" / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    add("generation", llama)
+    generation = {"eos_token_id": [2, 7, 9], "repetition_penalty": 1.05, "do_sample": True, "temperature": 0.7}
+    (root / "generation" / "generation_config.json").write_text(json.dumps(generation))
     add("surplus", llama, change=lambda tensors: tensors | {"model.extra.weight": torch.zeros(3)})
     add("lacking", llama, change=without("model.layers.0.mlp.up_proj.weight"))
     add("misshapen", llama, change=lambda tensors: tensors | {"model.norm.weight": torch.zeros(3)})
@@ -141,14 +160,15 @@ def reference(folder: Path, flags: list[str]) -> dict[str, Any]:
     model = model_class.from_pretrained(folder, config=AutoConfig.from_pretrained(folder), dtype=dtype)
     parameters = {name: load_worker.digest(value) for name, value in model.named_parameters(remove_duplicate=False)}
     buffers = {name: load_worker.digest(value) for name, value in model.named_buffers()}
-    return {"parameters": parameters, "buffers": buffers, "checksum": zero.checksum(list(model.parameters()))}
+    checksum, generation = zero.checksum(list(model.parameters())), load_worker.generation(model)
+    return {"parameters": parameters, "buffers": buffers, "checksum": checksum, "generation": generation}
 
 
 on_nvme = pytest.mark.skipif(not HAS_NVME, reason=NO_NVME)
 SAME = (
     "bf16", "fp32", "stored_bf16", "widened", "stored_fp16", "several_files", "odd", "tied", "both_tied", "both_differ",
-    "gpt2", "bare_body", "classifier", "new_head", "encoder", "merged_experts", "surplus", "cpu",
-    "nodes_of_two", pytest.param("nvme", marks=on_nvme),
+    "gpt2", "bare_body", "classifier", "new_head", "encoder", "merged_experts", "computed_buffer",
+    "stored_buffer", "left_index", "generation", "surplus", "cpu", "nodes_of_two", pytest.param("nvme", marks=on_nvme),
 )  # fmt: skip
 
 
