@@ -119,6 +119,8 @@ def save_full(folder: RunFolder, model: Any, tokenizer: Any) -> None:
             comm.on_main(partial(keep, parameter, whole))  # a full disk is every rank's error
         if comm.is_main():
             state = {name: kept[value] for name, value in model.named_parameters(remove_duplicate=False)}
+            persistent = model.state_dict().keys()
+            state |= {name: value.cpu() for name, value in model.named_buffers() if name in persistent}
         comm.on_main(lambda: save_model(folder, model, state, tokenizer))
 
 
