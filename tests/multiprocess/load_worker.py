@@ -7,6 +7,8 @@ import hashlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,25 @@ def digest(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(bits).hexdigest()}"
 
 
-class Said(logging.Handler):
+class _Said(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Collect what this rank logs."""
+    said, logger = _Said(), logging.getLogger("taso_ds")
+    level = logger.level
+    logger.addHandler(said)
+    logger.setLevel(logging.INFO)
+    yield said.lines
+    logger.removeHandler(said)
+    logger.setLevel(level)
 
 
 def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
@@ -69,17 +83,14 @@ def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
 
 def main(out: str, folder: str) -> None:
     process_group.init()
-    said = Said()
-    logging.getLogger("taso_ds").addHandler(said)
-    logging.getLogger("taso_ds").setLevel(logging.INFO)
     found = {}
     for name, case in json.loads((Path(folder) / "cases.json").read_text()).items():
-        said.lines.clear()
-        try:
-            found[name] = load(Path(folder) / case["folder"], case["flags"], case["ds_config"])
-        except UserError as error:
-            found[name] = {"error": str(error)}
-        found[name]["said"] = list(said.lines)
+        with heard() as said:
+            try:
+                found[name] = load(Path(folder) / case["folder"], case["flags"], case["ds_config"])
+            except UserError as error:
+                found[name] = {"error": str(error)}
+        found[name]["said"] = said
     if comm.is_main():
         Path(out).write_text(json.dumps(found))
     process_group.leave()
