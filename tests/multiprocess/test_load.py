@@ -168,6 +168,39 @@ def test_each_rank_holds_its_share_only(found: dict[str, Any], folder: Path, nam
     assert bool(whole) == (name == "merged_experts"), found[name]["said"]
 
 
+# How often a stored tensor is read where it is not once: without a place in the model, or also to be compared.
+READ = {
+    "surplus": {"model.extra.weight": 0},
+    "new_head": {"lm_head.weight": 0},
+    "both_tied": {"model.embed_tokens.weight": 2},
+    "both_differ": {"model.embed_tokens.weight": 2, "lm_head.weight": 2},
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_each_rank_reads_its_share_only_and_no_weight_travels(found: dict[str, Any], folder: Path, name: str) -> None:
+    seen = found[name]["seen"]
+    if name == "merged_experts":  # transformers reads on rank 0 and sends every weight
+        assert [rank["bytes_read"] for rank in seen] == [0] * len(seen)
+        assert all(rank["weights_sent"] for rank in seen)
+        return
+    assert not any(rank["weights_sent"] for rank in seen)
+    stored = {key: value for file in (folder / name).glob("*.safetensors") for key, value in load_file(file).items()}
+    whole = sum(value.nbytes * READ.get(name, {}).get(key, 1) for key, value in stored.items())
+    if name == "nodes_of_two":
+        whole += whole * len(seen) // 2  # once more on each node
+    read = [rank["bytes_read"] for rank in seen]
+    assert sum(read) == whole
+    assert max(read) - min(read) <= 60 * len(seen) * 4  # as their shards, of at most 4 bytes a number
+
+
+@pytest.mark.parametrize("name", [name for name in SAME if name != "merged_experts"])
+def test_rank_0_shows_a_bar_that_comes_to_its_end(found: dict[str, Any], name: str) -> None:
+    shown, *others = (rank["terminal"] for rank in found[name]["seen"])
+    assert "loading: 100%" in shown
+    assert not any("loading" in terminal for terminal in others)
+
+
 @on_nvme
 def test_large_partitions_are_on_the_disk(found: dict[str, Any]) -> None:
     nvme = found["nvme"]
