@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
 WORKER = Path(load_worker.__file__)
 THROUGH_TRANSFORMERS = "through transformers"
+NORMS = [f"model.layers.{layer}.{place}_layernorm.weight" for layer in (0, 1) for place in ("input", "post_attention")]
+UP = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -33,8 +35,12 @@ def both_tied(scale: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * scale}
 
 
-def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda tensors: {name: value for name, value in tensors.items() if name != key}
+def without(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda tensors: {name: value for name, value in tensors.items() if name not in keys}
+
+
+def misshapen(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda tensors: tensors | {key: torch.zeros(3) for key in keys}
 
 
 def odd_llama() -> Any:
@@ -115,8 +121,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("encoder", tiny_models.bert().bert, "--head", "classification", "--no_bf16")
     add("merged_experts", mixtral(), "--no_bf16")
     add("surplus", llama, change=lambda tensors: tensors | {"model.extra.weight": torch.zeros(3)})
-    add("lacking", llama, change=without("model.layers.0.mlp.up_proj.weight"))
-    add("misshapen", llama, change=lambda tensors: tensors | {"model.norm.weight": torch.zeros(3)})
+    add("lacking", llama, change=without(*NORMS, *UP))
+    add("lacking_nf4", llama, "--load_in_4bit", change=without(*UP))
+    add("misshapen", llama, change=misshapen(NORMS[0]))
+    add("all_wrong", llama, change=lambda tensors: misshapen(*NORMS, UP[0])(without(UP[1])(tensors)))
+    add("more_surplus", llama, change=lambda tensors: tensors | {f"extra.{n}": torch.zeros(3) for n in range(5)})
     add("cpu", odd_llama(), "--no_bf16", ds_config="zero3_offload.json")
     if HAS_NVME:
         add("nvme", wide_llama(), "--no_bf16", ds_config="zero3_nvme.json")
@@ -232,13 +241,27 @@ def test_different_tied_tensors_stay_apart_and_are_named(found: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("lacking", "lacks model.layers.0.mlp.up_proj.weight"),
-        ("misshapen", "holds model.norm.weight as (3,), its config wants (32,)"),
+        ("lacking", f"lacks {', '.join(sorted([*NORMS, *UP])[:3])} and 3 more (6 in all)"),
+        ("lacking_nf4", f"lacks {UP[0]}, {UP[1]} in the model's shape"),
+        ("misshapen", f"holds {NORMS[0]} as (3,) instead of (32,)"),
+        (
+            "all_wrong",
+            f"holds {NORMS[0]} as (3,) instead of (32,), {UP[0]} as (3,) instead of (48, 32),"
+            f" {NORMS[1]} as (3,) instead of (32,)"
+            f" and 2 more (5 in all); it lacks {UP[1]}",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_named(found: dict[str, Any], name: str, said: str) -> None:
     assert said in found[name]["error"]
 
 
-def test_surplus_tensors_are_named(found: dict[str, Any]) -> None:
-    assert any("model.extra.weight" in line for line in found["surplus"]["said"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("surplus", "holds model.extra.weight, which the model has no place for"),
+        ("more_surplus", "holds extra.0, extra.1, extra.2 and 2 more (5 in all), which"),
+    ],
+)
+def test_surplus_tensors_are_named(found: dict[str, Any], name: str, said: str) -> None:
+    assert any(said in line for line in found[name]["said"])
