@@ -169,7 +169,8 @@ def _read_index(folder: Path) -> dict[str, StoredTensor]:
 
 def _header(path: Path) -> dict[str, StoredTensor]:
     try:
-        with safe_open(path, framework="pt"):  # checks the header, and the file's length against it
+        # Checks the header, and the file's length against it; for torch it would map the whole file.
+        with safe_open(path, framework="np"):
             pass
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

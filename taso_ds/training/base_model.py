@@ -25,6 +25,7 @@ from taso_ds.training.load_sharded import (
     build_without_memory,
     load_sharded,
     partition_whole,
+    some_of,
     tie_weights,
     why_not_sharded,
 )
@@ -277,16 +278,19 @@ def _check_complete(model: Any, report: LoadReport, source: str, *, head: bool) 
 
     Encoders are published without their pooler, which then stays random and frozen: that is worth a warning.
     """
-    for name, found, wanted in sorted(report.mismatched_keys):
-        raise UserError(
-            f"model_name_or_path: {source} holds {name} as {tuple(found)}, its config wants {tuple(wanted)}"
-        )
     if report.unexpected_keys:
-        name, number = min(report.unexpected_keys), len(report.unexpected_keys)
-        log.warning("%s holds %s (%d tensors in all) that the model has no place for", source, name, number)
+        log.warning("%s holds %s, which the model has no place for", source, some_of(report.unexpected_keys))
     body = f"{model.base_model_prefix}."
-    missing = sorted(name for name in report.missing_keys if name.startswith(body) or not head)
+    missing = [name for name in report.missing_keys if name.startswith(body) or not head]
+    faults = []
+    if report.mismatched_keys:
+        found = (
+            f"{name} as {tuple(shape)} instead of {tuple(wanted)}" for name, shape, wanted in report.mismatched_keys
+        )
+        faults.append(f"holds {some_of(found)}")
     if missing and not head:
-        raise UserError(f"model_name_or_path: {source} lacks {missing[0]} ({len(missing)} of the model's weights)")
+        faults.append(f"lacks {some_of(missing)}")
+    if faults:
+        raise UserError(f"model_name_or_path: {source} {'; it '.join(faults)}")
     if missing:
-        log.warning("%s lacks %s (%d weights): they stay at random values", source, missing[0], len(missing))
+        log.warning("%s lacks %s: they stay at random values", source, some_of(missing))

@@ -33,6 +33,12 @@ class LoadReport:
     mismatched_keys: set[tuple[str, torch.Size, torch.Size]] = field(default_factory=set)
 
 
+def some_of(names: Iterable[str]) -> str:
+    """Name up to three, in order, and say how many there are in all."""
+    found = sorted(names)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more ({len(found)} in all)" if len(found) > 3 else "")
+
+
 def why_not_sharded(source: str, model: nn.Module) -> str | None:
     """Return why this checkpoint must be loaded by transformers; None when it can be loaded in shards."""
     if not has_checkpoint(Path(source)):
@@ -80,7 +86,7 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: Quan
     from torch's seed, alike on every rank.
 
     Raises:
-        UserError: when a weight that ``loads`` quantizes is not there in its shape.
+        UserError: when weights that ``loads`` quantizes are not there in their shapes.
     """
     report = LoadReport()
     aliases: dict[nn.Parameter, list[str]] = {}
@@ -92,6 +98,7 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: Quan
         stored = stored_keys(model, checkpoint)
         own = model.state_dict()
         report.unexpected_keys = loads.without_statistics(key for name, key in stored.items() if name not in own)
+        keys = {}
         for parameter, names in aliases.items():
             key = next((stored[name] for name in names if name in stored), None)
             if key is None:
@@ -99,8 +106,12 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: Quan
             elif (shape := checkpoint.tensors[key].shape) != (wanted := loads.shape(parameter, checkpoint, key)):
                 report.mismatched_keys.add((names[0], shape, wanted))
                 key = None
-            if key is None and parameter in loads:
-                raise UserError(f"model_name_or_path: {source} lacks {names[0]} in the model's shape")
+            keys[parameter] = key
+        lost = [aliases[parameter][0] for parameter, key in keys.items() if key is None and parameter in loads]
+        if lost:
+            raise UserError(f"model_name_or_path: {source} lacks {some_of(lost)} in the model's shape")
+        for parameter, names in aliases.items():
+            key = keys[parameter]
             fill = loads.fill(parameter, checkpoint, key) if key else _from_tensor(_initialized(model, names[0]))
             replacements[parameter] = partitioner.partition(parameter, fill)
             bar.update(_share_of(parameter))

@@ -4,19 +4,27 @@ torchrun load_worker.py OUT.json FOLDER, where FOLDER holds cases.json and the m
 """
 
 import hashlib
+import io
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.placement import check_nvme
+from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint
 from taso_ds.errors import UserError
 from taso_ds.training.base_model import load_base_model, load_config, wants_head
 
@@ -27,17 +35,62 @@ def digest(tensor: Tensor) -> str:
 
 
 def generation(model: Any) -> dict[str, Any] | None:
-    """Return how a model would generate, without what says where its weights come from."""
+    """Return how a model would generate; None for one that cannot."""
     return model.generation_config.to_dict() if model.can_generate() else None
 
 
-class Said(logging.Handler):
+class _Said(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Collect what this rank logs."""
+    said, logger = _Said(), logging.getLogger("taso_ds")
+    level = logger.level
+    logger.addHandler(said)
+    logger.setLevel(logging.INFO)
+    yield said.lines
+    logger.removeHandler(said)
+    logger.setLevel(level)
+
+
+class _Collectives(TorchDispatchMode):
+    """Names the collectives that carry floating-point tensors; objects travel as bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_weights: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [value for value in tree_leaves(args) if isinstance(value, Tensor)]
+        if func.namespace == "c10d" and any(map(torch.is_floating_point, tensors)):
+            self.of_weights.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watched() -> Iterator[SimpleNamespace]:
+    """Watch a load on this rank: bytes it reads from tensors, collectives of weights, what stands on the terminal."""
+    close = SafetensorsCheckpoint.close
+
+    def closed(checkpoint: SafetensorsCheckpoint) -> None:
+        found.bytes_read += checkpoint.bytes_read
+        close(checkpoint)
+
+    found = SimpleNamespace(bytes_read=0, weights_sent=[], terminal="")
+    with (
+        patch.object(SafetensorsCheckpoint, "close", closed),
+        redirect_stderr(io.StringIO()) as terminal,
+        _Collectives() as collectives,
+    ):
+        yield found
+    found.weights_sent, found.terminal = collectives.of_weights, terminal.getvalue()
 
 
 def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
@@ -54,12 +107,14 @@ def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
     check_nvme(ds_config)
     transformers_config = load_config(config.model, str(folder))
     head = wants_head(config.model, transformers_config)
-    base = load_base_model(config.model, str(folder), transformers_config, head=head, seed=7, ds_config=ds_config)
+    with watched() as seen:
+        base = load_base_model(config.model, str(folder), transformers_config, head=head, seed=7, ds_config=ds_config)
     found = {name: digest(zero.full_copy(value)) for name, value in base.model.named_parameters(remove_duplicate=False)}
     buffers = {name: digest(value) for name, value in base.model.named_buffers()}
     shards = comm.gather_objects(sum(zero.local_shard(value)[0].numel() for value in base.model.parameters()))
     parameters: list[Any] = list(base.model.parameters())
     return {
+        "seen": comm.gather_objects(vars(seen)),
         "parameters": found,
         "buffers": buffers,
         "generation": generation(base.model),
@@ -75,17 +130,14 @@ def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
 
 def main(out: str, folder: str) -> None:
     process_group.init()
-    said = Said()
-    logging.getLogger("taso_ds").addHandler(said)
-    logging.getLogger("taso_ds").setLevel(logging.INFO)
     found = {}
     for name, case in json.loads((Path(folder) / "cases.json").read_text()).items():
-        said.lines.clear()
-        try:
-            found[name] = load(Path(folder) / case["folder"], case["flags"], case["ds_config"])
-        except UserError as error:
-            found[name] = {"error": str(error)}
-        found[name]["said"] = list(said.lines)
+        with heard() as said:
+            try:
+                found[name] = load(Path(folder) / case["folder"], case["flags"], case["ds_config"])
+            except UserError as error:
+                found[name] = {"error": str(error)}
+        found[name]["said"] = said
     if comm.is_main():
         Path(out).write_text(json.dumps(found))
     process_group.leave()

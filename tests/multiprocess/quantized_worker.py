@@ -1,6 +1,6 @@
 """Quantizes, scores and trains with DeepSpeed on the ranks the launcher started; writes what it saw as JSON.
 
-torchrun quantized_worker.py OUT.json BASE STORED4 STORED8 OTHER..., the two quantized by bitsandbytes already.
+torchrun quantized_worker.py OUT.json FOLDER, where FOLDER holds the models.
 """
 
 import faulthandler
@@ -15,7 +15,8 @@ from typing import Any
 import parity_case as case
 import parity_worker as parity
 import torch
-from load_worker import digest
+from load_worker import digest, heard
+from scoring_memory_worker import peak_bytes
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -35,7 +36,8 @@ from taso_ds.training.optim import make_groups
 from taso_ds.training.regions import fingerprint
 from taso_ds.training.stored_weights import stored_weights
 
-STAGES = (0, 2, 3)
+STAGES = {"4": (0, 1, 2, 3), "8": (0, 2, 3)}
+STORED_STAGES = (0, 3)
 SPLIT = case.Split(4, 1)
 ROWS_PER_BATCH = 5
 
@@ -79,6 +81,13 @@ def plain_digests(model: nn.Module) -> dict[str, str]:
     """Bits of every parameter that is not quantized."""
     packed = {f"{name}.weight" for name in quantized(model)}
     return {name: digest(zero.full_copy(value)) for name, value in model.named_parameters() if name not in packed}
+
+
+def held(folder: str, stage: int, *flags: str) -> dict[str, Any]:
+    """Bits of all parameters of a base, and what its loading said."""
+    with heard() as said:
+        model = load(folder, stage, *flags)[0].model
+    return {"packed": digests(model), "plain": plain_digests(model), "said": said}
 
 
 def train_lora(folder: str, stage: int, *flags: str) -> list[float]:
@@ -141,30 +150,45 @@ def kept_for_backward(folder: str, *flags: str) -> list[int]:
     return kept
 
 
+def memory_of_load(folder: str) -> dict[str, int]:
+    """Return the peak of an NF4 load at stage 3 on the worst rank, and what it is made of, in bytes of tensors."""
+    loaded: list[nn.Module] = []
+    load(folder, 3, "--load_in_4bit", bf16=True)  # imports, and tables that stay
+    peak = peak_bytes(lambda: loaded.append(load(folder, 3, "--load_in_4bit", bf16=True)[0].model))
+    shard = statistics = whole = 0
+    for parameter in loaded[0].parameters():
+        shard += zero.local_shard(parameter)[0].nbytes
+        whole += zero.full_numel(parameter) * parameter.dtype.itemsize
+    for module in quantized(loaded[0]).values():
+        state = module.statistics
+        statistics += sum(tensor.nbytes for tensor in (state.absmax, state.offset, state.code))
+        statistics += state.state2.absmax.nbytes + state.state2.code.nbytes
+    return {"peak": max(comm.gather_objects(peak)), "shard": shard, "statistics": statistics, "whole": whole}
+
+
 def main() -> None:
-    out, base, *stored = sys.argv[1:5]
-    others = sys.argv[5:]
+    out, root = sys.argv[1:]
+    base, others = f"{root}/base", sorted(Path(root, "others").iterdir())
     faulthandler.dump_traceback_later(270, exit=True)  # a rank that waits for ever says where
     process_group.init(timeout_minutes=4.0)
     engines.quiet_deepspeed()
     found: dict[str, Any] = {}
-    for bits, folder in zip(("4", "8"), stored, strict=True):
+    for bits in STAGES:
         flag = f"--load_in_{bits}bit"
         here = found[bits] = {"score": {}, "train": {}, "stored": {}}
-        for stage in STAGES:
+        for stage in STAGES[bits]:
             here["score"][stage] = score(base, stage, flag)
-            regions = parity.regions_of(here["score"][STAGES[0]]["loaded"])
+            regions = parity.regions_of(here["score"][0]["loaded"])
             here["train"][stage] = train(base, stage, regions, flag)
-            if stage != 2:
-                here["stored"][stage] = train(folder, stage, regions)
+            if stage in STORED_STAGES:
+                here["stored"][stage] = train(f"{root}/stored_{bits}", stage, regions)
         here["checkpointed"] = train(base, 3, regions, flag, "--gradient_checkpointing")["loss"]
         here["bf16"] = [digests(load(base, stage, flag, bf16=True)[0].model) for stage in (0, 3)]
         here["lora"] = [train_lora(base, stage, flag) for stage in (0, 3)]
-        here["others"] = {}
-        for other in others:
-            models = [load(other, stage, flag)[0].model for stage in (0, 3)]
-            here["others"][Path(other).name] = [[digests(model), plain_digests(model)] for model in models]
+        here["others"] = {other.name: [held(str(other), stage, flag) for stage in (0, 3)] for other in others}
         here["kept"] = kept_for_backward(base, flag)
+    found["stored_mixtral"] = [held(f"{root}/stored_mixtral", stage) for stage in (0, 3)]
+    found["memory"] = memory_of_load(f"{root}/deep")
     found["16"] = {"kept": kept_for_backward(base)}
     if comm.is_main():
         Path(out).write_text(json.dumps(found))

@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
 WORKER = Path(load_worker.__file__)
 THROUGH_TRANSFORMERS = "through transformers"
+NORMS = [f"model.layers.{layer}.{place}_layernorm.weight" for layer in (0, 1) for place in ("input", "post_attention")]
+UP = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -33,8 +35,12 @@ def both_tied(scale: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * scale}
 
 
-def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda tensors: {name: value for name, value in tensors.items() if name != key}
+def without(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda tensors: {name: value for name, value in tensors.items() if name not in keys}
+
+
+def misshapen(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda tensors: tensors | {key: torch.zeros(3) for key in keys}
 
 
 def odd_llama() -> Any:
@@ -134,8 +140,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generation = {"eos_token_id": [2, 7, 9], "repetition_penalty": 1.05, "do_sample": True, "temperature": 0.7}
     (root / "generation" / "generation_config.json").write_text(json.dumps(generation))
     add("surplus", llama, change=lambda tensors: tensors | {"model.extra.weight": torch.zeros(3)})
-    add("lacking", llama, change=without("model.layers.0.mlp.up_proj.weight"))
-    add("misshapen", llama, change=lambda tensors: tensors | {"model.norm.weight": torch.zeros(3)})
+    add("lacking", llama, change=without(*NORMS, *UP))
+    add("lacking_nf4", llama, "--load_in_4bit", change=without(*UP))
+    add("misshapen", llama, change=misshapen(NORMS[0]))
+    add("all_wrong", llama, change=lambda tensors: misshapen(*NORMS, UP[0])(without(UP[1])(tensors)))
+    add("more_surplus", llama, change=lambda tensors: tensors | {f"extra.{n}": torch.zeros(3) for n in range(5)})
     add("cpu", odd_llama(), "--no_bf16", ds_config="zero3_offload.json")
     if HAS_NVME:
         add("nvme", wide_llama(), "--no_bf16", ds_config="zero3_nvme.json")
@@ -188,6 +197,39 @@ def test_each_rank_holds_its_share_only(found: dict[str, Any], folder: Path, nam
     assert bool(whole) == (name == "merged_experts"), found[name]["said"]
 
 
+# How often a stored tensor is read where it is not once: without a place in the model, or also to be compared.
+READ = {
+    "surplus": {"model.extra.weight": 0},
+    "new_head": {"lm_head.weight": 0},
+    "both_tied": {"model.embed_tokens.weight": 2},
+    "both_differ": {"model.embed_tokens.weight": 2, "lm_head.weight": 2},
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_each_rank_reads_its_share_only_and_no_weight_travels(found: dict[str, Any], folder: Path, name: str) -> None:
+    seen = found[name]["seen"]
+    if name == "merged_experts":  # transformers reads on rank 0 and sends every weight
+        assert [rank["bytes_read"] for rank in seen] == [0] * len(seen)
+        assert all(rank["weights_sent"] for rank in seen)
+        return
+    assert not any(rank["weights_sent"] for rank in seen)
+    stored = {key: value for file in (folder / name).glob("*.safetensors") for key, value in load_file(file).items()}
+    whole = sum(value.nbytes * READ.get(name, {}).get(key, 1) for key, value in stored.items())
+    if name == "nodes_of_two":
+        whole += whole * len(seen) // 2  # once more on each node
+    read = [rank["bytes_read"] for rank in seen]
+    assert sum(read) == whole
+    assert max(read) - min(read) <= 60 * len(seen) * 4  # as their shards, of at most 4 bytes a number
+
+
+@pytest.mark.parametrize("name", [name for name in SAME if name != "merged_experts"])
+def test_rank_0_shows_a_bar_that_comes_to_its_end(found: dict[str, Any], name: str) -> None:
+    shown, *others = (rank["terminal"] for rank in found[name]["seen"])
+    assert "loading: 100%" in shown
+    assert not any("loading" in terminal for terminal in others)
+
+
 @on_nvme
 def test_large_partitions_are_on_the_disk(found: dict[str, Any]) -> None:
     nvme = found["nvme"]
@@ -219,13 +261,27 @@ def test_different_tied_tensors_stay_apart_and_are_named(found: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("lacking", "lacks model.layers.0.mlp.up_proj.weight"),
-        ("misshapen", "holds model.norm.weight as (3,), its config wants (32,)"),
+        ("lacking", f"lacks {', '.join(sorted([*NORMS, *UP])[:3])} and 3 more (6 in all)"),
+        ("lacking_nf4", f"lacks {UP[0]}, {UP[1]} in the model's shape"),
+        ("misshapen", f"holds {NORMS[0]} as (3,) instead of (32,)"),
+        (
+            "all_wrong",
+            f"holds {NORMS[0]} as (3,) instead of (32,), {UP[0]} as (3,) instead of (48, 32),"
+            f" {NORMS[1]} as (3,) instead of (32,)"
+            f" and 2 more (5 in all); it lacks {UP[1]}",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_named(found: dict[str, Any], name: str, said: str) -> None:
     assert said in found[name]["error"]
 
 
-def test_surplus_tensors_are_named(found: dict[str, Any]) -> None:
-    assert any("model.extra.weight" in line for line in found["surplus"]["said"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("surplus", "holds model.extra.weight, which the model has no place for"),
+        ("more_surplus", "holds extra.0, extra.1, extra.2 and 2 more (5 in all), which"),
+    ],
+)
+def test_surplus_tensors_are_named(found: dict[str, Any], name: str, said: str) -> None:
+    assert any(said in line for line in found[name]["said"])

@@ -25,9 +25,10 @@ from taso_ds.training.regions import fingerprint
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
-STAGES = [str(stage) for stage in quantized_worker.STAGES]
-BITS = ["4", "8"]
-bits_and_stages = pytest.mark.parametrize(("bits", "stage"), [(bits, stage) for bits in BITS for stage in STAGES])
+STAGES = {bits: [str(stage) for stage in stages] for bits, stages in quantized_worker.STAGES.items()}
+BITS = list(STAGES)
+WHOLE = "whole on every rank"
+bits_and_stages = pytest.mark.parametrize(("bits", "stage"), [(bits, stage) for bits in BITS for stage in STAGES[bits]])
 
 
 def uneven_llama() -> Any:
@@ -40,6 +41,17 @@ def uneven_llama() -> Any:
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.2, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def deep_llama() -> Any:
+    """A Llama of 24 layers of 163,840 weights each, nearly all that it has."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=128, intermediate_size=256, num_hidden_layers=24, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).bfloat16()
 
 
 def merged_mixtral() -> Any:
@@ -76,20 +88,27 @@ def by_bitsandbytes(folder: Path, bits: str, *, dtype: torch.dtype = torch.float
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.save(uneven_llama(), tmp_path_factory.mktemp("uneven"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All models: to be quantized, and quantized by bitsandbytes already."""
+    root: Path = tmp_path_factory.mktemp("quantized")
+    models = {"base": uneven_llama, "deep": deep_llama} | {f"others/{name}": make for name, make in OTHERS.items()}
+    for name, make in models.items():
+        tiny_models.save(make(), root / name)
+    for bits in BITS:
+        by_bitsandbytes(root / "base", bits).save_pretrained(root / f"stored_{bits}")
+    by_bitsandbytes(root / "others" / "mixtral", "4").save_pretrained(root / "stored_mixtral")
+    return root
 
 
 @pytest.fixture(scope="module")
-def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    stored = []
-    for bits in BITS:
-        stored.append(tmp_path_factory.mktemp("stored") / bits)
-        by_bitsandbytes(base, bits).save_pretrained(stored[-1])
-    out = stored[0].parent / "found.json"
-    others = [tiny_models.save(make(), stored[0].parent / name) for name, make in OTHERS.items()]
-    run_ranks(quantized_worker.__file__, 2, [out, base, *stored, *others])
-    result: dict[str, Any] = json.loads(out.read_text())
+def base(folder: Path) -> Path:
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    run_ranks(quantized_worker.__file__, 2, [folder / "found.json", folder])
+    result: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return result
 
 
@@ -115,7 +134,7 @@ def test_every_bit_is_that_of_the_whole_model_quantized(found: Any, base: Path, 
     expected = whole_digests(base, bits, torch.float32)
     assert len(expected) == 2 * len(tiny_models.LLAMA_LINEARS)
     assert found[bits]["train"][stage]["digests"] == expected
-    if stage != "2":
+    if int(stage) in quantized_worker.STORED_STAGES:
         assert found[bits]["stored"][stage]["digests"] == expected
 
 
@@ -129,11 +148,29 @@ def test_every_bit_in_bf16(found: Any, base: Path, bits: str) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_other_models_have_the_same_bits_at_stages_0_and_3(found: Any, bits: str, name: str) -> None:
     whole, sharded = found[bits]["others"][name]
-    assert whole == sharded
-    packed, plain = whole
-    assert len(packed) == {"gpt2": 8, "bert": 12, "mixtral": 4}[name]
+    assert (whole["packed"], whole["plain"]) == (sharded["packed"], sharded["plain"])
+    assert len(whole["packed"]) == {"gpt2": 8, "bert": 12, "mixtral": 4}[name]
     if name == "bert":
-        assert {"bert.pooler.dense.weight", "classifier.weight"} <= plain.keys()
+        assert {"bert.pooler.dense.weight", "classifier.weight"} <= whole["plain"].keys()
+    assert any(WHOLE in line for line in sharded["said"]) == (name == "mixtral")
+
+
+def test_a_quantized_checkpoint_that_transformers_merges_is_the_same_base(found: Any) -> None:
+    """And loaded by every rank, which is said."""
+    whole, sharded = found["stored_mixtral"]
+    expected = found["4"]["others"]["mixtral"][0]["packed"]
+    assert whole["packed"] == sharded["packed"] == expected
+    assert whole["plain"] == sharded["plain"]
+    assert not any(WHOLE in line for line in whole["said"])
+    assert any(WHOLE in line and "merges or splits" in line for line in sharded["said"])
+
+
+def test_memory_of_loading_is_the_quantized_share_and_a_layer(found: Any) -> None:
+    memory = found["memory"]
+    layer = 2 * 163_840  # bytes in bf16
+    assert memory["shard"] >= memory["whole"] / 2
+    assert memory["peak"] <= memory["shard"] + memory["statistics"] + layer, memory
+    assert memory["shard"] + memory["statistics"] + layer < 0.8 * memory["whole"], memory
 
 
 @pytest.mark.parametrize("bits", [*BITS, "16"])
@@ -201,7 +238,7 @@ def test_regions_are_those_of_one_process(found: Any, base: Path, bits: str) -> 
     """From the dequantized weights and, when asked for, from the original ones under the same gradients."""
     grads, dequantized = reference(base, bits)
     originals = weights(AutoModelForCausalLM.from_pretrained(base))
-    for stage in STAGES:
+    for stage in STAGES[bits]:
         scored = found[bits]["score"][stage]
         assert_regions(scored["loaded"], {name: (dequantized[name] * grad).abs() for name, grad in grads.items()})
         assert_regions(scored["original"], {name: (originals[name] * grad).abs() for name, grad in grads.items()})
@@ -248,7 +285,7 @@ def test_the_baseline_trains_on_quantized_weights(found: Any, bits: str) -> None
     assert len(set(whole)) == case.STEPS
 
 
-@pytest.mark.parametrize("stage", ["0", "3"])
+@pytest.mark.parametrize("stage", [str(stage) for stage in quantized_worker.STORED_STAGES])
 @pytest.mark.parametrize("bits", BITS)
 def test_a_quantized_checkpoint_trains_as_one_quantized_here(found: Any, bits: str, stage: str) -> None:
     losses = torch.tensor(found[bits]["stored"][stage]["loss"])
