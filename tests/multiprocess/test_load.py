@@ -133,8 +133,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rotary = {"model.rotary_emb.inv_freq": torch.ones(4, dtype=torch.bfloat16)}
     add("stored_buffer", llama, change=lambda tensors: tensors | rotary)
     add("left_index", llama)
-    save_file({"lm_head.weight": torch.ones(3)}, root / "left_index" / "other.safetensors")
-    weight_map = {"weight_map": {"lm_head.weight": "other.safetensors"}}
+    save_file({"model.old.weight": torch.ones(3)}, root / "left_index" / "other.safetensors")
+    weight_map = {"weight_map": {"model.old.weight": "other.safetensors"}}
     (root / "left_index" / "model.safetensors.index.json").write_text(json.dumps(weight_map))
     add("generation", llama)
     generation = {"eos_token_id": [2, 7, 9], "repetition_penalty": 1.05, "do_sample": True, "temperature": 0.7}
@@ -199,6 +199,8 @@ def test_each_rank_holds_its_share_only(found: dict[str, Any], folder: Path, nam
 
 # How often a stored tensor is read where it is not once: without a place in the model, or also to be compared.
 READ = {
+    "stored_buffer": {"model.rotary_emb.inv_freq": 0},
+    "left_index": {"model.old.weight": 0},
     "surplus": {"model.extra.weight": 0},
     "new_head": {"lm_head.weight": 0},
     "both_tied": {"model.embed_tokens.weight": 2},
