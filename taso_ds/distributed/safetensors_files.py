@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,15 +51,58 @@ class StoredTensor:
     def as_bytes(self) -> "StoredTensor":
         return StoredTensor(self.path, torch.uint8, torch.Size((self.numel * self.dtype.itemsize,)), self.start)
 
+    def ranges(self, first: int, count: int) -> Iterator[tuple["StoredTensor", int, int]]:
+        """Yield where ``count`` elements from ``first`` on lie, as ``(tensor, its first element, how many)``."""
+        yield self, first, count
+
+
+@dataclass(frozen=True)
+class JoinedTensor:
+    """Stored tensors of one shape and dtype, end to end, as the one tensor they are in the model."""
+
+    parts: tuple[StoredTensor, ...]
+    shape: torch.Size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def as_bytes(self) -> "JoinedTensor":
+        return JoinedTensor(
+            tuple(part.as_bytes for part in self.parts), torch.Size((self.numel * self.dtype.itemsize,))
+        )
+
+    def ranges(self, first: int, count: int) -> Iterator[tuple[StoredTensor, int, int]]:
+        """Yield where ``count`` elements from ``first`` on lie, part by part."""
+        size = self.parts[0].numel
+        while count:
+            part, inside = divmod(first, size)
+            here = min(count, size - inside)
+            yield self.parts[part], inside, here
+            first, count = first + here, count - here
+
 
 class SafetensorsCheckpoint:
     """The tensors of a folder's checkpoint by name; files are opened when first read."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
-        self.tensors = tensors
+        self.tensors: dict[str, StoredTensor | JoinedTensor] = dict(tensors)
         self._files: dict[Path, int] = {}
         self._staging = torch.empty(0, dtype=torch.uint8)
         self.bytes_read = 0
+
+    def join(self, name: str, keys: Sequence[str], shape: torch.Size) -> None:
+        """Let ``name`` stand for the tensors ``keys``, end to end, which are no longer there by themselves."""
+        parts = tuple(part for part in map(self.tensors.pop, keys) if isinstance(part, StoredTensor))
+        assert len(parts) == len(keys)
+        assert {(part.shape, part.dtype) for part in parts} == {(parts[0].shape, parts[0].dtype)}
+        assert shape.numel() == len(parts) * parts[0].numel
+        self.tensors[name] = JoinedTensor(parts, shape)
 
     def read_into(self, out: Tensor, name: str, *, first: int = 0, as_bytes: bool = False) -> None:
         """Fill the flat ``out`` with the tensor's elements from ``first`` on, in the dtype and on the device it has.
@@ -91,7 +134,13 @@ class SafetensorsCheckpoint:
         self.read_into(found.view(-1), name)
         return found
 
-    def _read(self, stored: StoredTensor, first: int, out: Tensor) -> None:
+    def _read(self, stored: StoredTensor | JoinedTensor, first: int, out: Tensor) -> None:
+        start = 0
+        for tensor, inside, count in stored.ranges(first, out.numel()):
+            self._read_range(tensor, inside, out[start : start + count])
+            start += count
+
+    def _read_range(self, stored: StoredTensor, first: int, out: Tensor) -> None:
         if stored.path not in self._files:
             self._files[stored.path] = os.open(stored.path, os.O_RDONLY)
         position = stored.start + first * stored.dtype.itemsize

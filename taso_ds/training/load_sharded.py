@@ -1,8 +1,8 @@
 """Load a pretrained model straight into ZeRO-3 partitions: each rank reads only its own byte ranges.
 
 transformers' own ZeRO-3 path has rank 0 hold the merged checkpoint and broadcast it tensor by tensor. Here the model is
-built without parameter memory and each rank fills its partitions from the safetensors files. Names are translated by
-transformers' own rules; a checkpoint whose tensors must be split or merged on their way is left to transformers.
+built without parameter memory and each rank fills its partitions from the safetensors files. A checkpoint whose tensors
+must be rearranged on their way is left to transformers.
 """
 
 import logging
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from taso_ds.distributed import comm
-from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint, has_checkpoint, open_checkpoint
+from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint, has_checkpoint
 from taso_ds.distributed.sharded import Fill, Partitioner, parameters_without_memory, replace_parameters
 from taso_ds.errors import UserError
 from taso_ds.training.load_quantized import QuantizedLoad
+from taso_ds.training.stored_names import converted_keys, open_for, stored_keys
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,8 @@ def why_not_sharded(source: str, model: nn.Module) -> str | None:
     """Return why this checkpoint must be loaded by transformers; None when it can be loaded in shards."""
     if not has_checkpoint(Path(source)):
         return "it is not a folder with safetensors files"
-    with open_checkpoint(Path(source)) as checkpoint:
-        converted = [name for name, (_, changed) in _translated(model, checkpoint.tensors).items() if changed]
+    with open_for(model, source) as checkpoint:
+        converted = converted_keys(model, checkpoint)
     return f"transformers merges or splits {converted[0]} as it loads it" if converted else None
 
 
@@ -69,7 +70,7 @@ def _compute_buffers(model: Any) -> None:
 
 def tie_weights(model: Any, source: str) -> None:
     """Tie what the config ties, unless the checkpoint holds both tensors and they differ. A collective."""
-    with open_checkpoint(Path(source)) as checkpoint:
+    with open_for(model, source) as checkpoint:
         stored = stored_keys(model, checkpoint)
         pairs = [pair for pair in model.all_tied_weights_keys.items() if all(name in stored for name in pair)]
         different = [pair for pair in pairs if not _equal_ranges(checkpoint, stored[pair[0]], stored[pair[1]])]
@@ -94,7 +95,7 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: Quan
         aliases.setdefault(parameter, []).append(name)
     partitioner = Partitioner(ds_config)
     replacements = {}
-    with open_checkpoint(Path(source)) as checkpoint, _progress(aliases) as bar:
+    with open_for(model, source) as checkpoint, _progress(aliases) as bar:
         stored = stored_keys(model, checkpoint)
         own = model.state_dict()
         report.unexpected_keys = loads.without_statistics(key for name, key in stored.items() if name not in own)
@@ -130,29 +131,6 @@ def partition_whole(model: nn.Module, ds_config: dict[str, Any]) -> None:
         parameter = model.get_parameter(name)
         partition = partitioner.partition(parameter, _from_tensor(parameter.detach().flatten()))
         replace_parameters(model, {parameter: partition})
-
-
-def _translated(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """Return each checkpoint key's name in the model, and whether transformers would split or merge the tensor."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix, own = model.base_model_prefix, model.state_dict()
-    found = {}
-    for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, own)
-        if name not in own and key in own:
-            name, pattern = rename_source_key(key, [], [], prefix, own)
-        found[key] = (name, pattern is not None)
-    return found
-
-
-def stored_keys(model: nn.Module, checkpoint: SafetensorsCheckpoint) -> dict[str, str]:
-    """Return the checkpoint's key of each name the model would give it."""
-    return {name: key for key, (name, _) in _translated(model, checkpoint.tensors).items()}
 
 
 def _equal_ranges(checkpoint: SafetensorsCheckpoint, one: str, other: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint, has_checkpoint, open_checkpoint
-from taso_ds.training.load_sharded import stored_keys
+from taso_ds.training.stored_names import stored_keys
 
 _CHUNK = 1 << 22
 

@@ -78,6 +78,18 @@ def mixtral() -> Any:
     return MixtralForCausalLM(config)
 
 
+def hrm() -> Any:
+    """A model whose checkpoints hold one tensor of each attention, which transformers splits."""
+    from transformers import HrmTextConfig, HrmTextForCausalLM
+
+    config = HrmTextConfig(
+        vocab_size=33, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    return HrmTextForCausalLM(config)
+
+
 def gptj() -> Any:
     """A GPT-J, which computes a table of sines in its modules' dtype."""
     from transformers import GPTJConfig, GPTJForCausalLM
@@ -128,7 +140,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("classifier", tiny_models.bert(), "--head", "classification")
     add("new_head", llama, "--head", "classification", "--no_bf16")
     add("encoder", tiny_models.bert().bert, "--head", "classification", "--no_bf16")
-    add("merged_experts", mixtral(), "--no_bf16")
+    add("experts", mixtral(), "--no_bf16")
+    add("experts_in_files", tiny_models.qwen3_moe(), max_shard_size="20KB")
+    add("rearranged", hrm(), "--no_bf16")
     add("computed_buffer", gptj())
     rotary = {"model.rotary_emb.inv_freq": torch.ones(4, dtype=torch.bfloat16)}
     add("stored_buffer", llama, change=lambda tensors: tensors | rotary)
@@ -176,7 +190,8 @@ def reference(folder: Path, flags: list[str]) -> dict[str, Any]:
 on_nvme = pytest.mark.skipif(not HAS_NVME, reason=NO_NVME)
 SAME = (
     "bf16", "fp32", "stored_bf16", "widened", "stored_fp16", "several_files", "odd", "tied", "both_tied", "both_differ",
-    "gpt2", "bare_body", "classifier", "new_head", "encoder", "merged_experts", "computed_buffer",
+    "gpt2", "bare_body", "classifier", "new_head", "encoder", "experts", "experts_in_files", "rearranged",
+    "computed_buffer",
     "stored_buffer", "left_index", "generation", "surplus", "cpu", "nodes_of_two", pytest.param("nvme", marks=on_nvme),
 )  # fmt: skip
 
@@ -194,7 +209,7 @@ def test_each_rank_holds_its_share_only(found: dict[str, Any], folder: Path, nam
     shards = found[name]["shards"]
     assert max(shards) - min(shards) <= 60 * len(shards)  # the last rank's parts are shorter by less than one each
     whole = [line for line in found[name]["said"] if THROUGH_TRANSFORMERS in line]
-    assert bool(whole) == (name == "merged_experts"), found[name]["said"]
+    assert bool(whole) == (name == "rearranged"), found[name]["said"]
 
 
 # How often a stored tensor is read where it is not once: without a place in the model, or also to be compared.
@@ -211,7 +226,7 @@ READ = {
 @pytest.mark.parametrize("name", SAME)
 def test_each_rank_reads_its_share_only_and_no_weight_travels(found: dict[str, Any], folder: Path, name: str) -> None:
     seen = found[name]["seen"]
-    if name == "merged_experts":  # transformers reads on rank 0 and sends every weight
+    if name == "rearranged":  # transformers reads on rank 0 and sends every weight
         assert [rank["bytes_read"] for rank in seen] == [0] * len(seen)
         assert all(rank["weights_sent"] for rank in seen)
         return
@@ -225,7 +240,7 @@ def test_each_rank_reads_its_share_only_and_no_weight_travels(found: dict[str, A
     assert max(read) - min(read) <= 60 * len(seen) * 4  # as their shards, of at most 4 bytes a number
 
 
-@pytest.mark.parametrize("name", [name for name in SAME if name != "merged_experts"])
+@pytest.mark.parametrize("name", [name for name in SAME if name != "rearranged"])
 def test_rank_0_shows_a_bar_that_comes_to_its_end(found: dict[str, Any], name: str) -> None:
     shown, *others = (rank["terminal"] for rank in found[name]["seen"])
     assert "loading: 100%" in shown
