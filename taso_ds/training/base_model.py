@@ -158,12 +158,21 @@ def load_base_model(
     else:
         model, report = _load_whole(arguments, source, config, options, head=head, quantization=quantization)
     _check_complete(model, report, source, head=head)
+    if quantization is not None:
+        _say_what_is_quantized(model, quantization.bits)
     model.config.use_cache = False
     model.requires_grad_(False)
     base = BaseModel(model, config, head, quantization)
     for parameter in base.head_parameters.values():
         parameter.requires_grad_(True)
     return base
+
+
+def _say_what_is_quantized(model: Any, bits: int) -> None:
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    small, packed = sum(linear.matrix.numel() for linear in linears), {id(linear.weight) for linear in linears}
+    large = sum(zero.full_numel(parameter) for parameter in model.parameters() if id(parameter) not in packed)
+    log.info("%.0f %% of the weights in %d bits, the others stay as they are", 100 * small / (small + large), bits)
 
 
 def _load_whole(

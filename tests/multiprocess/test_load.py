@@ -78,18 +78,6 @@ def mixtral() -> Any:
     return MixtralForCausalLM(config)
 
 
-def hrm() -> Any:
-    """A model whose checkpoints hold one tensor of each attention, which transformers splits."""
-    from transformers import HrmTextConfig, HrmTextForCausalLM
-
-    config = HrmTextConfig(
-        vocab_size=33, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
-    torch.manual_seed(7)
-    return HrmTextForCausalLM(config)
-
-
 def gptj() -> Any:
     """A GPT-J, which computes a table of sines in its modules' dtype."""
     from transformers import GPTJConfig, GPTJForCausalLM
@@ -142,7 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("encoder", tiny_models.bert().bert, "--head", "classification", "--no_bf16")
     add("experts", mixtral(), "--no_bf16")
     add("experts_in_files", tiny_models.qwen3_moe(), max_shard_size="20KB")
-    add("rearranged", hrm(), "--no_bf16")
+    add("rearranged", tiny_models.hrm(), "--no_bf16")
     add("computed_buffer", gptj())
     rotary = {"model.rotary_emb.inv_freq": torch.ones(4, dtype=torch.bfloat16)}
     add("stored_buffer", llama, change=lambda tensors: tensors | rotary)
