@@ -109,6 +109,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("widened", copy.deepcopy(llama).bfloat16(), "--no_bf16")
     add("stored_fp16", copy.deepcopy(llama).half())
     add("several_files", llama, max_shard_size="20KB")
+    (root / "several_files" / "consolidated.safetensors").write_bytes(b"not read")
+    add("old_index", llama, max_shard_size="20KB")
+    llama.save_pretrained(root / "old_index")  # the index stays, and names files that are gone
     add("odd", odd_llama(), "--no_bf16")
     add("tied", tied)
     add("both_tied", tied, change=both_tied(1.0))
@@ -155,8 +158,8 @@ def reference(folder: Path, flags: list[str]) -> dict[str, Any]:
 
 on_nvme = pytest.mark.skipif(not HAS_NVME, reason=NO_NVME)
 SAME = (
-    "bf16", "fp32", "stored_bf16", "widened", "stored_fp16", "several_files", "odd", "tied", "both_tied", "both_differ",
-    "gpt2", "bare_body", "classifier", "new_head", "encoder", "merged_experts", "surplus", "cpu",
+    "bf16", "fp32", "stored_bf16", "widened", "stored_fp16", "several_files", "old_index", "odd", "tied", "both_tied",
+    "both_differ", "gpt2", "bare_body", "classifier", "new_head", "encoder", "merged_experts", "surplus", "cpu",
     "nodes_of_two", pytest.param("nvme", marks=on_nvme),
 )  # fmt: skip
 
@@ -194,7 +197,9 @@ def test_each_rank_reads_its_share_only_and_no_weight_travels(found: dict[str, A
         assert all(rank["weights_sent"] for rank in seen)
         return
     assert not any(rank["weights_sent"] for rank in seen)
-    stored = {key: value for file in (folder / name).glob("*.safetensors") for key, value in load_file(file).items()}
+    stored = {
+        key: value for file in (folder / name).glob("model*.safetensors") for key, value in load_file(file).items()
+    }
     whole = sum(value.nbytes * READ.get(name, {}).get(key, 1) for key, value in stored.items())
     if name == "nodes_of_two":
         whole += whole * len(seen) // 2  # once more on each node

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from taso_ds.config import ModelArguments
 from taso_ds.errors import UserError
@@ -34,6 +35,33 @@ def test_a_hub_id_becomes_the_folder_of_the_cache(hub_cache: Path) -> None:
     found = model_source(ModelArguments(model_name_or_path="team/tiny"))
     assert Path(found) == hub_cache
     assert json.loads((Path(found) / "config.json").read_text())["model_type"] == "llama"
+
+
+TOKENIZER = {"config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"}
+SHARDS = {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+OF_MISTRALS_OWN = {"consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "params.json"}
+PICKLES = {"pytorch_model.bin", "original/consolidated.00.pth", "onnx/model.safetensors", "README.md", "figure.png"}
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({*TOKENIZER, *SHARDS, *PICKLES, *OF_MISTRALS_OWN}, {*TOKENIZER, *SHARDS, "params.json"}),
+        ({*TOKENIZER, *PICKLES}, {*TOKENIZER, "pytorch_model.bin"}),
+    ],
+    ids=["safetensors", "pickles"],
+)
+def test_the_hub_is_asked_for_one_copy_of_the_weights(
+    files: set[str], wanted: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(name: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert model_source(ModelArguments(model_name_or_path=f"team/of-{len(files)}-files")) == str(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == wanted
 
 
 def test_a_model_that_is_nowhere_is_one_line(hub_cache: Path) -> None:
