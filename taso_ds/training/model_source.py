@@ -43,7 +43,7 @@ def model_source(arguments: ModelArguments) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                log.info("dequantizing %s into %s (once)", arguments.gguf_file, folder)
+                log.info("dequantizing %s through transformers into %s (once)", arguments.gguf_file, folder)
                 _convert_gguf(arguments, folder)
     return str(folder)
 
