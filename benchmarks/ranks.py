@@ -45,6 +45,16 @@ def launch(
         return json.loads(result.read_text())
 
 
+def attempt(worker: Path, flags: Sequence[str], *, environment: Mapping[str, str] | None = None) -> tuple[Any, str]:
+    """Return what ``launch`` returns, or None and why there is nothing: "does not fit" or "failed"."""
+    try:
+        found = launch(worker, flags, environment=environment)
+    except LaunchFailed as error:
+        print(error, file=sys.stderr, flush=True)
+        return None, "failed"
+    return found, "does not fit" if found is None else ""
+
+
 def _kill(process: subprocess.Popen[bytes]) -> None:
     for child in [*psutil.Process(process.pid).children(recursive=True), process]:
         child.kill()

@@ -5,8 +5,9 @@ python benchmarks/scale.py --sizes 0.1b,0.4b,1.1b,3b,7b
 Random weights of known shapes, written once. Every size runs to the end: sharded load, importance of all matrices on
 one micro-batch per rank, TASO steps, and the exported adapter opened with peft in a fresh process. Beside it the same
 checkpoint is loaded the usual way, through transformers. A launch that would exhaust the machine's memory is stopped
-and said not to fit. Memory is resident, of the worst rank, above what it held with everything imported. The last line
-is one JSON object; the exit code is 1 if a size did not complete.
+and said not to fit; one that fails is said to have failed. Memory is resident, of the worst rank, above what it held
+with everything imported. The last line is one JSON object; the exit code is 1 if a size did not complete, the usual
+load apart.
 """
 
 import argparse
@@ -31,19 +32,19 @@ def run_size(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model = shapes.write_model(arguments.folder, size)
     row: dict[str, Any] = {"size": size, "parameters": shapes.num_parameters(size)}
     if arguments.usual:
-        usual = ranks.launch(HERE / "load_worker.py", ["--how", "transformers", "--model", str(model)])
-        row["usual_load_fits"] = usual is not None
-        if usual is not None:
+        usual, why = ranks.attempt(HERE / "load_worker.py", ["--how", "transformers", "--model", str(model)])
+        if why:
+            row["usual_load_lacks"] = why
+        else:
             row["usual_load_s"] = max(rank["seconds"] for rank in usual)
             row["usual_load_peak_gb"] = max(rank["peak_gb"] for rank in usual)
     with tempfile.TemporaryDirectory(prefix="taso_scale_") as name:
         flags = run_flags(model, Path(name), arguments)
-        try:
-            found = ranks.launch(HERE / "plan_worker.py", flags, environment={"MALLOC_MMAP_THRESHOLD_": "65536"})
-        except ranks.LaunchFailed as error:
-            print(error, flush=True)
-            found = None
-    if found is not None:
+        environment = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        found, why = ranks.attempt(HERE / "plan_worker.py", flags, environment=environment)
+    if why:
+        row["lacks"] = why
+    else:
         for phase in _PHASES:
             row |= {f"{phase}_s": found[phase]["seconds"], f"{phase}_peak_gb": found[phase]["peak_gb"]}
         row["first_step_s"] = found["first step"]["seconds"]
@@ -106,7 +107,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _cell(row: dict[str, Any], key: str, form: str) -> str:
-    return form.format(row[key]) if key in row else "-"
+    why = row.get("usual_load_lacks" if key.startswith("usual") else "lacks", "-")
+    return form.format(row[key]) if key in row else why
 
 
 def main() -> None:
@@ -124,12 +126,10 @@ def main() -> None:
     for size in arguments.sizes.split(","):
         row = run_size(size, arguments)
         rows.append(row)
-        missing = "does not fit" if row.get("usual_load_fits") is False else "-"
         cells = [
-            _cell(row, "load_s", "{:.1f} s"), _cell(row, "usual_load_s", "{:.1f} s").replace("-", missing),
+            _cell(row, "load_s", "{:.1f} s"), _cell(row, "usual_load_s", "{:.1f} s"),
             _cell(row, "score_s", "{:.1f} s"), _cell(row, "train_s", "{:.1f} s"), _cell(row, "export_s", "{:.1f} s"),
-            _cell(row, "load_peak_gb", "{:.2f} GB"),
-            _cell(row, "usual_load_peak_gb", "{:.2f} GB").replace("-", missing),
+            _cell(row, "load_peak_gb", "{:.2f} GB"), _cell(row, "usual_load_peak_gb", "{:.2f} GB"),
             _cell(row, "score_peak_gb", "{:.2f} GB"), _cell(row, "train_peak_gb", "{:.2f} GB"),
         ]  # fmt: skip
         print(f"{size:<7}" + "".join(f"{cell:>16}" for cell in cells), flush=True)

@@ -168,8 +168,8 @@ def open_checkpoint(folder: Path) -> Iterator[SafetensorsCheckpoint]:
             or longer than its header says.
     """
     assert sys.byteorder == "little", "safetensors stores little-endian numbers"
-    is_single = (folder / SINGLE).is_file()  # which transformers, too, prefers to an index that was left behind
-    checkpoint = SafetensorsCheckpoint(_header(folder / SINGLE) if is_single else _read_index(folder))
+    single = folder / SINGLE
+    checkpoint = SafetensorsCheckpoint(_header(single) if single.is_file() else _read_index(folder))
     try:
         yield checkpoint
     finally:
@@ -181,15 +181,19 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
-def check_index(folder: Path) -> None:
-    """Refuse an index that names what is not a file of its folder, whichever library reads it later.
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that a model is read from, whichever library reads it: no others beside them.
 
     Raises:
-        UserError: naming the file.
+        UserError: an index, of pickles too, names what is not a file of its folder.
     """
-    index = folder / (INDEX if has_checkpoint(folder) else _PICKLE_INDEX)
-    if index.is_file() and not (folder / SINGLE).is_file():
-        _indexed_files(index)
+    if (folder / SINGLE).is_file():  # before an index, as transformers has it
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return [folder / name for name in dict.fromkeys(_indexed_files(folder / INDEX).values())]
+    if (folder / _PICKLE_INDEX).is_file():
+        _indexed_files(folder / _PICKLE_INDEX)
+    return []
 
 
 def _indexed_files(index: Path) -> dict[str, str]:

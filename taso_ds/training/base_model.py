@@ -16,7 +16,7 @@ from taso_ds.adapters.adapter import ADAPTER_MODULE
 from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm, engine, zero
 from taso_ds.distributed.quantized import QuantizedLinear
-from taso_ds.distributed.safetensors_files import check_index
+from taso_ds.distributed.safetensors_files import weight_files
 from taso_ds.errors import UserError
 from taso_ds.json_text import parse_json
 from taso_ds.training.load_quantized import QuantizedLoad
@@ -57,10 +57,9 @@ class BaseModel:
 
 def check_weight_files(source: str) -> None:
     """Refuse a folder with a damaged safetensors file, on every rank, before partitioned loading could hang on it."""
-    check_index(Path(source))
-    for path in sorted(Path(source).glob("*.safetensors")):
+    for path in weight_files(Path(source)):
         try:
-            with safe_open(path, framework="pt"):
+            with safe_open(path, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"model_name_or_path: {path} is damaged, copy it again ({error})") from error

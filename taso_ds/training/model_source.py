@@ -19,6 +19,8 @@ Loaded = TypeVar("Loaded")
 # What a model is read from; the weights besides.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+# The same weights once more, for Mistral's own software.
+OTHER_FILES = "consolidated*"
 
 
 def model_source(arguments: ModelArguments) -> str:
@@ -41,7 +43,7 @@ def model_source(arguments: ModelArguments) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                log.info("dequantizing %s into %s (once)", arguments.gguf_file, folder)
+                log.info("dequantizing %s through transformers into %s (once)", arguments.gguf_file, folder)
                 _convert_gguf(arguments, folder)
     return str(folder)
 
@@ -52,7 +54,7 @@ def _downloaded(name: str, revision: str) -> str:
     from huggingface_hub import snapshot_download
 
     def load() -> str:
-        get = partial(snapshot_download, name, revision=revision, ignore_patterns="*/*")
+        get = partial(snapshot_download, name, revision=revision, ignore_patterns=["*/*", OTHER_FILES])
         folder = get(allow_patterns=[*SMALL_FILES, "*.safetensors"])
         return folder if any(Path(folder).glob("*.safetensors")) else get(allow_patterns=[*SMALL_FILES, "*.bin"])
 

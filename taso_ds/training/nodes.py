@@ -15,7 +15,7 @@ from typing import Any
 from taso_ds.config import RunConfig
 from taso_ds.distributed import comm, environment
 from taso_ds.errors import UserError
-from taso_ds.training.model_source import SMALL_FILES, WEIGHT_FILES
+from taso_ds.training.model_source import OTHER_FILES, SMALL_FILES, WEIGHT_FILES
 from taso_ds.training.run_folder import RUN
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ def file_digests(folder: Path) -> dict[str, str]:
     and samples of the middle and the end."""
     small = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
     large = {path for pattern in WEIGHT_FILES for path in folder.glob(pattern)}
-    return {path.name: _digest(path, whole=path in small) for path in sorted(small | large)}
+    others = set(folder.glob(OTHER_FILES))
+    return {path.name: _digest(path, whole=path in small) for path in sorted((small | large) - others)}
 
 
 def _digest(path: Path, *, whole: bool) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from taso_ds.distributed import safetensors_files
-from taso_ds.distributed.safetensors_files import INDEX, SINGLE, check_index, open_checkpoint
+from taso_ds.distributed.safetensors_files import INDEX, SINGLE, open_checkpoint, weight_files
 from taso_ds.errors import UserError
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool)
@@ -71,7 +71,7 @@ def test_any_range_of_any_tensor_is_what_safetensors_reads(
 )
 def test_an_index_leads_nowhere_else(tmp_path: Path, file: str) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
-    for read in (check_index, lambda folder: open_checkpoint(folder).__enter__()):
+    for read in (weight_files, lambda folder: open_checkpoint(folder).__enter__()):
         with pytest.raises(UserError, match="which is not a file of its folder"):
             read(tmp_path)
 
@@ -79,9 +79,24 @@ def test_an_index_leads_nowhere_else(tmp_path: Path, file: str) -> None:
 def test_an_index_of_pickles_counts_only_where_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.bin"}}))
     with pytest.raises(UserError, match=r"names model-1\.bin, which is missing: download it"):
-        check_index(tmp_path)
+        weight_files(tmp_path)
     save_file({"a": torch.ones(1)}, tmp_path / SINGLE)
-    check_index(tmp_path)
+    assert weight_files(tmp_path) == [tmp_path / SINGLE]
+
+
+def test_only_what_transformers_would_read_is_read(tmp_path: Path) -> None:
+    """An indexed file and not what lies beside it; a single file before any index."""
+    save_file({"a": torch.ones(1)}, tmp_path / "1.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "1.safetensors"}}))
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    assert weight_files(tmp_path) == [tmp_path / "1.safetensors"]
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert set(checkpoint.tensors) == {"a"}
+        assert checkpoint.read("a").item() == 1.0
+    save_file({"a": torch.full((1,), 2.0)}, tmp_path / SINGLE)
+    assert weight_files(tmp_path) == [tmp_path / SINGLE]
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.read("a").item() == 2.0
 
 
 def test_a_file_that_was_cut_after_it_was_opened(tmp_path: Path) -> None:

@@ -10,17 +10,27 @@ from typing import Any
 
 import pytest
 import tiny_models
+import torch
 import variants_worker
-from launching import HAS_NVME, NO_NVME, run_ranks
+from launching import HAS_NVME, NO_NVME, call_main, run_ranks
+from peft import PeftModel
 from sample_rows import write_rows
+from transformers import AutoModelForCausalLM
 
 from taso_ds.distributed.ds_config import read_ds_config, shipped_ds_configs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STEPS = 2
+UNPROVED = "--no_verify_export"
 # The last is not shipped as such: one node of two ranks, each with a secondary shard of its own.
 VARIANTS = [*(file.name for file in shipped_ds_configs()), "one_node_hpz.json"]
+QUANTIZED = {
+    "nf4": ["zero3_nf4.json", "--load_in_4bit"],
+    "nf4_offload": ["zero3_offload.json", "--load_in_4bit", UNPROVED],
+    "nf4_hpz": ["one_node_hpz.json", "--load_in_4bit", UNPROVED],
+    "int8": ["zero3.json", "--load_in_8bit", UNPROVED],
+}
 on_nvme = pytest.mark.skipif(not HAS_NVME, reason=NO_NVME)
 
 
@@ -38,23 +48,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--model_name_or_path", base, "--task", "completion", "--no_bf16", "--max_seq_length", "64"),
         *("--train_file", path / "train.jsonl", "--eval_file", path / "eval.jsonl", "--calibration_samples", "8"),
         *("--learning_rate", "1e-2", "--max_steps", STEPS, "--per_device_train_batch_size", "2"),
-        *("--nvme_path", path / "disk", "--no_verify_export"),
+        *("--nvme_path", path / "disk"),
     ]
     # What a download leaves: the base as team/base in a Hub cache of this test.
     hub = path / "hub" / "models--team--base"
     (hub / "refs").mkdir(parents=True)
     (hub / "refs" / "main").write_text("0" * 40)
     shutil.copytree(base, hub / "snapshots" / ("0" * 40))
-    more = {
-        "hub": ["--ds_config", "zero3.json", "--model_name_or_path", "team/base"],
-        "nf4": ["--ds_config", "zero3_nf4.json", "--load_in_4bit"],
-    }
-    cases = [[*map(str, flags), *extra, "--output_dir", str(path / "runs" / name)] for name, extra in more.items()]
-    for name in VARIANTS:
-        if "nvme" in name and not HAS_NVME:
-            continue
-        ds_config = path / name if (path / name).is_file() else name
-        cases.append([str(flag) for flag in (*flags, "--ds_config", ds_config, "--output_dir", path / "runs" / name)])
+    more = {"hub": ["--ds_config", "zero3.json", "--model_name_or_path", "team/base", UNPROVED]}
+    more |= {name: ["--ds_config", name, UNPROVED] for name in VARIANTS if HAS_NVME or "nvme" not in name}
+    more |= {name: ["--ds_config", *extra] for name, extra in QUANTIZED.items()}
+    cases = []
+    for name, extra in more.items():
+        own = [str(path / flag) if (path / flag).is_file() else flag for flag in extra]
+        cases.append([*map(str, flags), *own, "--output_dir", str(path / "runs" / name)])
     (path / "cases.json").write_text(json.dumps(cases))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_CACHE", str(hub.parent))
@@ -82,11 +89,51 @@ def test_a_base_from_the_hub_is_the_same_base(runs: Path) -> None:
     assert learned(runs / "hub") == learned(runs / "zero3.json")
 
 
-def test_an_nf4_base_learns_nearly_the_same(runs: Path) -> None:
-    expected, found = learned(runs / "zero1.json"), learned(runs / "nf4")
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_base_learns_nearly_the_same(runs: Path, name: str) -> None:
+    expected, found = learned(runs / "zero1.json"), learned(runs / name)
     assert found["after"] < found["before"]
     assert found["loss"] == pytest.approx(expected["loss"], rel=0.1)
     assert found["loss"] != pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nf4_offload", "nf4_hpz"])
+def test_a_quantized_base_learns_the_same_wherever_it_is(runs: Path, name: str) -> None:
+    expected, found = learned(runs / "nf4"), learned(runs / name)
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_the_export_is_proved_on_the_base_quantized_alike(runs: Path) -> None:
+    proof = json.loads((runs / "nf4" / "results.json").read_text())["export"]
+    assert proof["error"] <= proof["tolerance"] < 1e-2
+    assert proof["effect"] > 10 * proof["tolerance"]
+
+
+@pytest.mark.slow
+def test_an_8_bit_export_is_proved_on_the_base_quantized_alike(runs: Path) -> None:
+    finished = call_main("export", ["--run", runs / "int8"]).succeeded()
+    assert any(line.startswith("opened with peft") for line in finished.lines)
+
+
+def logits(folder: Path, *, adapter: Path | None = None) -> torch.Tensor:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(torch.arange(3, 40)[None]).logits
+    return found
+
+
+def test_merging_a_quantized_run_adds_the_adapter_to_the_base_as_it_was(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "nf4", tmp_path / "run")
+    finished = call_main("export", ["--run", run, "--merge"]).succeeded()
+    assert any("the base as it was before the run quantized it" in line for line in finished.lines)
+    base = runs.parent / "base"
+    assert "quantization_config" not in json.loads((run / "model" / "config.json").read_text())
+    expected, before = logits(base, adapter=run / "adapter"), logits(base)
+    torch.testing.assert_close(logits(run / "model"), expected, rtol=1e-4, atol=1e-4)
+    assert float((before - expected).norm() / before.norm()) > 0.01
 
 
 @on_nvme

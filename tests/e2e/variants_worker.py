@@ -16,11 +16,14 @@ from taso_ds.training.run import train
 
 
 def main(cases: str) -> None:
+    from deepspeed.utils import groups
+
     faulthandler.dump_traceback_later(400, exit=True)  # a rank that waits for ever says where
     for flags in json.loads(Path(cases).read_text()):
         config = parse_run_config(flags)
         join(config)
         train(config)
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which DeepSpeed makes once in a process
         gc.collect()
     process_group.leave()
 

@@ -18,7 +18,7 @@ from taso_ds.adapters.selection import concentration, ladder_with, score_rows_an
 from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
-from taso_ds.training.calibrate import ScoringSettings, assign_owners, score_regions, scoring_mode
+from taso_ds.training.calibrate import GradientSum, ScoringSettings, assign_owners, score_regions, scoring_mode
 from taso_ds.training.loss import loss_sum
 from taso_ds.training.regions import Regions, fingerprint
 
@@ -42,9 +42,12 @@ def scores_of(
     head: bool = False,
     experts: bool = False,
     passes: int = 1,
+    offload: bool = False,
 ) -> Any:
     targets = find_targets(model, experts=experts)
-    settings = ScoringSettings(score=score, reduction="signed_mean", ladder=LADDER, seed=0, passes=passes)
+    settings = ScoringSettings(
+        score=score, reduction="signed_mean", ladder=LADDER, seed=0, passes=passes, offload=offload
+    )
     loss = partial(loss_sum, head=head)
     return score_regions(model, targets, shapes_of(targets), batches, loss_sum=loss, settings=settings)
 
@@ -215,6 +218,58 @@ def test_importance_that_is_not_finite_names_its_matrix() -> None:
     model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"scoring: the importance of model\.layers.* is not finite"):
         scores_of(model, [tiny_models.token_batch()])
+
+
+# Where sums are kept --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("offload", "place"), [(True, "cpu"), (False, "meta")])
+def test_sums_are_kept_where_they_are_told(monkeypatch: pytest.MonkeyPatch, offload: bool, place: str) -> None:
+    """The meta device stands for an accelerator; nothing can be added up there, but everything is allocated."""
+    added_to: list[Tensor] = []
+
+    def note(total: Tensor, part: Tensor, _owner: int, *, buffer: Tensor) -> None:
+        added_to.append(total)
+        assert part.device.type == buffer.device.type == "meta"
+
+    monkeypatch.setattr(comm, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(comm, "add_on_owner", note)
+    sums = GradientSum({"a": MatrixShape(4, 3)}, {"a": 0}, absolute=False, offload=offload)
+    for _ in range(2):
+        sums.add("a", torch.empty(5, 3, device="meta"), torch.empty(5, 4, device="meta"))
+    assert added_to[0] is added_to[1]
+    assert (added_to[0].device.type, added_to[0].dtype, added_to[0].shape) == (place, torch.float32, (4, 3))
+    taken = sums.take("a")
+    assert taken is not None
+    assert taken.device.type == "meta"  # where it is selected from
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_sums_in_host_memory_are_the_same_and_take_none_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four layers of seven matrices of 16 MB; one of them at a time comes back to be selected from."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(comm, "device", lambda: device)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=2048, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(device).requires_grad_(False)
+    batches = [
+        {key: value.to(device) for key, value in tiny_models.token_batch(seed=seed).items()} for seed in range(2)
+    ]
+    scores, peaks = [], []
+    for offload in (False, True):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        scores.append(scores_of(model, batches, offload=offload))
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    for name, found in scores[1].items():
+        torch.testing.assert_close(found.row_importance, scores[0][name].row_importance, rtol=1e-4, atol=0.0)
+    matrix = 4 * 2048**2  # bytes in fp32
+    assert peaks[0] - peaks[1] >= (4 * 7 - 2) * matrix
 
 
 # Owners ---------------------------------------------------------------------------------------------------------------

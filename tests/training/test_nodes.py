@@ -28,6 +28,7 @@ def test_copies_are_the_same(folders: tuple[Path, Path]) -> None:
 
 def test_what_no_model_is_read_from_does_not_count(folders: tuple[Path, Path]) -> None:
     (folders[1] / "README.md").write_text("mine")
+    (folders[1] / "consolidated.safetensors").write_text("of Mistral's own software")
     assert file_digests(folders[0]) == file_digests(folders[1])
 
 

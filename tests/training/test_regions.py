@@ -14,7 +14,7 @@ from taso_ds.data.collate import collate, empty_row
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
-from taso_ds.training import regions
+from taso_ds.training import calibrate, regions
 from taso_ds.training.calibrate import split_passes
 from taso_ds.training.loss import loss_sum
 from taso_ds.training.run_folder import PARTIAL, choose_folder
@@ -95,6 +95,20 @@ def test_foreign_passes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_one_pass_writes_nothing(tmp_path: Path) -> None:
     score(config_of(tmp_path / "run", "--calibration_passes", "1"), frozen_llama())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flag", "offload"), [("cpu", True), ("none", False)])
+def test_the_flag_reaches_the_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, offload: bool) -> None:
+    told: list[bool] = []
+
+    class Told(calibrate.GradientSum):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            told.append(options["offload"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(calibrate, "GradientSum", Told)
+    score(config_of(tmp_path / "run", "--calibration_offload", flag), frozen_llama())
+    assert told == [offload] * PASSES
 
 
 def test_passes_cover_every_matrix_once_and_about_evenly() -> None:
