@@ -17,15 +17,15 @@ def _one_process() -> Iterator[None]:
     from deepspeed.accelerator import real_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    from taso_ds.distributed import comm
+    from taso_ds.distributed import process_group
 
     before, threads = dict(os.environ), torch.get_num_threads()
     os.environ["OMP_NUM_THREADS"] = "1"  # more threads only wait for one another on tiny models and busy machines
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(real_accelerator, "ds_accelerator", CPU_Accelerator())
-        patch.setattr(comm, "leave", lambda: None)
-        patch.setattr(comm, "_stores", [])  # the meeting point ends with the group
+        patch.setattr(process_group, "leave", lambda: None)
+        patch.setattr(process_group, "_stores", [])  # the meeting point ends with the group
         yield
     if dist.is_initialized():
         dist.destroy_process_group()
