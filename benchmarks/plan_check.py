@@ -21,9 +21,10 @@ import shapes
 
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.planning.devices import get_device, get_network
-from taso_ds.planning.memory import Strategy, Usage, Workload, phase_usage
+from taso_ds.planning.memory import Usage, phase_usage
 from taso_ds.planning.model_shape import ModelShape
 from taso_ds.planning.speed import step_seconds
+from taso_ds.planning.strategy import Strategy, Workload
 from taso_ds.training import prepare
 from taso_ds.training.base_model import meta_model
 from taso_ds.training.forecast import count_model

@@ -14,7 +14,7 @@ from pathlib import Path
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
 from taso_ds.flags import arg, parse_groups, remaining_flags
-from taso_ds.planning.plan import DECIDED_FLAGS
+from taso_ds.planning.command import DECIDED_FLAGS
 
 _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
 _WORD = re.compile(r"[\w.,:-]+")

@@ -1,19 +1,8 @@
 """Bytes one rank holds at the peak of each phase of a run, by cause.
 
-Symbols: ``P`` base parameters, ``w`` bytes of each (bf16 2, fp32 4), ``N`` ranks, ``n`` ranks of a node, ``t``
-trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions of a micro-batch, and the widths
-``h a v f`` of ``ModelShape``.
+Symbols: ``N`` ranks, ``t`` trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions of a
+micro-batch, and the widths ``h a v f`` of ``ModelShape``. The base itself is ``weights.py``.
 
-- **Weights.** ``w·P``; stage 3 ``w·P/N``; hpZ adds a second partition, ``w·P/n`` (ZeRO++, arXiv 2306.10209). NF4
-  (QLoRA, arXiv 2305.14314): the linears of the blocks at 1/2 byte, an 8-bit scale per 64 and an fp32 one per 64·256 of
-  them, the rest at ``w``; ZeRO-3 partitions the half bytes, every rank keeps all scales.
-- **Gathered** (stage 3; DeepSpeed ``partitioned_param_coordinator.py``). Once a forward and backward have been
-  recorded, a parameter stays gathered after use if its next use is less than ``max_reuse_distance`` parameters away.
-  Behind the last ``d`` parameters of the model lie ``d`` of forward and ``d`` of backward, so the last ``reuse/2`` are
-  still there when backward starts (``reuse/3`` with checkpointing: the recomputation lies in between). Beside those,
-  every module that runs fetches another prefetch bucket ahead of need, which fills up ``max_live_parameters`` within a
-  few layers and keeps them full. The input embedding is not used in backward. On top lies one prefetch bucket twice,
-  as it arrived and cut into parameters. Before the recording is complete only the largest tensor is there.
 - **Activations** per token and block, saved for backward with adapters on every linear, ``e`` bytes per element: norm
   inputs ``2·4·h`` (RMSNorm works in fp32; else ``2·e·h``), norm outputs ``2·e·h``, queries, keys, values and attention
   output ``e·(2a+2v)``, its log-sum-exp ``4·heads``, gate, activation, up and product ``4·e·f`` (ungated: ``2·e·f``). A
@@ -30,95 +19,16 @@ trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from taso_ds.planning.devices import GB, Device
 from taso_ds.planning.model_shape import ModelShape
+from taso_ds.planning.strategy import Strategy, Workload
+from taso_ds.planning.weights import dequantized_bytes, gathered_bytes, resident_weights, weight_bytes
 
-_NF4_VALUE = 0.5
-_NF4_SCALES = 1.0 / 64 + 4.0 / (64 * 256)
 _LOSS_CHUNK_BYTES = 64 << 20
 # bitsandbytes quantizes this many weights at once, and needs up to so many bytes for each meanwhile.
 _QUANTIZING_CHUNK, _QUANTIZING_BYTES = 1 << 22, 20.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What DeepSpeed may keep gathered and reserve, in elements: the resolved ``zero_optimization`` section."""
-
-    max_live_parameters: int = 1_000_000_000
-    max_reuse_distance: int = 1_000_000_000
-    prefetch_bucket: int = 50_000_000
-    reduce_bucket: int = 20_000_000
-
-    def packed(self) -> "Limits":
-        """Return the limits of ``zero3_nf4.json``: as many weights, four of which are one stored bf16 number."""
-        return Limits(
-            self.max_live_parameters // 4, self.max_reuse_distance // 4, self.prefetch_bucket // 4, self.reduce_bucket
-        )
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """How the base is spread and stored.
-
-    Attributes:
-        offload: at stage 3, keep the partitions (and the optimizer) in host memory.
-        hpz: at stage 3, a second partition of the base inside every node.
-    """
-
-    stage: int
-    offload: bool = False
-    load_in_4bit: bool = False
-    gradient_checkpointing: bool = False
-    hpz: bool = False
-    limits: Limits = field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        assert self.stage == 3 or not (self.offload or self.hpz), self
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is run on how many ranks; ``supervised_share`` is the part of the positions that logits are computed at."""
-
-    nodes: int = 1
-    gpus_per_node: int = 1
-    max_seq_length: int = 512
-    micro_batch_size: int = 4
-    grad_accum_steps: int = 1
-    calibration_samples: int = 128
-    calibration_batch_size: int = 4
-    calibration_passes: int = 1
-    calibration_offload: bool = False
-    supervised_share: float = 1.0
-    bf16: bool = True
-    scores: bool = True
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.gpus_per_node
-
-    @property
-    def element(self) -> int:
-        return 2 if self.bf16 else 4
-
-    @property
-    def scoring_batches(self) -> int:
-        """Scoring micro-batches of one rank."""
-        return -(-self.calibration_samples // (self.calibration_batch_size * self.world_size))
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of the base: what ZeRO-3 partitions, and what every rank keeps."""
-
-    partitioned: float
-    replicated: float
-
-    @property
-    def total(self) -> float:
-        return self.partitioned + self.replicated
 
 
 @dataclass(frozen=True)
@@ -135,61 +45,6 @@ class Usage:
     @property
     def host_bytes(self) -> float:
         return sum(self.host.values())
-
-
-def weight_bytes(shape: ModelShape, strategy: Strategy, element: int = 2) -> Weights:
-    """Return the bytes of the frozen base."""
-    if not strategy.load_in_4bit:
-        return Weights(float(element) * shape.parameters, 0.0)
-    rest = shape.parameters - shape.block_linears
-    return Weights(_NF4_VALUE * shape.block_linears + element * rest, _NF4_SCALES * shape.block_linears)
-
-
-def resident_weights(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
-    """Bytes of the base that one rank holds between uses."""
-    weights = weight_bytes(shape, strategy, work.element)
-    if strategy.stage < 3:
-        return weights.total
-    held = weights.partitioned / work.world_size
-    if strategy.hpz:
-        held += weights.partitioned / work.gpus_per_node
-    return held + weights.replicated
-
-
-def kept_gathered(shape: ModelShape, strategy: Strategy, element: int = 2) -> float:
-    """Bytes of base weights that are still gathered from forward when backward needs them.
-
-    DeepSpeed counts elements as stored: four NF4 weights are one element of bf16.
-    """
-    if strategy.stage < 3:
-        return 0.0
-    uses = 3.0 if strategy.gradient_checkpointing else 2.0
-    return min(_used_in_backward(shape, strategy, element), element * strategy.limits.max_reuse_distance / uses)
-
-
-def _used_in_backward(shape: ModelShape, strategy: Strategy, element: int) -> float:
-    idle = 0 if shape.is_tied else shape.embedding
-    return weight_bytes(shape, strategy, element).partitioned - element * idle
-
-
-def gathered_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, recorded: bool) -> float:
-    """Bytes of gathered base weights at the peak, the rank's own partitions not counted."""
-    if strategy.stage < 3 or work.world_size == 1:
-        return 0.0
-    element = work.element
-    largest = float(element * shape.largest_tensor)
-    if not recorded:
-        return largest
-    partitioned = weight_bytes(shape, strategy, element).partitioned
-    bucket = min(float(element * strategy.limits.prefetch_bucket), partitioned)
-    ahead = min(_used_in_backward(shape, strategy, element), float(element * strategy.limits.max_live_parameters))
-    whole = min(partitioned, max(kept_gathered(shape, strategy, element), ahead) + bucket)
-    return max(largest, whole + bucket)
-
-
-def dequantized_bytes(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
-    """Bytes of the one matrix that is expanded for its product, and of its gradient's copy in backward."""
-    return float(work.element * shape.largest_block_linear) if strategy.load_in_4bit else 0.0
 
 
 def saved_per_token(shape: ModelShape, element: int) -> float:

@@ -1,12 +1,14 @@
-"""Every way to run a model on given hardware: what fits, what is fastest, and the command line that does it."""
+"""Every way to run a model on given hardware: what fits, and what is fastest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from taso_ds.planning.devices import GB, Device, Network
-from taso_ds.planning.memory import Limits, Strategy, Usage, Workload, phase_usage, weight_bytes
+from taso_ds.planning.memory import Usage, phase_usage
 from taso_ds.planning.model_shape import ModelShape
 from taso_ds.planning.speed import StepTime, step_seconds
+from taso_ds.planning.strategy import Limits, Strategy, Workload
+from taso_ds.planning.weights import weight_bytes
 
 # Reading a checkpoint: one node's share of a shared file system, or its own disk.
 READ_GB_PER_S = 2.0
@@ -113,36 +115,6 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
         )
 
     return min(close, key=order)
-
-
-def ds_config_name(strategy: Strategy) -> str:
-    """Return the shipped DeepSpeed JSON of a strategy."""
-    variant = "_offload" if strategy.offload else "_hpz" if strategy.hpz else ""
-    if strategy.stage == 3 and strategy.load_in_4bit and not variant:
-        variant = "_nf4"
-    return f"zero{strategy.stage}{variant}.json"
-
-
-def command_line(strategy: Strategy, work: Workload, flags: Sequence[str]) -> str:
-    """Return the command that trains this way; ``flags`` are the run's own, without the ones decided here."""
-    words = ["deepspeed"]
-    if work.nodes > 1:
-        words += ["--hostfile", "hostfile", "--num_nodes", str(work.nodes)]
-    words += ["--num_gpus", str(work.gpus_per_node), "launch/train.py", *strategy_flags(strategy)]
-    return " ".join([*words, *flags])
-
-
-DECIDED_FLAGS = ("ds_config", "gradient_checkpointing", "load_in_4bit")
-
-
-def strategy_flags(strategy: Strategy) -> list[str]:
-    """Return the flags that make a run take this strategy."""
-    words = ["--ds_config", ds_config_name(strategy)]
-    if strategy.load_in_4bit:
-        words.append("--load_in_4bit")
-    if strategy.gradient_checkpointing:
-        words.append("--gradient_checkpointing")
-    return words
 
 
 @dataclass(frozen=True)

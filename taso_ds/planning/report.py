@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.planning.devices import GB
-from taso_ds.planning.memory import Strategy, Usage
+from taso_ds.planning.memory import Usage
 from taso_ds.planning.plan import Candidate, ScalingPoint
+from taso_ds.planning.strategy import Strategy
 
 
 def describe_strategy(strategy: Strategy) -> str:

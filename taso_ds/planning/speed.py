@@ -24,8 +24,9 @@ stragglers, switch contention, data loading, the optimizer (microseconds for a f
 from dataclasses import dataclass
 
 from taso_ds.planning.devices import GB, Device, Network
-from taso_ds.planning.memory import Strategy, Workload, kept_gathered, weight_bytes
 from taso_ds.planning.model_shape import ModelShape
+from taso_ds.planning.strategy import Strategy, Workload
+from taso_ds.planning.weights import kept_gathered, weight_bytes
 
 # One collective of ZeRO-3 fetches about a prefetch bucket; launching it costs this on top of the network's latency.
 _LAUNCH_S = 3e-5

@@ -36,7 +36,7 @@ from taso_ds.training.base_model import (
 from taso_ds.training.chunked_loss import LanguageModelLoss
 from taso_ds.training.evaluate import Evaluator
 from taso_ds.training.feed import Collate
-from taso_ds.training.forecast import check_this_host
+from taso_ds.training.host_check import check_this_host
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import LossSum, loss_sum
 from taso_ds.training.model_source import model_source

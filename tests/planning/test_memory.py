@@ -10,21 +10,16 @@ from torch import Tensor, nn
 from taso_ds.adapters.targets import MatrixShape, find_targets
 from taso_ds.planning.devices import get_device
 from taso_ds.planning.memory import (
-    Limits,
-    Strategy,
-    Workload,
     activation_bytes,
     export_usage,
-    gathered_bytes,
-    kept_gathered,
     loss_bytes,
     phase_usage,
-    resident_weights,
     saved_per_token,
     score_usage,
     train_usage,
-    weight_bytes,
 )
+from taso_ds.planning.strategy import Limits, Strategy, Workload
+from taso_ds.planning.weights import gathered_bytes, kept_gathered, resident_weights, weight_bytes
 
 
 def saved_bytes(config: object, *, tokens: int) -> int:

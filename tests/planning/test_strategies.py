@@ -8,12 +8,14 @@ from counted_models import counted, llama
 
 from taso_ds.config import parse_run_config
 from taso_ds.errors import UserError
+from taso_ds.planning.command import command_line
 from taso_ds.planning.devices import get_device, get_network
 from taso_ds.planning.host import check_host_memory
-from taso_ds.planning.memory import Limits, Strategy, Usage, Workload
+from taso_ds.planning.memory import Usage
 from taso_ds.planning.model_shape import ModelShape
-from taso_ds.planning.plan import Hardware, assess, command_line, fastest, scaling, strategies
+from taso_ds.planning.plan import Hardware, assess, fastest, scaling, strategies
 from taso_ds.planning.speed import fetched_bytes, gather_seconds, step_flops, step_seconds
+from taso_ds.planning.strategy import Limits, Strategy, Workload
 
 
 def llama_7b() -> ModelShape:
