@@ -6,6 +6,7 @@ transformers' own rules; a checkpoint whose tensors must be split or merged on t
 """
 
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,9 +105,29 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: Quan
 def partition_whole(model: nn.Module, ds_config: dict[str, Any]) -> None:
     """Turn a model that every rank holds whole into ZeRO-3 partitions, one parameter after the other."""
     partitioner = Partitioner(ds_config)
-    for parameter in dict.fromkeys(model.parameters()):
+    waiting = list(dict.fromkeys(model.parameters()))
+    while waiting:  # nothing else may hold on to a parameter: its memory is free when the next one is taken
+        parameter = waiting.pop(0)
         partition = partitioner.partition(parameter, _from_tensor(parameter.detach().flatten()))
         replace_parameters(model, {parameter: partition})
+
+
+def merged_names(model: Any, source: Path) -> list[str]:
+    """Return the parameters of a model, on the meta device too, that transformers merges or splits as it loads them.
+
+    By the names in the checkpoint; where ``source`` has none yet, by the rules for the architecture.
+    """
+    own = [name for name, _ in model.named_parameters()]
+    if has_checkpoint(source):
+        with open_checkpoint(source) as checkpoint:
+            changed = {name for name, is_changed in _translated(model, checkpoint.tensors).values() if is_changed}
+        return [name for name in own if name in changed]
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+    patterns = [re.escape(target).replace(r"\*", r"\d+") for entry in converters for target in entry.target_patterns]
+    return [name for name in own if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _translated(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
