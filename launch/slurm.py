@@ -12,6 +12,7 @@ from taso_ds.entry import run_script
 
 def _slurm() -> str:
     from taso_ds.batch_script import batch_script, parse_job, write_script
+    from taso_ds.flags import given_names
     from taso_ds.training.plan_arguments import PlanArguments
     from taso_ds.training.proposal import planned_flags
 
@@ -20,7 +21,7 @@ def _slurm() -> str:
         plan = PlanArguments(
             device=job.plan_for, network=job.plan_network, nodes=job.nodes, gpus_per_node=job.devices_per_node
         )
-        flags = [*planned_flags(config, plan), *flags]
+        flags = [*planned_flags(config, plan, given_names(flags)), *flags]
     return write_script(batch_script(job, flags), job)
 
 

@@ -14,8 +14,10 @@ micro-batch, and the widths ``h a v f`` of ``ModelShape``. The base itself is ``
 - **Accumulators** (scoring). One fp32 number per target parameter, divided over the ranks and the passes (on the host
   with ``--calibration_offload cpu``); none where each rank has a single micro-batch. Each gradient and its travelling
   copy, two largest matrices.
-- **Trained state**, ``t`` over ``N`` ranks at stages 1-3: fp32 master and two moments ``12·t``, gradients ``4·t``; the
-  bf16 parameter and its expanded form ``2·(t + dense)`` are whole on every rank. The reduction bucket is reserved.
+- **Trained state**, ``t`` over ``N`` ranks at stages 1-3: fp32 master and two moments ``12·t``, gradients ``4·t``; an
+  adapter's parameter and its expanded form, ``w·(t + dense)``, are whole on every rank. With ``--method full`` the
+  parameters are the weights, spread as they are; stages 0 and 1 have whole gradients, ``w·t``. The reduction bucket is
+  reserved.
 """
 
 from collections.abc import Mapping
@@ -24,7 +26,14 @@ from dataclasses import dataclass
 from taso_ds.planning.devices import GB, Device
 from taso_ds.planning.model_shape import ModelShape
 from taso_ds.planning.strategy import Strategy, Workload
-from taso_ds.planning.weights import dequantized_bytes, gathered_bytes, resident_weights, weight_bytes
+from taso_ds.planning.weights import (
+    dequantized_bytes,
+    gathered_bytes,
+    nvme_buffer_bytes,
+    partition_bytes,
+    resident_weights,
+    weight_bytes,
+)
 
 _LOSS_CHUNK_BYTES = 64 << 20
 # bitsandbytes quantizes this many weights at once, and needs up to so many bytes for each meanwhile.
@@ -33,10 +42,15 @@ _QUANTIZING_CHUNK, _QUANTIZING_BYTES = 1 << 22, 20.0
 
 @dataclass(frozen=True)
 class Usage:
-    """Peak bytes of one phase on one rank's device, and on its node's host, by cause."""
+    """Peak bytes of one phase on one rank's device, and on its node's host, by cause.
+
+    Attributes:
+        mapped: bytes of the host's page cache besides, of files that are mapped: the system drops them when in need.
+    """
 
     device: Mapping[str, float]
     host: Mapping[str, float]
+    mapped: float = 0.0
 
     @property
     def device_bytes(self) -> float:
@@ -74,50 +88,79 @@ def loss_bytes(shape: ModelShape, work: Workload, *, rows: int) -> float:
     return chunk * shape.vocabulary * (2.0 * work.element + 4.0) + kept
 
 
-def _spread(strategy: Strategy, device: Device, weights: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Place the resident weights on the device or, offloaded, on the host."""
-    if strategy.offload and not device.is_host:
-        return {}, {"weights": weights}
-    return {"weights": weights}, {}
+def _spread(
+    shape: ModelShape, strategy: Strategy, work: Workload, device: Device
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Place the resident weights: what one rank has on its device, and on its host."""
+    weights = resident_weights(shape, strategy, work)
+    if not strategy.offloads or (device.is_host and strategy.place == "cpu"):
+        return {"weights": weights}, {}
+    away = partition_bytes(shape, strategy, work)
+    on_host = {"weights": away} if strategy.place == "cpu" else {"nvme buffers": nvme_buffer_bytes(strategy, work)}
+    return {"weights": weights - away}, on_host
 
 
-def _finish(device: Device, work: Workload, on_device: dict[str, float], per_rank_host: dict[str, float]) -> Usage:
-    """Add the runtime; a host's share is that of all its ranks."""
+def _finish(
+    device: Device,
+    work: Workload,
+    on_device: dict[str, float],
+    per_rank: dict[str, float],
+    *,
+    once: dict[str, float] | None = None,
+    mapped: float = 0.0,
+) -> Usage:
+    """Add the runtime; a host's share is that of all its ranks, and what one of them has ``once``."""
     if device.runtime_gb:
         on_device = {**on_device, "runtime": device.runtime_gb * GB}
-    host = {name: value * work.gpus_per_node for name, value in per_rank_host.items()}
-    if device.is_host:
-        host = {name: value * work.gpus_per_node for name, value in on_device.items()}
-    return Usage({k: v for k, v in on_device.items() if v}, {k: v for k, v in host.items() if v})
+    host: dict[str, float] = {}
+    for part in (per_rank, on_device) if device.is_host else (per_rank,):
+        for name, value in part.items():
+            host[name] = host.get(name, 0.0) + value * work.gpus_per_node
+    for name, value in (once or {}).items():
+        host[name] = host.get(name, 0.0) + value
+    return Usage({k: v for k, v in on_device.items() if v}, {k: v for k, v in host.items() if v}, mapped)
 
 
 def load_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
     """Loading: ZeRO-3 reads partitions in place, other stages read the whole base into host memory, then move it.
 
-    With NF4 every rank quantizes the range it keeps, a chunk at a time.
+    With a quantized base every rank quantizes the range it keeps, a chunk at a time. A checkpoint whose tensors
+    transformers merges or splits is loaded by it: rank 0 maps the files and the ranks gather one parameter after the
+    other; a quantized one every rank has whole on its device before it is partitioned.
     """
-    weights = resident_weights(shape, strategy, work)
-    on_device, host = _spread(strategy, device, weights)
-    if strategy.load_in_4bit:
-        on_device["quantizing"] = _QUANTIZING_BYTES * min(_QUANTIZING_CHUNK, shape.largest_block_linear)
-    elif strategy.stage < 3 and not device.is_host:
-        host["checkpoint"] = float(work.element * shape.parameters)
-    return _finish(device, work, on_device, host)
+    on_device, host = _spread(shape, strategy, work, device)
+    element, once, mapped = work.element, {}, 0.0
+    if strategy.quantized:
+        on_device["quantizing"] = _QUANTIZING_BYTES * min(_QUANTIZING_CHUNK, shape.largest_quantized)
+        if strategy.stage == 3 and shape.reads_whole:
+            on_device.pop("weights")
+            on_device["whole model"] = weight_bytes(shape, strategy, element).total
+        if strategy.stage < 3 or shape.reads_whole:
+            on_device["merging"] = float(element * shape.largest_merged)
+    elif strategy.stage < 3:
+        if not device.is_host:
+            host["checkpoint"] = float(element * shape.parameters)
+        host["merging"] = float(element * shape.largest_merged)
+    elif shape.reads_whole:
+        on_device["gathered"] = float(element * shape.largest_tensor)
+        once["merging"] = float(element * shape.largest_merged)
+        mapped = float(shape.stored_bytes)
+    return _finish(device, work, on_device, host, once=once, mapped=mapped)
 
 
 def score_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
     """Scoring: accumulators beside a forward and backward of the frozen base."""
-    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
+    on_device, host = _spread(shape, strategy, work, device)
     rows = work.calibration_batch_size
     travelling = 0 if work.world_size == 1 else work.element if work.world_size == 2 else 4
-    at_once = work.scoring_batches == 1  # each gradient is selected from as it arrives
-    sums = 4.0 * (shape.largest_target if at_once else shape.targets / work.world_size / work.calibration_passes)
+    share = shape.targets / work.world_size / work.calibration_passes
+    sums = 4.0 * (share if work.has_accumulators else shape.largest_target)
     offloaded = work.calibration_offload and not device.is_host
     if offloaded:
         host["accumulators"] = sums
     on_device |= {
         "gathered": gathered_bytes(
-            shape, strategy, work, recorded=work.scoring_batches > 1 or work.calibration_passes > 1
+            shape, strategy, work, recorded=work.has_accumulators or work.calibration_passes > 1
         ),
         "dequantized": dequantized_bytes(shape, strategy, work),
         "activations": activation_bytes(shape, strategy, work, rows=rows),
@@ -128,16 +171,24 @@ def score_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: D
     return _finish(device, work, on_device, host)
 
 
+def trained_bytes(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
+    """Bytes of what is trained on one rank's device, the base's own weights not counted."""
+    ranks = work.world_size if strategy.stage else 1
+    state = 16.0 * shape.trainable / ranks
+    if not shape.trains_base:
+        return work.element * float(shape.trainable + shape.adapter_dense) + state
+    return state + (work.element * float(shape.trainable) if strategy.stage < 2 else 0.0)  # whole gradients
+
+
 def train_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
     """Training: what the adapter adds is small, what the base needs to run backward is not."""
-    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
-    partitions = work.world_size if strategy.stage else 1
+    on_device, host = _spread(shape, strategy, work, device)
     on_device |= {
         "gathered": gathered_bytes(shape, strategy, work, recorded=True),
         "dequantized": dequantized_bytes(shape, strategy, work),
         "activations": activation_bytes(shape, strategy, work, rows=work.micro_batch_size),
         "loss": loss_bytes(shape, work, rows=work.micro_batch_size),
-        "trained": 2.0 * (shape.trainable + shape.adapter_dense) + 16.0 * shape.trainable / partitions,
+        "trained": trained_bytes(shape, strategy, work),
         "buckets": 4.0 * (strategy.limits.reduce_bucket if strategy.stage else shape.trainable),
     }
     return _finish(device, work, on_device, host)
@@ -145,24 +196,26 @@ def train_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: D
 
 def checkpoint_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
     """A checkpoint holds trained state only: each rank copies its part to the host."""
-    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
-    on_device["trained"] = 2.0 * (shape.trainable + shape.adapter_dense) + 16.0 * shape.trainable / work.world_size
+    on_device, host = _spread(shape, strategy, work, device)
+    on_device["trained"] = trained_bytes(shape, strategy, work)
     host["state"] = 16.0 * shape.trainable / work.world_size
     return _finish(device, work, on_device, host)
 
 
 def export_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
-    """The exported adapter is gathered to rank 0, and its proof opens the whole base once more on the host.
+    """What was trained is gathered to rank 0, and its proof opens the whole base once more on that host.
 
     A base in the checkpoint's own dtype is mapped from its files there, which the system can drop from memory.
     """
-    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
-    on_device["trained"] = 2.0 * (shape.trainable + shape.adapter_dense) + 16.0 * shape.trainable / work.world_size
-    host["adapter"] = 4.0 * (shape.trainable + shape.adapter_dense)
-    usage = _finish(device, work, on_device, host)
-    mapped = not strategy.load_in_4bit and shape.stored_dtype == ("bfloat16" if work.bf16 else "float32")
-    proof = 0.0 if mapped else weight_bytes(shape, strategy, work.element).total
-    return Usage(usage.device, {**usage.host, "proof": proof})
+    on_device, host = _spread(shape, strategy, work, device)
+    on_device["trained"] = trained_bytes(shape, strategy, work)
+    once = {"adapter": 4.0 * (shape.trainable + shape.adapter_dense)}
+    proof, mapped = weight_bytes(shape, strategy, work.element).total, 0.0
+    if not strategy.quantized and shape.stored_dtype == ("bfloat16" if work.bf16 else "float32"):
+        proof, mapped = float(work.element * shape.merged), float(work.element * (shape.parameters - shape.merged))
+    if work.proves:
+        once["proof"] = proof
+    return _finish(device, work, on_device, host, once=once, mapped=mapped if work.proves else 0.0)
 
 
 def phase_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> dict[str, Usage]:

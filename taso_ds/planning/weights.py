@@ -1,10 +1,14 @@
-"""Bytes of the frozen base on one rank: between uses, gathered for use, and expanded from 4 bits.
+"""Bytes of the frozen base on one rank: between uses, gathered for use, and expanded from 4 or 8 bits.
 
 Symbols: ``P`` base parameters, ``w`` bytes of each (bf16 2, fp32 4), ``N`` ranks, ``n`` ranks of a node.
 
-- **Weights.** ``w·P``; stage 3 ``w·P/N``; hpZ adds a second partition, ``w·P/n`` (ZeRO++, arXiv 2306.10209). NF4
-  (QLoRA, arXiv 2305.14314): the linears of the blocks at 1/2 byte, an 8-bit scale per 64 and an fp32 one per 64·256 of
-  them, the rest at ``w``; ZeRO-3 partitions the half bytes, every rank keeps all scales.
+- **Weights.** ``w·P``; stage 3 ``w·P/N``; hpZ adds a second partition, ``w·P/n`` (ZeRO++, arXiv 2306.10209).
+- **Quantized.** What ``training/quantized_base.py`` quantizes, or a checkpoint of bitsandbytes says it has quantized;
+  the rest at ``w``. NF4 (QLoRA, arXiv 2305.14314): 1/2 byte, an 8-bit scale per 64 and an fp32 one per 64·256 (an fp32
+  one per 64 without double quantization). LLM.int8: 1 byte, and an fp32 scale per row. ZeRO-3 partitions the values,
+  every rank keeps all scales on its device. Experts in fused parameters are no linears: they are not quantized.
+- **Elsewhere** (stage 3). With CPU offload the partitions are in host memory, with NVMe on neither: the host has the
+  swapper's buffers. What is in use is gathered to the device either way, on a single rank too.
 - **Gathered** (stage 3; DeepSpeed ``partitioned_param_coordinator.py``). Once a forward and backward have been
   recorded, a parameter stays gathered after use if its next use is less than ``max_reuse_distance`` parameters away.
   Behind the last ``d`` parameters of the model lie ``d`` of forward and ``d`` of backward, so the last ``reuse/2`` are
@@ -19,8 +23,9 @@ from dataclasses import dataclass
 from taso_ds.planning.model_shape import ModelShape
 from taso_ds.planning.strategy import Strategy, Workload
 
-_NF4_VALUE = 0.5
-_NF4_SCALES = 1.0 / 64 + 4.0 / (64 * 256)
+_NF4_VALUE, _NF4_SCALES = 0.5, 1.0 / 64 + 4.0 / (64 * 256)
+_NF4_PLAIN_SCALES = 4.0 / 64  # of a checkpoint without double quantization
+_INT8_ROW = 4.0
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,35 @@ class Weights:
 
 
 def weight_bytes(shape: ModelShape, strategy: Strategy, element: int = 2) -> Weights:
-    """Return the bytes of the frozen base."""
-    if not strategy.load_in_4bit:
+    """Return the bytes of the base."""
+    if not strategy.quantized:
         return Weights(float(element) * shape.parameters, 0.0)
-    rest = shape.parameters - shape.block_linears
-    return Weights(_NF4_VALUE * shape.block_linears + element * rest, _NF4_SCALES * shape.block_linears)
+    rest = float(element) * (shape.parameters - shape.quantized)
+    if strategy.bits == 8:
+        return Weights(shape.quantized + rest, _INT8_ROW * shape.quantized_rows)
+    scales = _NF4_SCALES if shape.double_quantized else _NF4_PLAIN_SCALES
+    return Weights(_NF4_VALUE * shape.quantized + rest, scales * shape.quantized)
+
+
+def partition_bytes(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
+    """Bytes of the base that ZeRO-3 keeps for one rank, wherever it puts them."""
+    return weight_bytes(shape, strategy, work.element).partitioned / work.world_size
 
 
 def resident_weights(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
-    """Bytes of the base that one rank holds between uses."""
+    """Bytes of the base that one rank's device holds between uses, unless its partitions are elsewhere."""
     weights = weight_bytes(shape, strategy, work.element)
     if strategy.stage < 3:
         return weights.total
-    held = weights.partitioned / work.world_size
+    held = partition_bytes(shape, strategy, work)
     if strategy.hpz:
         held += weights.partitioned / work.gpus_per_node
     return held + weights.replicated
+
+
+def nvme_buffer_bytes(strategy: Strategy, work: Workload) -> float:
+    """Bytes of host memory that one rank's swapper reserves."""
+    return float(work.element * strategy.limits.nvme_buffer * strategy.limits.nvme_buffers)
 
 
 def kept_gathered(shape: ModelShape, strategy: Strategy, element: int = 2) -> float:
@@ -61,8 +79,8 @@ def kept_gathered(shape: ModelShape, strategy: Strategy, element: int = 2) -> fl
     """
     if strategy.stage < 3:
         return 0.0
-    uses = 3.0 if strategy.gradient_checkpointing else 2.0
-    return min(_used_in_backward(shape, strategy, element), element * strategy.limits.max_reuse_distance / uses)
+    reuse = element * strategy.limits.max_reuse_distance / strategy.uses
+    return min(_used_in_backward(shape, strategy, element), reuse)
 
 
 def _used_in_backward(shape: ModelShape, strategy: Strategy, element: int) -> float:
@@ -72,7 +90,7 @@ def _used_in_backward(shape: ModelShape, strategy: Strategy, element: int) -> fl
 
 def gathered_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, recorded: bool) -> float:
     """Bytes of gathered base weights at the peak, the rank's own partitions not counted."""
-    if strategy.stage < 3 or work.world_size == 1:
+    if strategy.stage < 3 or (work.world_size == 1 and not strategy.offloads):
         return 0.0
     element = work.element
     largest = float(element * shape.largest_tensor)
@@ -80,11 +98,14 @@ def gathered_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, rec
         return largest
     partitioned = weight_bytes(shape, strategy, element).partitioned
     bucket = min(float(element * strategy.limits.prefetch_bucket), partitioned)
+    kept = kept_gathered(shape, strategy, element)
+    if not bucket:  # nothing is fetched ahead
+        return min(partitioned, kept + largest)
     ahead = min(_used_in_backward(shape, strategy, element), float(element * strategy.limits.max_live_parameters))
-    whole = min(partitioned, max(kept_gathered(shape, strategy, element), ahead) + bucket)
+    whole = min(partitioned, max(kept, ahead) + bucket)
     return max(largest, whole + bucket)
 
 
 def dequantized_bytes(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
     """Bytes of the one matrix that is expanded for its product, and of its gradient's copy in backward."""
-    return float(work.element * shape.largest_block_linear) if strategy.load_in_4bit else 0.0
+    return float(work.element * shape.largest_quantized) if strategy.quantized else 0.0

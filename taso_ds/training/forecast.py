@@ -1,82 +1,150 @@
-"""A run's plan from its flags: the model counted on the meta device, the hardware from flags."""
+"""A run's plan from its flags: the model counted on the meta device, the hardware from flags.
 
-from collections.abc import Mapping
+The run is checked as ``launch/train.py`` checks it. What the user has decided stays; the search chooses the rest.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from taso_ds.adapters.selection import ladder_with
-from taso_ds.adapters.structure import count_dense
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import RunConfig
+from taso_ds.data.tasks import get_task
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
-from taso_ds.planning.devices import get_device, get_network
+from taso_ds.planning.command import DECIDED_FLAGS
 from taso_ds.planning.disk import disk_bytes
-from taso_ds.planning.model_shape import ModelShape, read_model_shape
-from taso_ds.planning.plan import Candidate, Hardware, assess, fastest, strategies
-from taso_ds.planning.strategy import Limits, Workload
+from taso_ds.planning.model_shape import ModelShape
+from taso_ds.planning.plan import Candidate, Hardware
+from taso_ds.planning.search import Freedom, assess_scoring, fastest, strategies, variants
+from taso_ds.planning.strategy import Limits, Strategy, Workload
 from taso_ds.training import prepare
-from taso_ds.training.base_model import BaseModel, meta_model, read_config, wants_head
+from taso_ds.training.base_model import meta_model, read_config, wants_head
+from taso_ds.training.count_model import can_quantize, count_model
 from taso_ds.training.plan_arguments import PlanArguments
+from taso_ds.training.quantized_base import quantization_of
+from taso_ds.training.regions import read_regions
 
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """All strategies of one run on one kind of hardware."""
+    """All strategies of one run on one kind of hardware.
+
+    Attributes:
+        candidates: every strategy, those of the user's DeepSpeed JSON last.
+        choices: those that may be proposed.
+        kept: names of the flags that the user has decided.
+        stored_bits: 4 or 8 when the checkpoint is quantized already.
+    """
 
     config: RunConfig
     shape: ModelShape
     work: Workload
     hardware: Hardware
     candidates: list[Candidate]
+    choices: list[Candidate]
+    kept: frozenset[str]
+    stored_bits: int
 
     @property
     def best(self) -> Candidate | None:
-        return fastest(self.candidates)
+        return fastest(self.choices)
 
 
-def count_model(config: RunConfig, model: nn.Module, base_config: Any, shapes: Mapping[str, MatrixShape]) -> ModelShape:
-    """Count a meta model: frozen and trainable parameters as a run would have them."""
-    adapter = config.adapter
-    head = wants_head(config.model, base_config)
-    heads = sum(value.numel() for value in BaseModel(model, base_config, head).head_parameters.values())
-    if adapter.method == "full":
-        trainable = sum(value.numel() for value in model.parameters())
-    else:
-        trainable = prepare.count_adapter(config, dict(shapes)).trainable + heads
-    dense = 0
-    if adapter.method == "taso":
-        dense = sum(
-            count_dense(
-                adapter.structure, out_features=shape.out_features, in_features=shape.in_features, rank=adapter.rank
-            )
-            for shape in shapes.values()
-        )
-    return read_model_shape(model, base_config, shapes, trainable=trainable, adapter_dense=dense)
+def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str] = ()) -> Forecast:
+    """Read ``config.json``, check the run, count, and assess every strategy.
 
-
-def make_forecast(config: RunConfig, plan: PlanArguments) -> Forecast:
-    """Read ``config.json``, count, and assess every strategy.
+    Args:
+        given: names of the flags that the user gave, with values that may be the defaults.
 
     Raises:
-        UserError: a model that cannot be read or built, batch numbers that do not multiply.
+        UserError: whatever a run would refuse before it reads weights and data.
     """
     if config.model.model_name_or_path is None:
         config = prepare.with_defaults(config)
-    shape, _ = read_shape(config)
+    base_config = read_config(config.model)
+    world_size = plan.nodes * plan.gpus_per_node
+    prepare.check_world_size(config, world_size)
+    prepare.check_length(config, base_config)
+    head = wants_head(config.model, base_config)
+    if config.data.task is not None:
+        prepare.prepare_labels(base_config, get_task(config.data.task), head=head)
+    model = meta_model(config.model, base_config, head=head)
+    shapes = prepare.target_shapes(config, model)
+    ds_config, _ = prepare.resolve_deepspeed(config, world_size, ranks_per_node=plan.gpus_per_node)
+    prepare.check_quantization(config, base_config, ds_config, model)
+    read_regions(config, shapes)
+    shape = count_model(config, model, base_config, shapes)
     work = workload(config, nodes=plan.nodes, gpus_per_node=plan.gpus_per_node, share=plan.supervised_share)
-    device = get_device(plan.device, memory_gb=plan.device_memory_gb, tflops=plan.device_tflops)
-    hardware = Hardware(device, get_network(plan.network, gb_per_s=plan.network_gb_per_s), plan.host_memory_gb)
-    limits = Limits(
-        max_live_parameters=int(ZERO_AUTO["stage3_max_live_parameters"]),
-        max_reuse_distance=int(ZERO_AUTO["stage3_max_reuse_distance"]),
-        prefetch_bucket=int(ZERO_AUTO["stage3_prefetch_bucket_size"]),
-        reduce_bucket=int(ZERO_AUTO["reduce_bucket_size"]),
+    hardware = plan.hardware()
+
+    quantization = quantization_of(config.model, base_config)
+    kept = _decided(config, given)
+    bits: tuple[int, ...] = (16, 4)
+    if quantization is not None:
+        bits = (quantization.bits,)
+    elif "load_in_4bit" in kept or not can_quantize(config, model):
+        bits = (16,)
+    freedom = Freedom(
+        bits=bits,
+        checkpointing=(config.training.gradient_checkpointing,) if "gradient_checkpointing" in kept else (False, True),
+        passes="calibration_passes" not in kept,
+        sums_on_host="calibration_offload" not in kept,
+        nvme=config.run.nvme_path is not None,
+        hpz=not shape.trains_base,
     )
-    quantized = (False,) if config.adapter.method == "full" else (False, True)
-    ways = strategies(work, limits=limits, quantized=quantized, offloads=not device.is_host)
-    return Forecast(config, shape, work, hardware, [assess(shape, way, work, hardware) for way in ways])
+    ways = strategies(work, limits=limits_of(ZERO_AUTO), freedom=freedom, is_host=hardware.device.is_host)
+    candidates = [assess_scoring(shape, way, work, hardware, freedom) for way in ways]
+    choices = candidates
+    if "ds_config" in kept:
+        if prepare.alters_bits(ds_config) is not None:
+            freedom = dataclasses.replace(freedom, bits=(16,))
+        theirs = strategy_of(config, ds_config["zero_optimization"])
+        choices = [assess_scoring(shape, way, work, hardware, freedom) for way in variants(theirs, freedom)]
+        candidates = [*candidates, *choices]
+    stored = 16 if quantization is None or quantization.stored is None else quantization.bits
+    return Forecast(config, shape, work, hardware, candidates, choices, kept, stored)
+
+
+def _decided(config: RunConfig, given: Collection[str]) -> frozenset[str]:
+    """Return the names of the flags that the plan may not decide: given, or set to another value than the default."""
+    groups = (config.model, config.training, config.run, config.calibration)
+    changed = {
+        entry.name
+        for group in groups
+        for entry in dataclasses.fields(group)
+        if getattr(group, entry.name) != entry.default
+    }
+    return frozenset(name for name in DECIDED_FLAGS if name in changed or name in given)
+
+
+def limits_of(zero: Mapping[str, Any]) -> Limits:
+    """Return the limits of a resolved ``zero_optimization`` section; DeepSpeed's defaults where it says nothing."""
+    offload = zero.get("offload_param", {})
+    return Limits(
+        max_live_parameters=int(zero.get("stage3_max_live_parameters", Limits.max_live_parameters)),
+        max_reuse_distance=int(zero.get("stage3_max_reuse_distance", Limits.max_reuse_distance)),
+        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", Limits.prefetch_bucket)),
+        reduce_bucket=int(zero.get("reduce_bucket_size", Limits.reduce_bucket)),
+        nvme_buffer=int(offload.get("buffer_size", Limits.nvme_buffer)),
+        nvme_buffers=int(offload.get("buffer_count", Limits.nvme_buffers)),
+    )
+
+
+def strategy_of(config: RunConfig, zero: Mapping[str, Any], *, bits: int = 16) -> Strategy:
+    """Return the strategy of a run whose DeepSpeed JSON has this resolved ``zero_optimization`` section."""
+    stage = int(zero["stage"])
+    place = str(zero.get("offload_param", {}).get("device", "none")) if stage == 3 else "none"
+    return Strategy(
+        stage,
+        place="device" if place == "none" else place,
+        bits=bits,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+        hpz=stage == 3 and int(zero.get("zero_hpz_partition_size", 1)) > 1,
+        limits=limits_of(zero),
+        ds_config=config.run.ds_config,
+    )
 
 
 def read_shape(config: RunConfig) -> tuple[ModelShape, dict[str, MatrixShape]]:
@@ -122,4 +190,5 @@ def workload(config: RunConfig, *, nodes: int, gpus_per_node: int, share: float,
         supervised_share=share,
         bf16=config.model.bf16,
         scores=config.adapter.method == "taso" and calibration.core_regions is None,
+        proves=config.run.verify_export,
     )

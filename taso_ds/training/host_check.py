@@ -12,8 +12,9 @@ from taso_ds.distributed import comm, environment
 from taso_ds.planning.devices import DEVICES
 from taso_ds.planning.host import available_host_bytes, check_host_memory
 from taso_ds.planning.memory import phase_usage
-from taso_ds.planning.strategy import Limits, Strategy
-from taso_ds.training.forecast import count_model, workload
+from taso_ds.training.count_model import count_model
+from taso_ds.training.forecast import strategy_of, workload
+from taso_ds.training.quantized_base import quantization_of
 
 
 def check_this_host(
@@ -24,6 +25,7 @@ def check_this_host(
     rows: Sequence[EncodedRow],
     *,
     ds_config: Mapping[str, Any],
+    source: str,
 ) -> None:
     """Refuse to load what this node's memory cannot hold; ``--force`` skips this.
 
@@ -32,20 +34,10 @@ def check_this_host(
     """
     if config.run.force:
         return
-    zero = ds_config["zero_optimization"]
-    stage = int(zero["stage"])
-    strategy = Strategy(
-        stage,
-        load_in_4bit=config.model.load_in_4bit,
-        offload=zero.get("offload_param", {}).get("device", "none") == "cpu",
-        gradient_checkpointing=config.training.gradient_checkpointing,
-        hpz=int(zero.get("zero_hpz_partition_size", 1)) > 1,
-        limits=Limits(
-            max_live_parameters=int(zero.get("stage3_max_live_parameters", Limits.max_live_parameters)),
-            max_reuse_distance=int(zero.get("stage3_max_reuse_distance", Limits.max_reuse_distance)),
-            prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", Limits.prefetch_bucket)),
-            reduce_bucket=int(zero.get("reduce_bucket_size", Limits.reduce_bucket)),
-        ),
+    device = DEVICES["cpu" if comm.device().type == "cpu" else "a100-80"]  # of which only the kind matters here
+    quantization = quantization_of(config.model, base_config)
+    strategy = strategy_of(
+        config, ds_config["zero_optimization"], bits=16 if quantization is None else quantization.bits
     )
     local = min(environment.local_world_size(), comm.world_size())
     length = max(len(row.input_ids) for row in rows)
@@ -57,8 +49,5 @@ def check_this_host(
         share=min(1.0, max(1, supervised) / length),
         length=length,
     )
-    device = DEVICES["cpu" if comm.device().type == "cpu" else "a100-80"]  # of which only the kind matters here
-    plan = phase_usage(count_model(config, model, base_config, shapes), strategy, work, device)
-    if not config.run.verify_export:
-        plan.pop("export")
-    check_host_memory(plan, available_host_bytes())
+    shape = count_model(config, model, base_config, shapes, source=source)
+    check_host_memory(phase_usage(shape, strategy, work, device), available_host_bytes())
