@@ -21,12 +21,13 @@ import shapes
 
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.planning.devices import get_device, get_network
-from taso_ds.planning.memory import Strategy, Usage, Workload, phase_usage
+from taso_ds.planning.memory import Usage, phase_usage
 from taso_ds.planning.model_shape import ModelShape
 from taso_ds.planning.speed import step_seconds
+from taso_ds.planning.strategy import Strategy, Workload
 from taso_ds.training import prepare
 from taso_ds.training.base_model import meta_model
-from taso_ds.training.forecast import count_model
+from taso_ds.training.count_model import count_model
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 # Of each rank. During the second one DeepSpeed still gathers less than planned; from the third on, as planned.
@@ -59,7 +60,7 @@ def predict(config: RunConfig, base_config: Any, stage: int) -> dict[str, Usage]
     shape = count_model(config, model, base_config, prepare.target_shapes(config, model))
     strategy = Strategy(
         stage,
-        load_in_4bit=config.model.load_in_4bit,
+        bits=4 if config.model.load_in_4bit else 16,
         gradient_checkpointing=config.training.gradient_checkpointing,
     )
     rows = config.training.per_device_train_batch_size
@@ -133,7 +134,7 @@ PUBLISHED = (
     Published("Llama-2-7B LoRA, FP8, packed 4096", _7B, Strategy(0), _work(8, 1, 4096), "h100", None, 24_824.0,
               "NeMo 24.12"),
     Published("Llama-2-70B LoRA ZeRO-3, bs 8", _70B, _CHECKPOINTED, _work(8, 8, 2048), "h100", 64.0, None, "PEFT docs"),
-    Published("Llama-2-70B QLoRA ZeRO-3, bs 2", _70B, replace(_CHECKPOINTED, load_in_4bit=True), _work(2, 2, 2048),
+    Published("Llama-2-70B QLoRA ZeRO-3, bs 2", _70B, replace(_CHECKPOINTED, bits=4), _work(2, 2, 2048),
               "a100-40", 36.6, None, "PEFT docs"),
     Published("Qwen-72B LoRA ZeRO-3, 2048", _72B, _CHECKPOINTED, _work(4, 1, 2048), "a100-80", 229 / 4, 358.0,
               "Qwen README"),

@@ -8,10 +8,12 @@ from taso_ds.entry import run_script
 
 
 def _plan() -> str:
-    from taso_ds.training.forecast import describe_forecast, make_forecast, parse_plan, write_forecast
+    from taso_ds.training.forecast import make_forecast
+    from taso_ds.training.plan_arguments import parse_plan
+    from taso_ds.training.proposal import describe_forecast, write_forecast
 
-    config, arguments = parse_plan(description=__doc__)
-    forecast = make_forecast(config, arguments)
+    config, arguments, given = parse_plan(description=__doc__)
+    forecast = make_forecast(config, arguments, given)
     write_forecast(forecast, arguments)
     return describe_forecast(forecast)
 

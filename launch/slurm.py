@@ -12,14 +12,16 @@ from taso_ds.entry import run_script
 
 def _slurm() -> str:
     from taso_ds.batch_script import batch_script, parse_job, write_script
-    from taso_ds.training.forecast import PlanArguments, planned_flags
+    from taso_ds.flags import given_names
+    from taso_ds.training.plan_arguments import PlanArguments
+    from taso_ds.training.proposal import planned_flags
 
     job, config, flags = parse_job(sys.argv[1:], description=str(__doc__))
     if job.plan_for is not None:
         plan = PlanArguments(
             device=job.plan_for, network=job.plan_network, nodes=job.nodes, gpus_per_node=job.devices_per_node
         )
-        flags = [*planned_flags(config, plan), *flags]
+        flags = [*planned_flags(config, plan, given_names(flags)), *flags]
     return write_script(batch_script(job, flags), job)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
 from taso_ds.flags import arg, parse_groups, remaining_flags
-from taso_ds.planning.plan import DECIDED_FLAGS
 
 _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
 _WORD = re.compile(r"[\w.,:-]+")
@@ -71,8 +70,6 @@ def parse_job(argv: Sequence[str], *, description: str = "") -> tuple[SlurmArgum
     config = RunConfig(*groups)
     flags = remaining_flags([SlurmArguments], argv)
     given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
-    if job.plan_for is not None and given.intersection(DECIDED_FLAGS):
-        raise UserError(f"{min(given.intersection(DECIDED_FLAGS))}: the plan decides it; drop it, or --plan_for")
     if job.sweep_tasks is not None:
         if given.intersection(_FLAGS_OF_AN_ARRAY):
             name = min(given.intersection(_FLAGS_OF_AN_ARRAY))

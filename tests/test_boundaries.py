@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"errors", "json_text", "adapters", "data", "distributed", "flags", "config", "planning"},
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
     "doctor": {"errors", "config", "distributed", "training"},
-    "batch_script": {"errors", "flags", "config", "planning"},
+    "batch_script": {"errors", "flags", "config"},
     "entry": {"errors", "distributed"},
     "launch": {
         "errors",
@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "distributed",
         "config",
+        "flags",
         "training",
         "doctor",
         "batch_script",

@@ -63,6 +63,7 @@ _REMEDIES = {
     "proof": "pass --no_verify_export and prove the export later",
     "activations": "lower --per_device_train_batch_size or --max_seq_length, or pass --gradient_checkpointing",
     "loss": "lower --per_device_train_batch_size or --max_seq_length",
-    "accumulators": "score on more ranks, or reuse regions with --core_regions",
+    "accumulators": "pass --calibration_passes N, or reuse regions with --core_regions",
+    "nvme buffers": "write a smaller buffer_count or buffer_size into the DeepSpeed JSON",
 }
 _OTHERWISE = "use more nodes"

@@ -1,19 +1,8 @@
 """Bytes one rank holds at the peak of each phase of a run, by cause.
 
-Symbols: ``P`` base parameters, ``w`` bytes of each (bf16 2, fp32 4), ``N`` ranks, ``n`` ranks of a node, ``t``
-trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions of a micro-batch, and the widths
-``h a v f`` of ``ModelShape``.
+Symbols: ``N`` ranks, ``t`` trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions of a
+micro-batch, and the widths ``h a v f`` of ``ModelShape``. The base itself is ``weights.py``.
 
-- **Weights.** ``w·P``; stage 3 ``w·P/N``; hpZ adds a second partition, ``w·P/n`` (ZeRO++, arXiv 2306.10209). NF4
-  (QLoRA, arXiv 2305.14314): the linears of the blocks at 1/2 byte, an 8-bit scale per 64 and an fp32 one per 64·256 of
-  them, the rest at ``w``; ZeRO-3 partitions the half bytes, every rank keeps all scales.
-- **Gathered** (stage 3; DeepSpeed ``partitioned_param_coordinator.py``). Once a forward and backward have been
-  recorded, a parameter stays gathered after use if its next use is less than ``max_reuse_distance`` parameters away.
-  Behind the last ``d`` parameters of the model lie ``d`` of forward and ``d`` of backward, so the last ``reuse/2`` are
-  still there when backward starts (``reuse/3`` with checkpointing: the recomputation lies in between). Beside those,
-  every module that runs fetches another prefetch bucket ahead of need, which fills up ``max_live_parameters`` within a
-  few layers and keeps them full. The input embedding is not used in backward. On top lies one prefetch bucket twice,
-  as it arrived and cut into parameters. Before the recording is complete only the largest tensor is there.
 - **Activations** per token and block, saved for backward with adapters on every linear, ``e`` bytes per element: norm
   inputs ``2·4·h`` (RMSNorm works in fp32; else ``2·e·h``), norm outputs ``2·e·h``, queries, keys, values and attention
   output ``e·(2a+2v)``, its log-sum-exp ``4·heads``, gate, activation, up and product ``4·e·f`` (ungated: ``2·e·f``). A
@@ -25,108 +14,43 @@ trainable parameters, ``l`` blocks, ``V`` vocabulary, ``K`` supervised positions
 - **Accumulators** (scoring). One fp32 number per target parameter, divided over the ranks and the passes (on the host
   with ``--calibration_offload cpu``); none where each rank has a single micro-batch. Each gradient and its travelling
   copy, two largest matrices.
-- **Trained state**, ``t`` over ``N`` ranks at stages 1-3: fp32 master and two moments ``12·t``, gradients ``4·t``; the
-  bf16 parameter and its expanded form ``2·(t + dense)`` are whole on every rank. The reduction bucket is reserved.
+- **Trained state**, ``t`` over ``N`` ranks at stages 1-3: fp32 master and two moments ``12·t``, gradients ``4·t``; an
+  adapter's parameter and its expanded form, ``w·(t + dense)``, are whole on every rank. With ``--method full`` the
+  parameters are the weights, spread as they are; stages 0 and 1 have whole gradients, ``w·t``. The reduction bucket is
+  reserved.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from taso_ds.planning.devices import GB, Device
 from taso_ds.planning.model_shape import ModelShape
+from taso_ds.planning.strategy import Strategy, Workload
+from taso_ds.planning.weights import (
+    dequantized_bytes,
+    gathered_bytes,
+    nvme_buffer_bytes,
+    partition_bytes,
+    resident_weights,
+    weight_bytes,
+)
 
-_NF4_VALUE = 0.5
-_NF4_SCALES = 1.0 / 64 + 4.0 / (64 * 256)
 _LOSS_CHUNK_BYTES = 64 << 20
 # bitsandbytes quantizes this many weights at once, and needs up to so many bytes for each meanwhile.
 _QUANTIZING_CHUNK, _QUANTIZING_BYTES = 1 << 22, 20.0
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What DeepSpeed may keep gathered and reserve, in elements: the resolved ``zero_optimization`` section."""
-
-    max_live_parameters: int = 1_000_000_000
-    max_reuse_distance: int = 1_000_000_000
-    prefetch_bucket: int = 50_000_000
-    reduce_bucket: int = 20_000_000
-
-    def packed(self) -> "Limits":
-        """Return the limits of ``zero3_nf4.json``: as many weights, four of which are one stored bf16 number."""
-        return Limits(
-            self.max_live_parameters // 4, self.max_reuse_distance // 4, self.prefetch_bucket // 4, self.reduce_bucket
-        )
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """How the base is spread and stored.
+class Usage:
+    """Peak bytes of one phase on one rank's device, and on its node's host, by cause.
 
     Attributes:
-        offload: at stage 3, keep the partitions (and the optimizer) in host memory.
-        hpz: at stage 3, a second partition of the base inside every node.
+        mapped: bytes of the host's page cache besides, of files that are mapped: the system drops them when in need.
     """
-
-    stage: int
-    offload: bool = False
-    load_in_4bit: bool = False
-    gradient_checkpointing: bool = False
-    hpz: bool = False
-    limits: Limits = field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        assert self.stage == 3 or not (self.offload or self.hpz), self
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is run on how many ranks; ``supervised_share`` is the part of the positions that logits are computed at."""
-
-    nodes: int = 1
-    gpus_per_node: int = 1
-    max_seq_length: int = 512
-    micro_batch_size: int = 4
-    grad_accum_steps: int = 1
-    calibration_samples: int = 128
-    calibration_batch_size: int = 4
-    calibration_passes: int = 1
-    calibration_offload: bool = False
-    supervised_share: float = 1.0
-    bf16: bool = True
-    scores: bool = True
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.gpus_per_node
-
-    @property
-    def element(self) -> int:
-        return 2 if self.bf16 else 4
-
-    @property
-    def scoring_batches(self) -> int:
-        """Scoring micro-batches of one rank."""
-        return -(-self.calibration_samples // (self.calibration_batch_size * self.world_size))
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of the base: what ZeRO-3 partitions, and what every rank keeps."""
-
-    partitioned: float
-    replicated: float
-
-    @property
-    def total(self) -> float:
-        return self.partitioned + self.replicated
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Peak bytes of one phase on one rank's device, and on its node's host, by cause."""
 
     device: Mapping[str, float]
     host: Mapping[str, float]
+    mapped: float = 0.0
 
     @property
     def device_bytes(self) -> float:
@@ -135,61 +59,6 @@ class Usage:
     @property
     def host_bytes(self) -> float:
         return sum(self.host.values())
-
-
-def weight_bytes(shape: ModelShape, strategy: Strategy, element: int = 2) -> Weights:
-    """Return the bytes of the frozen base."""
-    if not strategy.load_in_4bit:
-        return Weights(float(element) * shape.parameters, 0.0)
-    rest = shape.parameters - shape.block_linears
-    return Weights(_NF4_VALUE * shape.block_linears + element * rest, _NF4_SCALES * shape.block_linears)
-
-
-def resident_weights(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
-    """Bytes of the base that one rank holds between uses."""
-    weights = weight_bytes(shape, strategy, work.element)
-    if strategy.stage < 3:
-        return weights.total
-    held = weights.partitioned / work.world_size
-    if strategy.hpz:
-        held += weights.partitioned / work.gpus_per_node
-    return held + weights.replicated
-
-
-def kept_gathered(shape: ModelShape, strategy: Strategy, element: int = 2) -> float:
-    """Bytes of base weights that are still gathered from forward when backward needs them.
-
-    DeepSpeed counts elements as stored: four NF4 weights are one element of bf16.
-    """
-    if strategy.stage < 3:
-        return 0.0
-    uses = 3.0 if strategy.gradient_checkpointing else 2.0
-    return min(_used_in_backward(shape, strategy, element), element * strategy.limits.max_reuse_distance / uses)
-
-
-def _used_in_backward(shape: ModelShape, strategy: Strategy, element: int) -> float:
-    idle = 0 if shape.is_tied else shape.embedding
-    return weight_bytes(shape, strategy, element).partitioned - element * idle
-
-
-def gathered_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, recorded: bool) -> float:
-    """Bytes of gathered base weights at the peak, the rank's own partitions not counted."""
-    if strategy.stage < 3 or work.world_size == 1:
-        return 0.0
-    element = work.element
-    largest = float(element * shape.largest_tensor)
-    if not recorded:
-        return largest
-    partitioned = weight_bytes(shape, strategy, element).partitioned
-    bucket = min(float(element * strategy.limits.prefetch_bucket), partitioned)
-    ahead = min(_used_in_backward(shape, strategy, element), float(element * strategy.limits.max_live_parameters))
-    whole = min(partitioned, max(kept_gathered(shape, strategy, element), ahead) + bucket)
-    return max(largest, whole + bucket)
-
-
-def dequantized_bytes(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
-    """Bytes of the one matrix that is expanded for its product, and of its gradient's copy in backward."""
-    return float(work.element * shape.largest_block_linear) if strategy.load_in_4bit else 0.0
 
 
 def saved_per_token(shape: ModelShape, element: int) -> float:
@@ -219,50 +88,79 @@ def loss_bytes(shape: ModelShape, work: Workload, *, rows: int) -> float:
     return chunk * shape.vocabulary * (2.0 * work.element + 4.0) + kept
 
 
-def _spread(strategy: Strategy, device: Device, weights: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Place the resident weights on the device or, offloaded, on the host."""
-    if strategy.offload and not device.is_host:
-        return {}, {"weights": weights}
-    return {"weights": weights}, {}
+def _spread(
+    shape: ModelShape, strategy: Strategy, work: Workload, device: Device
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Place the resident weights: what one rank has on its device, and on its host."""
+    weights = resident_weights(shape, strategy, work)
+    if not strategy.offloads or (device.is_host and strategy.place == "cpu"):
+        return {"weights": weights}, {}
+    away = partition_bytes(shape, strategy, work)
+    on_host = {"weights": away} if strategy.place == "cpu" else {"nvme buffers": nvme_buffer_bytes(strategy, work)}
+    return {"weights": weights - away}, on_host
 
 
-def _finish(device: Device, work: Workload, on_device: dict[str, float], per_rank_host: dict[str, float]) -> Usage:
-    """Add the runtime; a host's share is that of all its ranks."""
+def _finish(
+    device: Device,
+    work: Workload,
+    on_device: dict[str, float],
+    per_rank: dict[str, float],
+    *,
+    once: dict[str, float] | None = None,
+    mapped: float = 0.0,
+) -> Usage:
+    """Add the runtime; a host's share is that of all its ranks, and what one of them has ``once``."""
     if device.runtime_gb:
         on_device = {**on_device, "runtime": device.runtime_gb * GB}
-    host = {name: value * work.gpus_per_node for name, value in per_rank_host.items()}
-    if device.is_host:
-        host = {name: value * work.gpus_per_node for name, value in on_device.items()}
-    return Usage({k: v for k, v in on_device.items() if v}, {k: v for k, v in host.items() if v})
+    host: dict[str, float] = {}
+    for part in (per_rank, on_device) if device.is_host else (per_rank,):
+        for name, value in part.items():
+            host[name] = host.get(name, 0.0) + value * work.gpus_per_node
+    for name, value in (once or {}).items():
+        host[name] = host.get(name, 0.0) + value
+    return Usage({k: v for k, v in on_device.items() if v}, {k: v for k, v in host.items() if v}, mapped)
 
 
 def load_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
     """Loading: ZeRO-3 reads partitions in place, other stages read the whole base into host memory, then move it.
 
-    With NF4 every rank quantizes the range it keeps, a chunk at a time.
+    With a quantized base every rank quantizes the range it keeps, a chunk at a time. A checkpoint whose tensors
+    transformers merges or splits is loaded by it: rank 0 maps the files and the ranks gather one parameter after the
+    other; a quantized one every rank has whole on its device before it is partitioned.
     """
-    weights = resident_weights(shape, strategy, work)
-    on_device, host = _spread(strategy, device, weights)
-    if strategy.load_in_4bit:
-        on_device["quantizing"] = _QUANTIZING_BYTES * min(_QUANTIZING_CHUNK, shape.largest_block_linear)
-    elif strategy.stage < 3 and not device.is_host:
-        host["checkpoint"] = float(work.element * shape.parameters)
-    return _finish(device, work, on_device, host)
+    on_device, host = _spread(shape, strategy, work, device)
+    element, once, mapped = work.element, {}, 0.0
+    if strategy.quantized:
+        on_device["quantizing"] = _QUANTIZING_BYTES * min(_QUANTIZING_CHUNK, shape.largest_quantized)
+        if strategy.stage == 3 and shape.reads_whole:
+            on_device.pop("weights")
+            on_device["whole model"] = weight_bytes(shape, strategy, element).total
+        if strategy.stage < 3 or shape.reads_whole:
+            on_device["merging"] = float(element * shape.largest_merged)
+    elif strategy.stage < 3:
+        if not device.is_host:
+            host["checkpoint"] = float(element * shape.parameters)
+        host["merging"] = float(element * shape.largest_merged)
+    elif shape.reads_whole:
+        on_device["gathered"] = float(element * shape.largest_tensor)
+        once["merging"] = float(element * shape.largest_merged)
+        mapped = float(shape.stored_bytes)
+    return _finish(device, work, on_device, host, once=once, mapped=mapped)
 
 
 def score_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
     """Scoring: accumulators beside a forward and backward of the frozen base."""
-    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
+    on_device, host = _spread(shape, strategy, work, device)
     rows = work.calibration_batch_size
     travelling = 0 if work.world_size == 1 else work.element if work.world_size == 2 else 4
-    at_once = work.scoring_batches == 1  # each gradient is selected from as it arrives
-    sums = 4.0 * (shape.largest_target if at_once else shape.targets / work.world_size / work.calibration_passes)
+    share = shape.targets / work.world_size / work.calibration_passes
+    sums = 4.0 * (share if work.has_accumulators else shape.largest_target)
     offloaded = work.calibration_offload and not device.is_host
     if offloaded:
         host["accumulators"] = sums
     on_device |= {
         "gathered": gathered_bytes(
-            shape, strategy, work, recorded=work.scoring_batches > 1 or work.calibration_passes > 1
+            shape, strategy, work, recorded=work.has_accumulators or work.calibration_passes > 1
         ),
         "dequantized": dequantized_bytes(shape, strategy, work),
         "activations": activation_bytes(shape, strategy, work, rows=rows),
@@ -273,16 +171,24 @@ def score_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: D
     return _finish(device, work, on_device, host)
 
 
+def trained_bytes(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
+    """Bytes of what is trained on one rank's device, the base's own weights not counted."""
+    ranks = work.world_size if strategy.stage else 1
+    state = 16.0 * shape.trainable / ranks
+    if not shape.trains_base:
+        return work.element * float(shape.trainable + shape.adapter_dense) + state
+    return state + (work.element * float(shape.trainable) if strategy.stage < 2 else 0.0)  # whole gradients
+
+
 def train_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
     """Training: what the adapter adds is small, what the base needs to run backward is not."""
-    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
-    partitions = work.world_size if strategy.stage else 1
+    on_device, host = _spread(shape, strategy, work, device)
     on_device |= {
         "gathered": gathered_bytes(shape, strategy, work, recorded=True),
         "dequantized": dequantized_bytes(shape, strategy, work),
         "activations": activation_bytes(shape, strategy, work, rows=work.micro_batch_size),
         "loss": loss_bytes(shape, work, rows=work.micro_batch_size),
-        "trained": 2.0 * (shape.trainable + shape.adapter_dense) + 16.0 * shape.trainable / partitions,
+        "trained": trained_bytes(shape, strategy, work),
         "buckets": 4.0 * (strategy.limits.reduce_bucket if strategy.stage else shape.trainable),
     }
     return _finish(device, work, on_device, host)
@@ -290,24 +196,26 @@ def train_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: D
 
 def checkpoint_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
     """A checkpoint holds trained state only: each rank copies its part to the host."""
-    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
-    on_device["trained"] = 2.0 * (shape.trainable + shape.adapter_dense) + 16.0 * shape.trainable / work.world_size
+    on_device, host = _spread(shape, strategy, work, device)
+    on_device["trained"] = trained_bytes(shape, strategy, work)
     host["state"] = 16.0 * shape.trainable / work.world_size
     return _finish(device, work, on_device, host)
 
 
 def export_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
-    """The exported adapter is gathered to rank 0, and its proof opens the whole base once more on the host.
+    """What was trained is gathered to rank 0, and its proof opens the whole base once more on that host.
 
     A base in the checkpoint's own dtype is mapped from its files there, which the system can drop from memory.
     """
-    on_device, host = _spread(strategy, device, resident_weights(shape, strategy, work))
-    on_device["trained"] = 2.0 * (shape.trainable + shape.adapter_dense) + 16.0 * shape.trainable / work.world_size
-    host["adapter"] = 4.0 * (shape.trainable + shape.adapter_dense)
-    usage = _finish(device, work, on_device, host)
-    mapped = not strategy.load_in_4bit and shape.stored_dtype == ("bfloat16" if work.bf16 else "float32")
-    proof = 0.0 if mapped else weight_bytes(shape, strategy, work.element).total
-    return Usage(usage.device, {**usage.host, "proof": proof})
+    on_device, host = _spread(shape, strategy, work, device)
+    on_device["trained"] = trained_bytes(shape, strategy, work)
+    once = {"adapter": 4.0 * (shape.trainable + shape.adapter_dense)}
+    proof, mapped = weight_bytes(shape, strategy, work.element).total, 0.0
+    if not strategy.quantized and shape.stored_dtype == ("bfloat16" if work.bf16 else "float32"):
+        proof, mapped = float(work.element * shape.merged), float(work.element * (shape.parameters - shape.merged))
+    if work.proves:
+        once["proof"] = proof
+    return _finish(device, work, on_device, host, once=once, mapped=mapped if work.proves else 0.0)
 
 
 def phase_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> dict[str, Usage]:

@@ -4,7 +4,7 @@ Counts come from a model on the meta device, so every architecture transformers 
 widths come from its configuration under the names transformers gives all of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ class ModelShape:
     """A model in numbers. All counts are elements; a tensor used twice (tied) counts once in ``parameters``.
 
     Attributes:
-        parameters: ``P``, everything that is frozen.
+        parameters: ``P``, the whole base.
         blocks: parameters of each transformer block, in order.
-        block_linears: parameters of the linears inside the blocks: what NF4 quantizes.
-        largest_block_linear: the largest of them.
+        quantized: parameters that are quantized if the base is, ``largest_quantized`` of them, and their rows.
+        double_quantized: whether the scales of NF4 are quantized too; a checkpoint's may not be.
         embedding: ``E``, the input embedding.
         output: ``O``, the output layer's matrix, also when it is the embedding; 0 for a classification head.
         experts: parameters of mixture-of-experts experts.
@@ -35,12 +35,16 @@ class ModelShape:
         upcasts_norms: whether norms keep an fp32 copy of their input (RMSNorm).
         vocabulary: ``V``.
         stored_dtype: what the checkpoint holds according to its config (``float32``); empty where it does not say.
+        reads_whole: whether transformers has to load it, not every rank its own part.
+        merged: parameters that it merges or splits on the way, and ``largest_merged`` of them.
+        trains_base: whether the base itself is trained (``--method full``): nothing is frozen then.
     """
 
     parameters: int
     blocks: tuple[int, ...]
-    block_linears: int
-    largest_block_linear: int
+    quantized: int
+    largest_quantized: int
+    quantized_rows: int
     embedding: int
     output: int
     experts: int
@@ -60,6 +64,16 @@ class ModelShape:
     upcasts_norms: bool
     vocabulary: int
     stored_dtype: str
+    double_quantized: bool = True
+    reads_whole: bool = False
+    merged: int = 0
+    largest_merged: int = 0
+    trains_base: bool = False
+
+    @property
+    def frozen(self) -> int:
+        """Parameters that are not trained; a task head, which trains too, is counted with them."""
+        return 0 if self.trains_base else self.parameters
 
     @property
     def is_tied(self) -> bool:
@@ -78,7 +92,14 @@ class ModelShape:
 
 
 def read_model_shape(
-    model: Any, config: Any, targets: Mapping[str, MatrixShape], *, trainable: int, adapter_dense: int
+    model: Any,
+    config: Any,
+    targets: Mapping[str, MatrixShape],
+    *,
+    trainable: int,
+    adapter_dense: int,
+    quantized: Collection[str] = (),
+    merged: Collection[str] = (),
 ) -> ModelShape:
     """Count a model on the meta device.
 
@@ -87,12 +108,15 @@ def read_model_shape(
         targets: shape of every matrix to adapt.
         trainable: parameters the method trains.
         adapter_dense: entries of the expanded adapter.
+        quantized: names of the linears that are quantized if the base is.
+        merged: names of the parameters that transformers merges or splits as it loads them.
     """
     text = config.get_text_config()
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and _has_linear(module)]
     outer = [one for one in lists if not any(one is not other and one in set(other.modules()) for other in lists)]
     blocks = tuple(_numel(block) for one in outer for block in one)
-    linears = [shape.numel for one in outer for module in one.modules() if (shape := matrix_shape(module)) is not None]
+    linears = [shape for name in quantized if (shape := matrix_shape(model.get_submodule(name))) is not None]
+    converted = [model.get_parameter(name).numel() for name in merged]
     output = model.get_output_embeddings()
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -102,8 +126,9 @@ def read_model_shape(
     return ModelShape(
         parameters=_numel(model),
         blocks=blocks,
-        block_linears=sum(linears),
-        largest_block_linear=max(linears, default=0),
+        quantized=sum(shape.numel for shape in linears),
+        largest_quantized=max((shape.numel for shape in linears), default=0),
+        quantized_rows=sum(shape.out_features for shape in linears),
         embedding=model.get_input_embeddings().weight.numel(),
         output=0 if output is None else output.weight.numel(),
         experts=experts,
@@ -123,6 +148,9 @@ def read_model_shape(
         upcasts_norms=any("RMS" in name for name in norms),
         vocabulary=text.vocab_size,
         stored_dtype=str(getattr(config, "dtype", None) or "").removeprefix("torch."),
+        reads_whole=bool(merged),
+        merged=sum(converted),
+        largest_merged=max(converted, default=0),
     )
 
 

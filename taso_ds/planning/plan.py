@@ -1,12 +1,13 @@
-"""Every way to run a model on given hardware: what fits, what is fastest, and the command line that does it."""
+"""One way to run a model on given hardware: its peaks, its times, whether it fits, and how it scales over nodes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from taso_ds.planning.devices import GB, Device, Network
-from taso_ds.planning.memory import Limits, Strategy, Usage, Workload, phase_usage, weight_bytes
+from taso_ds.planning.memory import Usage, phase_usage
 from taso_ds.planning.model_shape import ModelShape
-from taso_ds.planning.speed import StepTime, step_seconds
+from taso_ds.planning.speed import StepTime, scoring_seconds, step_seconds
+from taso_ds.planning.strategy import Strategy, Workload
 
 # Reading a checkpoint: one node's share of a shared file system, or its own disk.
 READ_GB_PER_S = 2.0
@@ -22,20 +23,42 @@ class Hardware:
 
 
 @dataclass(frozen=True)
+class Misfit:
+    """The first phase that does not fit.
+
+    Attributes:
+        on_host: whether it is the node's memory that is too small.
+        largest: the term that takes most of it.
+    """
+
+    phase: str
+    on_host: bool
+    largest: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One strategy with its peaks and times.
 
     Attributes:
+        work: with the scoring flags that go with the strategy.
         usage: peaks by phase.
         seconds: of each phase; ``train`` is one optimizer step.
-        why_not: what does not fit; None when everything does.
+        misfit: what does not fit; None when everything does.
     """
 
     strategy: Strategy
+    work: Workload
     usage: dict[str, Usage]
     step: StepTime
     seconds: dict[str, float]
-    why_not: str | None
+    misfit: Misfit | None
+
+    @property
+    def why_not(self) -> str | None:
+        """What does not fit, in words."""
+        return None if self.misfit is None else self.misfit.reason
 
     @property
     def device_bytes(self) -> float:
@@ -46,103 +69,45 @@ class Candidate:
         return max(usage.host_bytes for usage in self.usage.values())
 
 
-def strategies(
-    work: Workload, *, limits: Limits, quantized: Sequence[bool] = (False, True), offloads: bool = True
-) -> list[Strategy]:
-    """Return all combinations that are different: offload and hpZ exist at stage 3, hpZ on more than one node."""
-    found = []
-    for load_in_4bit in quantized:
-        for checkpointing in (False, True):
-            base = Strategy(0, load_in_4bit=load_in_4bit, gradient_checkpointing=checkpointing, limits=limits)
-            found += [replace(base, stage=stage) for stage in (0, 1, 2)]
-            found.append(replace(base, stage=3, limits=limits.packed() if load_in_4bit else limits))
-            if offloads:
-                found.append(replace(base, stage=3, offload=True))
-            if work.nodes > 1 and work.gpus_per_node > 1:
-                found.append(replace(base, stage=3, hpz=True))
-    return found
-
-
 def assess(shape: ModelShape, strategy: Strategy, work: Workload, hardware: Hardware) -> Candidate:
     """Return peaks and times of one strategy, and whether it fits."""
     device, network = hardware.device, hardware.network
     usage = phase_usage(shape, strategy, work, device)
     step = step_seconds(shape, strategy, work, device, network)
-    weights = weight_bytes(shape, replace(strategy, load_in_4bit=False), work.element).total
-    readers = 1 if strategy.stage == 3 else work.gpus_per_node
-    seconds = {"load": readers * weights / (work.nodes if readers == 1 else 1) / (READ_GB_PER_S * GB)}
+    weights = float(shape.stored_bytes)
+    seconds = {"load": _read_by_a_node(shape, strategy, work) / (READ_GB_PER_S * GB)}
     if work.scores:
-        batch = step_seconds(shape, strategy, work, device, network, scored=True)
-        seconds["score"] = work.calibration_passes * work.scoring_batches * batch.total
+        seconds["score"] = scoring_seconds(shape, strategy, work, device, network)
     seconds["train"] = step.total
     seconds["checkpoint"] = 16.0 * shape.trainable / work.world_size / (READ_GB_PER_S * GB)
     seconds["export"] = weights / (READ_GB_PER_S * GB)  # its proof reads the base once more
-    return Candidate(strategy, usage, step, seconds, _why_not(usage, hardware))
+    return Candidate(strategy, work, usage, step, seconds, _misfit(shape, strategy, work, usage, hardware))
 
 
-def _why_not(usage: dict[str, Usage], hardware: Hardware) -> str | None:
+def _read_by_a_node(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
+    """Bytes of the checkpoint that cross the file system into the busiest node."""
+    if strategy.stage == 3 and not shape.reads_whole:
+        return shape.stored_bytes / work.nodes
+    readers = 1 if strategy.stage == 3 and not strategy.quantized else work.gpus_per_node
+    return float(readers * shape.stored_bytes)
+
+
+def _misfit(
+    shape: ModelShape, strategy: Strategy, work: Workload, usage: dict[str, Usage], hardware: Hardware
+) -> Misfit | None:
+    device = hardware.device
+    share = -(-shape.largest_tensor // work.world_size)
+    if strategy.place == "nvme" and share > strategy.limits.nvme_buffer:
+        reason = f"load: a partition has {share:,} numbers, a buffer_size {strategy.limits.nvme_buffer:,}"
+        return Misfit("load", True, "nvme buffers", reason)
     for phase, peak in usage.items():
-        if not hardware.device.is_host and peak.device_bytes > hardware.device.memory_gb * GB:
-            return f"{phase} needs {peak.device_bytes / GB:.1f} GB on the device"
+        if not device.is_host and peak.device_bytes > device.usable_bytes:
+            largest = max(peak.device, key=peak.device.__getitem__)
+            return Misfit(phase, False, largest, f"{phase} needs {peak.device_bytes / GB:.1f} GB on the device")
         if peak.host_bytes > hardware.host_memory_gb * GB:
-            return f"{phase} needs {peak.host_bytes / GB:.1f} GB on the host"
+            largest = max(peak.host, key=peak.host.__getitem__)
+            return Misfit(phase, True, largest, f"{phase} needs {peak.host_bytes / GB:.1f} GB on the host")
     return None
-
-
-def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return the fastest that fits; of equals the lowest stage, unquantized: nothing is spread without need.
-
-    Within 2 % two predictions are equal.
-    """
-    fitting = [candidate for candidate in candidates if candidate.why_not is None]
-    if not fitting:
-        return None
-    best = min(candidate.step.total for candidate in fitting)
-    close = [candidate for candidate in fitting if candidate.step.total <= 1.02 * best]
-
-    def order(candidate: Candidate) -> tuple[object, ...]:
-        strategy = candidate.strategy
-        lowest = 1 if strategy.stage == 0 else 0  # stage 0 sums micro-batches in bf16
-        return (
-            strategy.load_in_4bit,
-            strategy.gradient_checkpointing,
-            strategy.offload,
-            lowest,
-            strategy.stage,
-            candidate.step.total,
-        )
-
-    return min(close, key=order)
-
-
-def ds_config_name(strategy: Strategy) -> str:
-    """Return the shipped DeepSpeed JSON of a strategy."""
-    variant = "_offload" if strategy.offload else "_hpz" if strategy.hpz else ""
-    if strategy.stage == 3 and strategy.load_in_4bit and not variant:
-        variant = "_nf4"
-    return f"zero{strategy.stage}{variant}.json"
-
-
-def command_line(strategy: Strategy, work: Workload, flags: Sequence[str]) -> str:
-    """Return the command that trains this way; ``flags`` are the run's own, without the ones decided here."""
-    words = ["deepspeed"]
-    if work.nodes > 1:
-        words += ["--hostfile", "hostfile", "--num_nodes", str(work.nodes)]
-    words += ["--num_gpus", str(work.gpus_per_node), "launch/train.py", *strategy_flags(strategy)]
-    return " ".join([*words, *flags])
-
-
-DECIDED_FLAGS = ("ds_config", "gradient_checkpointing", "load_in_4bit")
-
-
-def strategy_flags(strategy: Strategy) -> list[str]:
-    """Return the flags that make a run take this strategy."""
-    words = ["--ds_config", ds_config_name(strategy)]
-    if strategy.load_in_4bit:
-        words.append("--load_in_4bit")
-    if strategy.gradient_checkpointing:
-        words.append("--gradient_checkpointing")
-    return words
 
 
 @dataclass(frozen=True)
@@ -158,7 +123,7 @@ def scaling(
     shape: ModelShape, strategy: Strategy, work: Workload, hardware: Hardware, nodes: Sequence[int]
 ) -> list[ScalingPoint]:
     """Return the time per step of ZeRO-3 against the number of nodes, with and without hpZ."""
-    plain = replace(strategy, stage=3, hpz=False, offload=False)
+    plain = replace(strategy, stage=3, hpz=False, place="device")
     points = []
     for number in nodes:
         larger = replace(work, nodes=number)

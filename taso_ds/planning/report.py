@@ -1,30 +1,39 @@
 """A plan as lines of text, as a JSON object and as a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from taso_ds.planning.command import ds_config_name
 from taso_ds.planning.devices import GB
-from taso_ds.planning.memory import Strategy, Usage
 from taso_ds.planning.plan import Candidate, ScalingPoint
 
+_SMALL = 5e6  # bytes that a table leaves out
 
-def describe_strategy(strategy: Strategy) -> str:
-    """Return a strategy in a few words."""
+
+def describe_strategy(candidate: Candidate) -> str:
+    """Return a strategy, and how it scores, in a few words."""
+    strategy, work = candidate.strategy, candidate.work
     words = [f"zero{strategy.stage}"]
-    words += ["offload"] * strategy.offload + ["hpZ"] * strategy.hpz
-    words += ["nf4"] * strategy.load_in_4bit + ["checkpointing"] * strategy.gradient_checkpointing
+    words += {"cpu": ["offload"], "nvme": ["nvme"]}.get(strategy.place, ["hpZ"] * strategy.hpz)
+    words += {4: ["nf4"], 8: ["int8"]}.get(strategy.bits, [])
+    words += ["checkpointing"] * strategy.gradient_checkpointing
+    words += [f"{work.calibration_passes}-passes"] * (work.calibration_passes > 1)
+    words += ["sums-on-host"] * work.calibration_offload
+    words += [f"({strategy.ds_config})"] * (strategy.ds_config is not None)
     return " ".join(words)
 
 
 def candidate_table(candidates: Sequence[Candidate]) -> list[str]:
     """Return one line per strategy: peaks, times, and whether it fits."""
+    named = [describe_strategy(candidate) for candidate in candidates]
+    width = max(28, *(len(name) + 2 for name in named))
     header = ("strategy", "device GB", "host GB", "load", "score", "step", "fits")
-    lines = ["{:<28}{:>10}{:>9}{:>10}{:>10}{:>10}  {}".format(*header)]
-    for candidate in candidates:
+    lines = ["{:<{width}}{:>10}{:>9}{:>10}{:>10}{:>10}  {}".format(*header, width=width)]
+    for name, candidate in zip(named, candidates, strict=True):
         seconds = candidate.seconds
         lines.append(
-            f"{describe_strategy(candidate.strategy):<28}{candidate.device_bytes / GB:>10.1f}"
+            f"{name:<{width}}{candidate.device_bytes / GB:>10.1f}"
             f"{candidate.host_bytes / GB:>9.1f}{_time(seconds['load']):>10}{_time(seconds.get('score', 0.0)):>10}"
             f"{_time(seconds['train']):>10}  {'yes' if candidate.why_not is None else candidate.why_not}"
         )
@@ -35,13 +44,18 @@ def phase_table(candidate: Candidate) -> list[str]:
     """Return one line per phase of a strategy: what takes the memory of a rank, and of its node's host."""
     lines = []
     for phase, usage in candidate.usage.items():
-        lines.append(f"{phase:<12}{usage.device_bytes / GB:>8.2f} GB  {_parts(usage)}")
-        lines.append(f"{'':<12}{usage.host_bytes / GB:>8.2f} GB on each host; {_time(candidate.seconds[phase])}")
+        lines.append(f"{phase:<12}{usage.device_bytes / GB:>8.2f} GB  {_parts(usage.device)}")
+        host = _parts(usage.host)
+        mapped = f", {usage.mapped / GB:.2f} of files mapped besides" if usage.mapped >= _SMALL else ""
+        lines.append(
+            f"{'':<12}{usage.host_bytes / GB:>8.2f} GB on each host{f' ({host})' if host else ''}{mapped};"
+            f" {_time(candidate.seconds[phase])}"
+        )
     return lines
 
 
-def _parts(usage: Usage) -> str:
-    return " + ".join(f"{name} {value / GB:.2f}" for name, value in usage.device.items() if value >= 5e6)
+def _parts(terms: Mapping[str, float]) -> str:
+    return " + ".join(f"{name} {value / GB:.2f}" for name, value in terms.items() if value >= _SMALL)
 
 
 def _time(seconds: float) -> str:
@@ -65,15 +79,18 @@ def as_json(candidate: Candidate) -> dict[str, Any]:
     strategy = candidate.strategy
     return {
         "stage": strategy.stage,
-        "offload": strategy.offload,
+        "place": strategy.place,
         "hpz": strategy.hpz,
-        "load_in_4bit": strategy.load_in_4bit,
+        "bits": strategy.bits,
         "gradient_checkpointing": strategy.gradient_checkpointing,
+        "ds_config": ds_config_name(strategy),
+        "calibration_passes": candidate.work.calibration_passes,
+        "calibration_offload": candidate.work.calibration_offload,
         "fits": candidate.why_not is None,
         "why_not": candidate.why_not,
         "seconds": candidate.seconds,
         "phases": {
-            phase: {"device_bytes": dict(usage.device), "host_bytes": dict(usage.host)}
+            phase: {"device_bytes": dict(usage.device), "host_bytes": dict(usage.host), "mapped_bytes": usage.mapped}
             for phase, usage in candidate.usage.items()
         },
     }
@@ -88,9 +105,11 @@ def draw_scaling(path: Path, points: Sequence[ScalingPoint], *, title: str) -> N
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     nodes = [point.nodes for point in points]
-    axes.plot(nodes, [point.zero3_s for point in points], marker="o", label="ZeRO-3")
-    axes.plot(nodes, [point.hpz_s for point in points], marker="s", label="ZeRO-3 with hpZ")
-    axes.set(xlabel="nodes", ylabel="seconds per step", title=title, xscale="log", ylim=(0, None))
+    zero3, hpz = [point.zero3_s for point in points], [point.hpz_s for point in points]
+    # Where the lines coincide, the ring and the dashes of the one show around and behind the other.
+    axes.plot(nodes, zero3, marker="o", markersize=10, fillstyle="none", linewidth=3, alpha=0.6, label="ZeRO-3")
+    axes.plot(nodes, hpz, marker="s", markersize=4, linestyle="--", label="ZeRO-3 with hpZ")
+    axes.set(xlabel="nodes", ylabel="seconds per step", title=title, xscale="log", ylim=(0, 1.15 * max(zero3 + hpz)))
     axes.set_xticks(nodes, [str(number) for number in nodes])
     axes.minorticks_off()
     axes.legend()

@@ -36,7 +36,7 @@ from taso_ds.training.base_model import (
 from taso_ds.training.chunked_loss import LanguageModelLoss
 from taso_ds.training.evaluate import Evaluator
 from taso_ds.training.feed import Collate
-from taso_ds.training.forecast import check_this_host
+from taso_ds.training.host_check import check_this_host
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import LossSum, loss_sum
 from taso_ds.training.model_source import model_source
@@ -149,7 +149,7 @@ def set_up(config: RunConfig) -> Setup:
     region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
     prepare.check_accumulation(sizes, rows)
-    check_this_host(config, model, base_config, shapes, rows, ds_config=ds_config)
+    check_this_host(config, model, base_config, shapes, rows, ds_config=ds_config, source=source)
     setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
     setup.evaluator.check()
     log.info("train: %d rows from %s", len(rows), data.train_source)

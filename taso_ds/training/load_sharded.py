@@ -126,9 +126,9 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: Quan
 def partition_whole(model: nn.Module, ds_config: dict[str, Any]) -> None:
     """Turn a model that every rank holds whole into ZeRO-3 partitions, one parameter after the other."""
     partitioner = Partitioner(ds_config)
-    names = [name for name, _ in model.named_parameters()]
-    for name in names:  # no list of parameters, which would keep the whole ones
-        parameter = model.get_parameter(name)
+    waiting = list(dict.fromkeys(model.parameters()))
+    while waiting:  # nothing else may hold on to a parameter: its memory is free when the next one is taken
+        parameter = waiting.pop(0)
         partition = partitioner.partition(parameter, _from_tensor(parameter.detach().flatten()))
         replace_parameters(model, {parameter: partition})
 

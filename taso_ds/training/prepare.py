@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,16 +81,21 @@ def _sized_for_two_cores(config: RunConfig) -> RunConfig:
 
 def check_flags(config: RunConfig, world_size: int) -> None:
     """Refuse ranks that are missing, an unknown task, an unreadable DeepSpeed JSON and batches that do not multiply."""
+    check_world_size(config, world_size)
+    assert config.data.task is not None
+    get_task(config.data.task)
+    read_ds_config(config.run.ds_config)
+    batch_sizes(config.training, world_size)
+
+
+def check_world_size(config: RunConfig, world_size: int) -> None:
+    """Refuse another number of ranks than was asked for."""
     expected = config.run.expected_world_size
     if expected not in (None, world_size):
         raise UserError(
             f"expected_world_size: {expected} ranks were asked for and {world_size} came; compare the nodes and tasks"
             " of the allocation with those of the script, or the launcher's flags"
         )
-    assert config.data.task is not None
-    get_task(config.data.task)
-    read_ds_config(config.run.ds_config)
-    batch_sizes(config.training, world_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,9 +192,14 @@ def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str,
         raise UserError("adapt_experts: the base is quantized; drop the flag, or load the base in 16 bits")
     if config.adapter.method == "full":
         raise UserError("method: full trains all weights, which quantized ones do not allow; use taso or lora")
-    for name in _ALTERS_BITS:
-        if ds_config["zero_optimization"].get(name):
-            raise UserError(f"{config.run.ds_config}: zero_optimization.{name} alters the bits of quantized weights")
+    name = alters_bits(ds_config)
+    if name is not None:
+        raise UserError(f"{config.run.ds_config}: zero_optimization.{name} alters the bits of quantized weights")
+
+
+def alters_bits(ds_config: Mapping[str, Any]) -> str | None:
+    """Return the key by which ZeRO would compute with weights on their way; None when it moves them as they are."""
+    return next((name for name in _ALTERS_BITS if ds_config["zero_optimization"].get(name)), None)
 
 
 def num_labels(task: Task) -> int:
@@ -212,8 +222,14 @@ def prepare_labels(base_config: Any, task: Task, *, head: bool) -> None:
     base_config.num_labels = num_labels(task)
 
 
-def resolve_deepspeed(config: RunConfig, world_size: int) -> tuple[dict[str, Any], BatchSizes]:
-    """Return the DeepSpeed dict of this run without anything automatic, and the batch numbers."""
+def resolve_deepspeed(
+    config: RunConfig, world_size: int, *, ranks_per_node: int | None = None
+) -> tuple[dict[str, Any], BatchSizes]:
+    """Return the DeepSpeed dict of this run without anything automatic, and the batch numbers.
+
+    Args:
+        ranks_per_node: default: those of this node.
+    """
     sizes = batch_sizes(config.training, world_size)
     resolved = resolve_ds_config(
         read_ds_config(config.run.ds_config),
@@ -222,7 +238,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int) -> tuple[dict[str, Any
         world_size=world_size,
         bf16=config.model.bf16,
         max_grad_norm=config.training.max_grad_norm,
-        ranks_per_node=environment.local_world_size(),
+        ranks_per_node=ranks_per_node or environment.local_world_size(),
         nvme_path=config.run.nvme_path,
         source=config.run.ds_config,
     )

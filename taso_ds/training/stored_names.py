@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint, open_checkpoint
+from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint, has_checkpoint, open_checkpoint
 
 
 @contextmanager
@@ -32,6 +32,24 @@ def stored_keys(model: nn.Module, checkpoint: SafetensorsCheckpoint) -> dict[str
 def converted_keys(model: nn.Module, checkpoint: SafetensorsCheckpoint) -> list[str]:
     """Return the keys of tensors that transformers would split or merge."""
     return [key for key, (_, pattern) in _translated(model, checkpoint.tensors).items() if pattern is not None]
+
+
+def merged_names(model: Any, source: Path, *, experts: bool = True) -> list[str]:
+    """Return the parameters of a model, on the meta device too, that transformers merges or splits as it loads them.
+
+    By the tensors of the checkpoint; where ``source`` has none yet, by the rules for the architecture.
+
+    Args:
+        experts: count those whose experts are put end to end, which loading in shards does by itself.
+    """
+    own = [name for name, _ in model.named_parameters()]
+    if has_checkpoint(source):
+        with open_checkpoint(source) if experts else open_for(model, str(source)) as checkpoint:
+            found = {name for name, pattern in _translated(model, checkpoint.tensors).values() if pattern is not None}
+        return [name for name in own if name in found]
+    rules = [rule for rule in _converters(_mapping(model)) if experts or not _puts_experts_end_to_end(rule)]
+    patterns = [re.escape(target).replace(r"\*", r"\d+") for rule in rules for target in rule.target_patterns]
+    return [name for name in own if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _translated(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, str | None]]:

@@ -17,7 +17,8 @@ def counted(config: object, *, trainable: int = 1000) -> ModelShape:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return read_model_shape(model, config, shapes_of(model), trainable=trainable, adapter_dense=0)
+    shapes = shapes_of(model)
+    return read_model_shape(model, config, shapes, trainable=trainable, adapter_dense=0, quantized=list(shapes))
 
 
 def llama(*, layers: int = 2, kv_heads: int = 4, tied: bool = False) -> object:

@@ -10,21 +10,18 @@ from torch import Tensor, nn
 from taso_ds.adapters.targets import MatrixShape, find_targets
 from taso_ds.planning.devices import get_device
 from taso_ds.planning.memory import (
-    Limits,
-    Strategy,
-    Workload,
     activation_bytes,
     export_usage,
-    gathered_bytes,
-    kept_gathered,
+    load_usage,
     loss_bytes,
     phase_usage,
-    resident_weights,
     saved_per_token,
     score_usage,
     train_usage,
-    weight_bytes,
 )
+from taso_ds.planning.model_shape import ModelShape
+from taso_ds.planning.strategy import Limits, Strategy, Workload
+from taso_ds.planning.weights import gathered_bytes, kept_gathered, resident_weights, weight_bytes
 
 
 def saved_bytes(config: object, *, tokens: int) -> int:
@@ -97,7 +94,7 @@ def test_counts_of_llama_2_7b() -> None:
     assert shape.parameters == 6_738_415_616  # as published
     assert len(shape.blocks) == 32
     # 4 h² + 3 h f per block, and all of it is adapted
-    assert shape.targets == shape.block_linears == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert shape.targets == shape.quantized == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert shape.active == shape.parameters - 2 * 32_000 * 4096 - 4096  # without embeddings and the last norm
     assert not shape.is_tied
     assert counted(llama(tied=True)).is_tied
@@ -119,9 +116,9 @@ def test_experts_count_by_what_a_token_visits() -> None:
 
 def test_nf4_is_half_a_byte_and_its_scales() -> None:
     shape = counted(llama())
-    weights = weight_bytes(shape, Strategy(3, load_in_4bit=True))
-    assert weights.partitioned == shape.block_linears / 2 + 2 * (shape.parameters - shape.block_linears)
-    assert 8 * weights.replicated / shape.block_linears == pytest.approx(0.127, abs=1e-3)  # bits, as QLoRA has it
+    weights = weight_bytes(shape, Strategy(3, bits=4))
+    assert weights.partitioned == shape.quantized / 2 + 2 * (shape.parameters - shape.quantized)
+    assert 8 * weights.replicated / shape.quantized == pytest.approx(0.127, abs=1e-3)  # bits, as QLoRA has it
 
 
 def test_partitions_of_a_stage() -> None:
@@ -139,7 +136,7 @@ def test_what_stays_gathered_is_bounded_by_the_reuse_distance() -> None:
     assert kept_gathered(shape, limited) == 2 * 3000
     assert kept_gathered(shape, replace(limited, gradient_checkpointing=True)) == 2 * 2000
     # four NF4 weights are one stored element: the same bytes stay
-    assert kept_gathered(shape, replace(limited, load_in_4bit=True)) == 2 * 3000
+    assert kept_gathered(shape, replace(limited, bits=4)) == 2 * 3000
 
 
 def test_fetching_ahead_fills_the_live_parameters() -> None:
@@ -168,7 +165,7 @@ def test_checkpointing_saves_activations_and_ranks_share_accumulators() -> None:
 
 def test_offloaded_weights_are_on_the_host() -> None:
     shape, work = counted(llama()), Workload(gpus_per_node=4)
-    usage = train_usage(shape, Strategy(3, offload=True), work, get_device("a100-80"))
+    usage = train_usage(shape, Strategy(3, place="cpu"), work, get_device("a100-80"))
     assert "weights" not in usage.device
     assert usage.host["weights"] == 2 * shape.parameters  # four quarters
     whole = phase_usage(shape, Strategy(2), work, get_device("a100-80"))["load"]
@@ -181,7 +178,7 @@ def test_a_proof_maps_a_base_that_is_stored_as_it_is_used() -> None:
         config = llama()
         config.dtype = dtype
         shape = counted(config)
-        assert export_usage(shape, Strategy(3), work, device).host["proof"] == bytes_each * shape.parameters
+        assert export_usage(shape, Strategy(3), work, device).host.get("proof", 0.0) == bytes_each * shape.parameters
 
 
 def test_the_loss_takes_one_chunk_whatever_the_batch() -> None:
@@ -204,3 +201,73 @@ def test_scoring_in_passes_and_from_one_micro_batch() -> None:
     assert on_host.host["accumulators"] == 2 * whole  # two ranks
     single = score_usage(shape, Strategy(3), replace(work, calibration_samples=8), device)
     assert single.device["accumulators"] == 4 * shape.largest_target
+
+
+def test_int8_is_a_byte_and_a_number_per_row() -> None:
+    """As ``distributed/quantized.py`` stores it."""
+    from taso_ds.distributed.quantized import Int8, QuantizedLinear
+
+    shape = counted(llama())
+    weights = weight_bytes(shape, Strategy(3, bits=8))
+    assert weights.partitioned == shape.quantized + 2 * (shape.parameters - shape.quantized)
+    # per block q, k, v, o and down have 64 rows, gate and up 160
+    assert weights.replicated == 4 * 2 * (5 * 64 + 2 * 160)
+    linear = QuantizedLinear(64, 160, bias=None, format=Int8(6.0), storage=torch.bfloat16)
+    assert linear.num_bytes == 64 * 160
+    assert weight_bytes(shape, Strategy(3)).total > weights.total > weight_bytes(shape, Strategy(3, bits=4)).total
+
+
+def test_scales_that_are_not_quantized_take_an_eighth_more() -> None:
+    shape = replace(counted(llama()), double_quantized=False)
+    assert weight_bytes(shape, Strategy(0, bits=4)).replicated == shape.quantized * 4 / 64
+
+
+def test_nvme_holds_the_weights_and_the_host_its_buffers() -> None:
+    shape, work, device = counted(llama()), Workload(gpus_per_node=2), get_device("a100-80")
+    limits = Limits(prefetch_bucket=0, nvme_buffer=1000, nvme_buffers=5)
+    usage = train_usage(shape, Strategy(3, place="nvme", limits=limits), work, device)
+    assert "weights" not in {**usage.device, **usage.host}
+    assert usage.host["nvme buffers"] == 2 * 2 * 5000
+    # nothing is fetched ahead: what stays for backward, and the tensor in use
+    limits = replace(limits, max_reuse_distance=2000)
+    gathered = gathered_bytes(shape, Strategy(3, place="nvme", limits=limits), work, recorded=True)
+    assert gathered == 2 * (1000 + shape.largest_tensor)
+
+
+def test_a_single_rank_gathers_what_is_elsewhere() -> None:
+    shape, work = counted(llama()), Workload()
+    assert gathered_bytes(shape, Strategy(3), work, recorded=True) == 0.0
+    assert gathered_bytes(shape, Strategy(3, place="cpu"), work, recorded=True) > 0.0
+
+
+def merging() -> ModelShape:
+    shape = counted(llama())
+    return replace(shape, reads_whole=True, merged=10_000, largest_merged=5_000, stored_dtype="bfloat16")
+
+
+def test_a_checkpoint_that_is_merged_is_whole_somewhere_while_it_loads() -> None:
+    """16 bits: mapped by rank 0. Quantized: on every rank's device, before it is partitioned."""
+    shape, work, device = merging(), Workload(gpus_per_node=4), get_device("a100-80")
+    plain = load_usage(shape, Strategy(3), work, device)
+    assert plain.mapped == 2 * shape.parameters
+    assert plain.host == {"merging": 2 * 5_000}
+    assert plain.device["gathered"] == 2 * shape.largest_tensor
+    quantized = load_usage(shape, Strategy(3, bits=4), work, device)
+    assert quantized.device["whole model"] == weight_bytes(shape, Strategy(3, bits=4)).total
+    assert quantized.device["merging"] == 2 * 5_000
+    own = load_usage(replace(shape, reads_whole=False, merged=0, largest_merged=0), Strategy(3, bits=4), work, device)
+    assert own.device_bytes < quantized.device_bytes
+    assert export_usage(shape, Strategy(3), work, device).host["proof"] == 2 * 10_000  # made anew; the rest is mapped
+
+
+def test_training_everything_keeps_no_second_parameters() -> None:
+    """``--method full``: at stage 3 all 16 bytes are partitioned, beside the weights; stage 1 has whole gradients."""
+    base = counted(llama())
+    shape = replace(base, trainable=base.parameters, trains_base=True)
+    work, device = Workload(gpus_per_node=4), get_device("a100-80")
+    number = shape.parameters
+    assert shape.frozen == 0
+    for stage, expected in ((3, 16 * number / 4), (2, 16 * number / 4), (1, 16 * number / 4 + 2 * number)):
+        assert train_usage(shape, Strategy(stage), work, device).device["trained"] == expected
+    adapter = train_usage(base, Strategy(3), work, device).device["trained"]
+    assert adapter == 2 * 1000 + 16 * 1000 / 4

@@ -1,0 +1,53 @@
+"""A run refused before it loads what this machine cannot hold: its plan on the ranks and rows that are really there."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from taso_ds.adapters.targets import MatrixShape
+from taso_ds.config import RunConfig
+from taso_ds.data.encode import EncodedRow
+from taso_ds.distributed import comm, environment
+from taso_ds.planning.devices import DEVICES
+from taso_ds.planning.host import available_host_bytes, check_host_memory
+from taso_ds.planning.memory import phase_usage
+from taso_ds.training.count_model import count_model
+from taso_ds.training.forecast import strategy_of, workload
+from taso_ds.training.quantized_base import quantization_of
+
+
+def check_this_host(
+    config: RunConfig,
+    model: nn.Module,
+    base_config: Any,
+    shapes: Mapping[str, MatrixShape],
+    rows: Sequence[EncodedRow],
+    *,
+    ds_config: Mapping[str, Any],
+    source: str,
+) -> None:
+    """Refuse to load what this node's memory cannot hold; ``--force`` skips this.
+
+    Raises:
+        UserError: names what is needed and what is there.
+    """
+    if config.run.force:
+        return
+    device = DEVICES["cpu" if comm.device().type == "cpu" else "a100-80"]  # of which only the kind matters here
+    quantization = quantization_of(config.model, base_config)
+    strategy = strategy_of(
+        config, ds_config["zero_optimization"], bits=16 if quantization is None else quantization.bits
+    )
+    local = min(environment.local_world_size(), comm.world_size())
+    length = max(len(row.input_ids) for row in rows)
+    supervised = max(row.num_supervised for row in rows)
+    work = workload(
+        config,
+        nodes=max(1, comm.world_size() // local),
+        gpus_per_node=local,
+        share=min(1.0, max(1, supervised) / length),
+        length=length,
+    )
+    shape = count_model(config, model, base_config, shapes, source=source)
+    check_host_memory(phase_usage(shape, strategy, work, device), available_host_bytes())
