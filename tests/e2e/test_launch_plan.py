@@ -170,9 +170,12 @@ def test_the_users_json_is_judged_beside_all_others(tmp_path: Path) -> None:
     assert finished.lines[-1].startswith("does not fit: ")
 
 
-def test_quantized_experts_are_whole_on_every_rank_first(tmp_path: Path) -> None:
-    """Mixtral: 2.8 GB of its 23 are linears, which 4 bits leave at 0.7; the experts are merged in 16 bits."""
+def test_quantized_experts_load_in_shards(tmp_path: Path) -> None:
+    """Mixtral: 2.8 GB of its 23 are linears, which 4 bits leave at 0.7; the experts stay in 16 bits, shared by 8."""
     flags = ["--model_name_or_path", mixtral(tmp_path / "model"), *RUN, "--load_in_4bit", "--device_memory_gb", "20"]
-    last = call_main("plan", flags).succeeded().lines[-1]
-    assert "load needs 2" in last
-    assert "most of it whole model: 16 bits" in last
+    finished = call_main("plan", flags).succeeded()
+    below = [line for line in finished.lines if line.startswith(("zero0", "zero1", "zero2"))]
+    assert below
+    assert all("load needs 2" in line for line in below)
+    assert any(line.startswith("load") and "weights 2.91" in line for line in finished.lines)  # 23.3 GB / 8
+    assert "--ds_config zero3_nf4.json" in finished.lines[-1]
