@@ -11,6 +11,7 @@ import torch
 
 from taso_ds.adapters.files import open_to_umask, writing
 from taso_ds.config import ModelArguments, cache_dir
+from taso_ds.distributed.safetensors_files import has_checkpoint
 from taso_ds.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def _downloaded(name: str, revision: str) -> str:
     def load() -> str:
         get = partial(snapshot_download, name, revision=revision, ignore_patterns=["*/*", OTHER_FILES])
         folder = get(allow_patterns=[*SMALL_FILES, "*.safetensors"])
-        return folder if any(Path(folder).glob("*.safetensors")) else get(allow_patterns=[*SMALL_FILES, "*.bin"])
+        return folder if has_checkpoint(Path(folder)) else get(allow_patterns=[*SMALL_FILES, "*.bin"])
 
     return loading(f"{name} from the Hub", load)
 
