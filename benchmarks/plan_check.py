@@ -12,18 +12,16 @@ shows what it keeps). The last line is one JSON object.
 import argparse
 import json
 import tempfile
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ranks
 import shapes
+from published import compare_published, in_words
 
 from taso_ds.config import RunConfig, parse_run_config
-from taso_ds.planning.devices import get_device, get_network
+from taso_ds.planning.devices import get_device
 from taso_ds.planning.memory import Usage, phase_usage
-from taso_ds.planning.model_shape import ModelShape
-from taso_ds.planning.speed import step_seconds
 from taso_ds.planning.strategy import Strategy, Workload
 from taso_ds.training import prepare
 from taso_ds.training.base_model import meta_model
@@ -95,102 +93,6 @@ def compare(size: str, stage: int, arguments: argparse.Namespace) -> dict[str, A
     return row
 
 
-@dataclass(frozen=True)
-class Published:
-    """A published measurement: per-device memory in GB and tokens per second and device; None where not given."""
-
-    what: str
-    shape: dict[str, Any]
-    strategy: Strategy
-    work: Workload
-    device: str
-    memory_gb: float | None
-    tokens_per_s: float | None
-    source: str
-
-
-def _llama(hidden: int, layers: int, feed_forward: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": feed_forward, "vocab_size": vocabulary,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-    }  # fmt: skip
-
-
-_7B = _llama(4096, 32, 11008, 32, 32, 32_000)
-_70B = _llama(8192, 80, 28672, 64, 8, 32_000)
-_72B = _llama(8192, 80, 24576, 64, 64, 152_064)
-_CHECKPOINTED = Strategy(3, gradient_checkpointing=True)
-
-
-def _work(gpus: int, rows: int, length: int) -> Workload:
-    return Workload(gpus_per_node=gpus, micro_batch_size=rows, max_seq_length=length, scores=False)
-
-
-# Gradient checkpointing is each recipe's default. The NeMo row is FP8 without it; a plan knows no FP8.
-PUBLISHED = (
-    Published("Llama-2-7B LoRA", _7B, replace(_CHECKPOINTED, stage=0), _work(1, 4, 1024), "a100-80", 17.0, 2954.0,
-              "LLaMA-Factory wiki"),
-    Published("Llama-2-7B LoRA, FP8, packed 4096", _7B, Strategy(0), _work(8, 1, 4096), "h100", None, 24_824.0,
-              "NeMo 24.12"),
-    Published("Llama-2-70B LoRA ZeRO-3, bs 8", _70B, _CHECKPOINTED, _work(8, 8, 2048), "h100", 64.0, None, "PEFT docs"),
-    Published("Llama-2-70B QLoRA ZeRO-3, bs 2", _70B, replace(_CHECKPOINTED, bits=4), _work(2, 2, 2048),
-              "a100-40", 36.6, None, "PEFT docs"),
-    Published("Qwen-72B LoRA ZeRO-3, 2048", _72B, _CHECKPOINTED, _work(4, 1, 2048), "a100-80", 229 / 4, 358.0,
-              "Qwen README"),
-    Published("Qwen2-72B LoRA ZeRO-3, 8000", _llama(8192, 80, 29568, 64, 8, 152_064), _CHECKPOINTED, _work(8, 1, 8000),
-              "a100-80", None, 0.394 * 8000 / 8, "DeepSpeed#6507"),
-)  # fmt: skip
-
-
-def count_llama(values: dict[str, Any]) -> ModelShape:
-    """Count a Llama of these sizes with adapters on all its linears."""
-    from transformers import LlamaConfig
-
-    config = parse_run_config(["--model_name_or_path", "llama", "--task", "completion"])
-    base_config = LlamaConfig(**values, architectures=["LlamaForCausalLM"])
-    model = meta_model(config.model, base_config, head=False)
-    return count_model(config, model, base_config, prepare.target_shapes(config, model))
-
-
-def published_peak_gb(shape: ModelShape, entry: Published) -> float:
-    """Predict the peak of somebody else's trainer, whose loss holds the logits of all positions at once.
-
-    Of each there are two bytes as computed, four in fp32 and four of their gradient.
-    """
-    phases = phase_usage(shape, entry.strategy, entry.work, get_device(entry.device))
-    logits = 10.0 * shape.vocabulary * entry.work.micro_batch_size * entry.work.max_seq_length
-    phases["train"] = replace(phases["train"], device={**phases["train"].device, "loss": logits})
-    return max(usage.device_bytes for usage in phases.values()) / 1e9
-
-
-def compare_published() -> list[dict[str, Any]]:
-    rows = []
-    for entry in PUBLISHED:
-        shape, device = count_llama(entry.shape), get_device(entry.device)
-        peak = published_peak_gb(shape, entry)
-        step = step_seconds(shape, entry.strategy, entry.work, device, get_network("ib-400")).total
-        speed = entry.work.micro_batch_size * entry.work.max_seq_length / step
-        rows.append(
-            {
-                "what": f"{entry.what}, {entry.work.world_size}×{entry.device} ({entry.source})",
-                "memory_gb": peak,
-                "memory_published_gb": entry.memory_gb,
-                "tokens_per_s": speed,
-                "tokens_per_s_published": entry.tokens_per_s,
-            }
-        )
-    return rows
-
-
-def _deviation(predicted: float, published: float | None) -> str:
-    return (
-        f"{predicted:,.1f}"
-        if published is None
-        else f"{predicted:,.1f} / {published:,.1f} {predicted / published - 1:+.0%}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="0.1b", help=f"of {', '.join(shapes.SHAPES)}")
@@ -210,14 +112,13 @@ def main() -> None:
     if arguments.published:
         published = compare_published()
         print(f"{'predicted / published':<75}{'GB per device':>24}{'tokens/s per device':>30}")
-        for row in published:
-            print(
-                f"{row['what']:<75}{_deviation(row['memory_gb'], row['memory_published_gb']):>24}"
-                f"{_deviation(row['tokens_per_s'], row['tokens_per_s_published']):>30}"
-            )
-        print(json.dumps(published))
+        for entry in published:
+            memory = in_words(entry.memory_gb, entry.entry.memory_gb)
+            speed = in_words(entry.tokens_per_s, entry.entry.tokens_per_s)
+            print(f"{entry.name:<75}{memory:>24}{speed:>30}")
+        print(json.dumps([entry.as_json() for entry in published]))
         return
-    rows = []
+    measured = []
     print(f"{'shape':<7}{'stage':>6}" + "".join(f"{name:>20}" for name in ("load", "score", "train")) + f"{'peak':>10}")
     for size in arguments.sizes.split(","):
         for stage in map(int, arguments.stages.split(",")):
@@ -227,9 +128,9 @@ def main() -> None:
                 for phase in ("load", "score", "train")
             )
             print(f"{size:<7}{stage:>6}{cells}{row['deviation']:>+10.1%}", flush=True)
-            rows.append(row)
-    print(json.dumps(rows))
-    if any(abs(row["deviation"]) > arguments.tolerance for row in rows):
+            measured.append(row)
+    print(json.dumps(measured))
+    if any(abs(row["deviation"]) > arguments.tolerance for row in measured):
         raise SystemExit(f"a prediction is off by more than {arguments.tolerance:.0%}")
 
 

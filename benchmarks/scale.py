@@ -86,6 +86,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw times and peaks against parameters, both logarithmic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -101,6 +102,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(visible=True, which="both", alpha=0.3)
     shards = [(row["parameters"], 2 * row["parameters"] / ranks.RANKS / 1e9) for row in rows]
     memory.loglog(*zip(*shards, strict=True), ":", color="gray", label="shard")
+    sizes = [row["parameters"] for row in rows]
+    for axes in (times, memory):  # last: every logarithmic line sets ticks of its own
+        axes.set_xticks(sizes, [f"{size / 1e9:.2g}B" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
     times.legend(fontsize=8)
     memory.legend(fontsize=8)
     figure.savefig(path, format="png", dpi=110)

@@ -61,6 +61,11 @@ class Candidate:
         return None if self.misfit is None else self.misfit.reason
 
     @property
+    def step_and_scoring(self) -> float:
+        """Seconds of a step, with its share of the time that scoring takes."""
+        return self.step.total + self.seconds.get("score", 0.0) / self.work.steps
+
+    @property
     def device_bytes(self) -> float:
         return max(usage.device_bytes for usage in self.usage.values())
 

@@ -95,8 +95,8 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
     fitting = [candidate for candidate in candidates if candidate.misfit is None]
     if not fitting:
         return None
-    best = min(candidate.step.total for candidate in fitting)
-    close = [candidate for candidate in fitting if candidate.step.total <= 1.02 * best]
+    best = min(candidate.step_and_scoring for candidate in fitting)
+    close = [candidate for candidate in fitting if candidate.step_and_scoring <= 1.02 * best]
 
     def order(candidate: Candidate) -> tuple[object, ...]:
         strategy, work = candidate.strategy, candidate.work
@@ -108,7 +108,7 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
             work.calibration_offload or work.calibration_passes > 1,
             lowest,
             strategy.stage,
-            candidate.step.total,
+            candidate.step_and_scoring,
         )
 
     return min(close, key=order)

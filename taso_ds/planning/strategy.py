@@ -72,7 +72,12 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is run on how many ranks; ``supervised_share`` is the part of the positions that logits are computed at."""
+    """What is run on how many ranks.
+
+    Attributes:
+        supervised_share: the part of the positions that logits are computed at.
+        steps: optimizer steps that scoring is weighed against.
+    """
 
     nodes: int = 1
     gpus_per_node: int = 1
@@ -87,6 +92,7 @@ class Workload:
     bf16: bool = True
     scores: bool = True
     proves: bool = True
+    steps: int = 1000
 
     @property
     def world_size(self) -> int:

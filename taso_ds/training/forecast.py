@@ -191,4 +191,5 @@ def workload(config: RunConfig, *, nodes: int, gpus_per_node: int, share: float,
         bf16=config.model.bf16,
         scores=config.adapter.method == "taso" and calibration.core_regions is None,
         proves=config.run.verify_export,
+        steps=training.max_steps if training.max_steps > 0 else Workload.steps,
     )

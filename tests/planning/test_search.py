@@ -171,3 +171,16 @@ def test_flags_replace_the_tables_numbers() -> None:
     assert (device.efficiency, device.link_gb_per_s, device.host_link_gb_per_s) == (0.3, 20.0, 12.0)
     assert (device.nvme_gb_per_s, device.usable_bytes, found.network.gb_per_s) == (3.0, 64e9, 1.0)
     assert PlanArguments(device_tflops=100.0).hardware().device.efficiency == 1.0
+
+
+def test_long_scoring_is_weighed_against_the_steps() -> None:
+    """A remedy that scores for minutes does not pay in a run of a few steps."""
+    shape, work = llama_7b(), replace(ONE, steps=10)
+    found = assess_scoring(shape, Strategy(0), work, hardware(24.0), Freedom())
+    assert found.step_and_scoring == pytest.approx(found.step.total + found.seconds["score"] / 10)
+    quick = replace(
+        found, seconds={**found.seconds, "score": 0.0}, step=replace(found.step, total=2 * found.step.total)
+    )
+    assert fastest([found, quick]) is quick
+    many = [replace(one, work=replace(one.work, steps=100_000)) for one in (found, quick)]
+    assert fastest(many) is many[0]
