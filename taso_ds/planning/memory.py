@@ -122,7 +122,7 @@ def _finish(
 
 
 def load_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: Device) -> Usage:
-    """Loading: ZeRO-3 reads partitions in place, other stages read the whole base into host memory, then move it.
+    """Loading: ZeRO-3 reads partitions in place; other stages map the files, or convert them whole in host memory.
 
     With a quantized base every rank quantizes the range it keeps, a chunk at a time. A checkpoint whose tensors
     transformers merges or splits is loaded by it: rank 0 maps the files and the ranks gather one parameter after the
@@ -138,8 +138,11 @@ def load_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: De
         if strategy.stage < 3 or shape.reads_whole:
             on_device["merging"] = float(element * shape.largest_merged)
     elif strategy.stage < 3:
+        if shape.is_stored_in(element):
+            mapped = float(shape.stored_bytes)
+        copied = shape.merged if shape.is_stored_in(element) else shape.parameters
         if not device.is_host:
-            host["checkpoint"] = float(element * shape.parameters)
+            host["checkpoint"] = float(element * copied)
         host["merging"] = float(element * shape.largest_merged)
     elif shape.reads_whole:
         on_device["gathered"] = float(element * shape.largest_tensor)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.targets import MatrixShape, matrix_shape
 
 
@@ -27,6 +28,7 @@ class ModelShape:
         experts: parameters of mixture-of-experts experts.
         expert_share: share of the experts that one token passes.
         largest_tensor: the largest parameter.
+        largest_block: the largest mixture of experts, which ZeRO-3 gathers as a whole; 0 without experts.
         targets: parameters of the matrices that are scored and adapted, and ``largest_target`` of them.
         trainable: ``t``, what is trained.
         adapter_dense: entries of the adapter once expanded; 0 where nothing is expanded.
@@ -50,6 +52,7 @@ class ModelShape:
     experts: int
     expert_share: float
     largest_tensor: int
+    largest_block: int
     targets: int
     largest_target: int
     num_targets: int
@@ -85,6 +88,10 @@ class ModelShape:
         """Return the size of the checkpoint: 2 bytes per parameter, unless its config says fp32."""
         return self.parameters * (4 if self.stored_dtype == "float32" else 2)
 
+    def is_stored_in(self, element: int) -> bool:
+        """Say whether the checkpoint says it holds what a run of so many bytes per parameter computes with."""
+        return self.stored_dtype == {2: "bfloat16", 4: "float32"}[element]
+
     @property
     def active(self) -> int:
         """Parameters one token is multiplied with: blocks without the experts it does not visit. No output layer."""
@@ -118,7 +125,7 @@ def read_model_shape(
     linears = [shape for name in quantized if (shape := matrix_shape(model.get_submodule(name))) is not None]
     converted = [model.get_parameter(name).numel() for name in merged]
     output = model.get_output_embeddings()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 1  # a block without attention mixes one state
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     experts, share = _experts(model, text)
     feed_forward, gated = _feed_forward(outer, text)
@@ -134,6 +141,7 @@ def read_model_shape(
         experts=experts,
         expert_share=share,
         largest_tensor=max(parameter.numel() for parameter in model.parameters()),
+        largest_block=max((_numel(model.get_submodule(name)) for name in find_experts(model).blocks), default=0),
         targets=sum(shape.numel for shape in targets.values()),
         largest_target=max((shape.numel for shape in targets.values()), default=0),
         num_targets=len(targets),

@@ -15,7 +15,8 @@ Symbols: ``P`` base parameters, ``w`` bytes of each (bf16 2, fp32 4), ``N`` rank
   still there when backward starts (``reuse/3`` with checkpointing: the recomputation lies in between). Beside those,
   every module that runs fetches another prefetch bucket ahead of need, which fills up ``max_live_parameters`` within a
   few layers and keeps them full. The input embedding is not used in backward. On top lies one prefetch bucket twice,
-  as it arrived and cut into parameters. Before the recording is complete only the largest tensor is there.
+  as it arrived and cut into parameters. Before the recording is complete only the largest tensor is there, or the
+  largest mixture of experts, which is gathered as a whole: twice, as it arrived and cut into parameters.
 """
 
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def gathered_bytes(shape: ModelShape, strategy: Strategy, work: Workload, *, rec
     if strategy.stage < 3 or (work.world_size == 1 and not strategy.offloads):
         return 0.0
     element = work.element
-    largest = float(element * shape.largest_tensor)
+    largest = float(element * max(shape.largest_tensor, 2 * shape.largest_block))
     if not recorded:
         return largest
     partitioned = weight_bytes(shape, strategy, element).partitioned

@@ -271,3 +271,37 @@ def test_training_everything_keeps_no_second_parameters() -> None:
         assert train_usage(shape, Strategy(stage), work, device).device["trained"] == expected
     adapter = train_usage(base, Strategy(3), work, device).device["trained"]
     assert adapter == 2 * 1000 + 16 * 1000 / 4
+
+
+def test_files_in_the_runs_dtype_are_mapped_below_stage_3() -> None:
+    """Others are converted whole in the host memory of every rank."""
+    work, device = Workload(gpus_per_node=8), get_device("a100-80")
+    shape = replace(counted(llama()), stored_dtype="bfloat16")
+    assert load_usage(shape, Strategy(1), work, device).host == {}
+    assert load_usage(shape, Strategy(1), work, device).mapped == 2 * shape.parameters
+    other = replace(shape, stored_dtype="float16")
+    assert load_usage(other, Strategy(1), work, device).host == {"checkpoint": 8 * 2 * shape.parameters}
+    assert load_usage(shape, Strategy(1), replace(work, bf16=False), device).host["checkpoint"] > 0
+
+
+def test_a_mixture_of_experts_is_gathered_as_a_whole() -> None:
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=8,
+    )  # fmt: skip
+    shape = counted(config)
+    # eight experts of three matrices, and the router, beside which the largest parameter is two of the three
+    assert shape.largest_block == 8 * 3 * 64 * 160 + 8 * 64
+    assert shape.largest_tensor == 8 * 2 * 64 * 160
+    gathered = gathered_bytes(shape, Strategy(3), Workload(gpus_per_node=2), recorded=False)
+    assert gathered == 2 * 2 * shape.largest_block
+
+
+def test_a_model_without_attention_is_counted() -> None:
+    from transformers import MambaConfig
+
+    config = MambaConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2)
+    shape = counted(config)
+    assert train_usage(shape, Strategy(1), Workload(), get_device("a100-80")).device["activations"] > 0
