@@ -3,6 +3,8 @@
 By default every linear of the transformer blocks: ``nn.Linear`` and its subclasses (quantized ones too) and GPT-2's
 ``Conv1D``, whose weight is stored transposed. Embeddings, the output head, norms and biases are left alone, and so are
 experts (see ``experts``), unless those in fused parameters are asked for: then each of their slices is a target too.
+The inner linears of Mamba's blocks are left alone as well: its kernels take their weights past the module, so an adapter
+would have no effect there, and peft refuses to open one of ``out_proj``.
 """
 
 import re
@@ -29,6 +31,11 @@ class MatrixShape:
     @property
     def numel(self) -> int:
         return self.out_features * self.in_features
+
+
+# The model types that peft (``tuners/tuners_utils.py``) names.
+_STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_TAKEN_BY_KERNELS = (".x_proj", ".dt_proj", ".out_proj")
 
 
 # A linear, or what stands for one.
@@ -106,8 +113,10 @@ def find_targets(
 
 def _linears(model: nn.Module, *, experts: bool) -> dict[str, Target]:
     linears: dict[str, Target] = {}
+    has_kernels = getattr(getattr(model, "config", None), "model_type", None) in _STATE_SPACE
     for name, module in model.named_modules():
-        if matrix_shape(module) is not None and not in_expert_list(name):
+        is_bypassed = has_kernels and name.endswith(_TAKEN_BY_KERNELS)
+        if matrix_shape(module) is not None and not in_expert_list(name) and not is_bypassed:
             linears[name] = module
         if experts:
             linears |= {f"{name}.{inner}": matrix for inner, matrix in expert_matrices(module).items()}

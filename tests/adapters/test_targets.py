@@ -102,3 +102,12 @@ def test_shapes_are_out_by_in_whatever_the_storage() -> None:
         pass
 
     assert matrix_shape(Special(3, 5)) == MatrixShape(5, 3)
+
+
+def test_what_kernels_take_past_its_module_is_no_target() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8))
+    assert {name.rpartition(".")[2] for name in find_targets(model)} == {"in_proj"}
+    with pytest.raises(UserError, match="'out_proj' matches no linear of MambaForCausalLM"):
+        find_targets(model, ["out_proj"])
