@@ -122,7 +122,7 @@ def remaining_flags(groups: Sequence[Any], argv: Sequence[str]) -> list[str]:
 
 def given_names(argv: Sequence[str]) -> frozenset[str]:
     """Return the names of the flags on a command line and in the file of its ``--config``, defaults or not."""
-    words = [word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")]
+    words = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")]
     file = _config_file(argv)
     names = [*words, *(read_yaml(file) if file is not None else ())]
     return frozenset({*names, *(name.removeprefix("no_") for name in names)})

@@ -90,3 +90,14 @@ def test_values_that_nothing_can_hold_are_refused(flags: list[str], message: str
 def test_the_longest_names_a_disk_can_hold_are_taken() -> None:
     path = "/".join(["x" * 255] * 15)
     assert parse_run_config(["--data_dir", path]).data.data_dir == path
+
+
+def test_flags_that_are_given(tmp_path: Path) -> None:
+    from taso_ds.flags import given_names
+
+    file = tmp_path / "run.yaml"
+    file.write_text("calibration_passes: 1\n")
+    found = given_names(["--ds-config", "zero3.json", "--no_bf16", "--rank=2", "--config", str(file), "-1"])
+    assert {"ds_config", "bf16", "rank", "calibration_passes"} <= found
+    assert "zero3.json" not in found
+    assert "load_in_4bit" not in found

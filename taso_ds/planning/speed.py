@@ -21,8 +21,8 @@ Bytes into one rank per step, ``N`` ranks, ``G`` per node, ``P`` base parameters
                  only when weights change: a frozen base is never fetched across nodes, in forward or in backward.
 
 A ring passes those bytes once through each node's adapters, so gathering takes ``max(bytes / link, bytes / node
-network)``. Offloaded shares come over the host link before, from NVMe through the node's disks. All this overlaps with
-compute on an accelerator where DeepSpeed fetches ahead, not on a CPU and not from NVMe. What is not modelled:
+network)``. Gathers overlap with compute on an accelerator (prefetch) and not on a CPU. Offloaded shares come over the
+host link before, from NVMe through the node's disks; of their copies no overlap is assumed. What is not modelled:
 stragglers, switch contention, data loading, the optimizer (microseconds for a few million parameters), evaluation.
 """
 
@@ -168,9 +168,8 @@ def step_seconds(
         reduce = sum_seconds(shape, work, device, network)
     else:
         reduce = reduce_seconds(shape, strategy, work, device, network)
-    busy, fetching = compute + dequantize, gather + host
-    in_turn = device.is_host or strategy.place == "nvme"
-    total = (busy + fetching if in_turn else max(busy, fetching)) + reduce
+    busy = compute + dequantize
+    total = (busy + gather if device.is_host else max(busy, gather)) + host + reduce
     return StepTime(compute, dequantize, gather, reduce, host, total)
 
 

@@ -1,5 +1,6 @@
 """A run refused before it loads what this machine cannot hold: its plan on the ranks and rows that are really there."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ def check_this_host(
     strategy = strategy_of(
         config, ds_config["zero_optimization"], bits=16 if quantization is None else quantization.bits
     )
+    if device.is_host and strategy.place == "cpu":  # where they are anyway
+        strategy = dataclasses.replace(strategy, place="device")
     local = min(environment.local_world_size(), comm.world_size())
     length = max(len(row.input_ids) for row in rows)
     supervised = max(row.num_supervised for row in rows)

@@ -67,5 +67,6 @@ def test_disks_and_host_links_take_their_time() -> None:
     assert host_seconds(cpu, work, A100, fetched=8e9) == pytest.approx(2e9 / 20e9)
     assert host_seconds(nvme, work, A100, fetched=8e9) == pytest.approx(2e9 / 20e9 + 8e9 / 6e9)
     assert host_seconds(Strategy(3), work, A100, fetched=8e9) == 0.0
-    slow = step(llama_7b(), replace(nvme, limits=Limits(prefetch_bucket=0)), work)
-    assert slow.total == pytest.approx(slow.compute + slow.gather + slow.host + slow.reduce)  # one after the other
+    for way in (cpu, nvme):
+        slow = step(llama_7b(), way, work)
+        assert slow.total == pytest.approx(max(slow.compute, slow.gather) + slow.host + slow.reduce)
