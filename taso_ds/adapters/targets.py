@@ -3,8 +3,8 @@
 By default every linear of the transformer blocks: ``nn.Linear`` and its subclasses (quantized ones too) and GPT-2's
 ``Conv1D``, whose weight is stored transposed. Embeddings, the output head, norms and biases are left alone, and so are
 experts (see ``experts``), unless those in fused parameters are asked for: then each of their slices is a target too.
-The inner linears of Mamba's blocks are left alone as well: its kernels take their weights past the module, so an adapter
-would have no effect there, and peft refuses to open one of ``out_proj``.
+The inner linears of Mamba's blocks are left alone as well: its kernels take their weights past the module, so an
+adapter would have no effect there, and peft refuses to open one of ``out_proj``.
 """
 
 import re
