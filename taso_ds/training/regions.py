@@ -27,11 +27,12 @@ from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
-from taso_ds.training.calibrate import ScoringSettings, score_regions
+from taso_ds.training.calibrate import score_regions
 from taso_ds.training.feed import Collate, dealt_batches, on_device
 from taso_ds.training.loss import LossSum
 from taso_ds.training.picture import draw_regions
 from taso_ds.training.run_folder import CALIBRATION, PARTIAL, PICTURE, REGIONS, RunFolder
+from taso_ds.training.scoring_pass import ScoringSettings
 from taso_ds.training.stored_weights import StoredWeights
 
 log = logging.getLogger(__name__)

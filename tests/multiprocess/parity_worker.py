@@ -29,15 +29,16 @@ from taso_ds.data.plan import BatchPlan
 from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
-from taso_ds.training import calibrate, chunked_loss
+from taso_ds.training import calibrate, chunked_loss, scoring_pass
 from taso_ds.training.base_model import load_config
 from taso_ds.training.build import load_base
-from taso_ds.training.calibrate import ScoringSettings, score_regions
+from taso_ds.training.calibrate import score_regions
 from taso_ds.training.chunked_loss import LanguageModelLoss
 from taso_ds.training.feed import Feed, dealt_batches
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import loss_sum
 from taso_ds.training.optim import Group, make_groups, make_optimizer, make_schedule
+from taso_ds.training.scoring_pass import ScoringSettings
 from taso_ds.training.trainer import Trainer
 
 FILLER = empty_row(0)
@@ -94,7 +95,7 @@ def as_json(scores: dict[str, RegionScores]) -> dict[str, Any]:
     return found
 
 
-class Watched(calibrate.GradientSum):
+class Watched(scoring_pass.GradientSum):
     """Remembers how many accumulator elements this rank held at once."""
 
     elements = 0
@@ -105,7 +106,7 @@ class Watched(calibrate.GradientSum):
         Watched.elements = max(Watched.elements, sum(value.numel() for value in self._sums.values()))
 
 
-class WatchedPass(calibrate._Pass):
+class WatchedPass(calibrate.ScoringPass):
     """Remembers how many owners selected at the same time, turn by turn."""
 
     turns: ClassVar[list[int]] = []
@@ -149,7 +150,7 @@ def score(
     """Score one base several times; ``runs`` are (label, score, reduction, rows per batch)."""
     ds_config = ds_config_of(stage, case.SPLITS[comm.world_size()][0], bf16=bf16)
     base, targets, shapes = load(folder, ds_config, bf16=bf16, checkpointing=checkpointing, experts=experts)
-    calibrate.GradientSum, calibrate._Pass = Watched, WatchedPass  # type: ignore[misc]
+    scoring_pass.GradientSum, calibrate.ScoringPass = Watched, WatchedPass  # type: ignore[misc]
     hooks_before = left_behind(base.model, stage)
     found: dict[str, Any] = {"held": {}, "turns": {}}
     language_model_loss = LanguageModelLoss(shapes)

@@ -18,9 +18,11 @@ from taso_ds.adapters.selection import concentration, ladder_with, score_rows_an
 from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
-from taso_ds.training.calibrate import GradientSum, ScoringSettings, assign_owners, score_regions, scoring_mode
+from taso_ds.training.calibrate import score_regions, scoring_mode
+from taso_ds.training.gradient_sum import GradientSum
 from taso_ds.training.loss import loss_sum
 from taso_ds.training.regions import Regions, fingerprint
+from taso_ds.training.scoring_pass import ScoringSettings, assign_owners
 
 LADDER = ladder_with(0.05)
 

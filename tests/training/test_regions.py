@@ -14,7 +14,7 @@ from taso_ds.data.collate import collate, empty_row
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
-from taso_ds.training import calibrate, regions
+from taso_ds.training import regions, scoring_pass
 from taso_ds.training.calibrate import split_passes
 from taso_ds.training.loss import loss_sum
 from taso_ds.training.run_folder import PARTIAL, choose_folder
@@ -101,12 +101,12 @@ def test_one_pass_writes_nothing(tmp_path: Path) -> None:
 def test_the_flag_reaches_the_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, offload: bool) -> None:
     told: list[bool] = []
 
-    class Told(calibrate.GradientSum):
+    class Told(scoring_pass.GradientSum):
         def __init__(self, *args: Any, **options: Any) -> None:
             told.append(options["offload"])
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(calibrate, "GradientSum", Told)
+    monkeypatch.setattr(scoring_pass, "GradientSum", Told)
     score(config_of(tmp_path / "run", "--calibration_offload", flag), frozen_llama())
     assert told == [offload] * PASSES
 

@@ -1,0 +1,54 @@
+"""Gradients of matrices, each summed on the rank that owns the matrix."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from taso_ds.adapters.importance import weight_gradient
+from taso_ds.adapters.targets import MatrixShape
+from taso_ds.distributed import comm
+
+
+class GradientSum:
+    """Sums each matrix's gradient on its owner, in fp32, as backward delivers it.
+
+    ``signed_mean``: the token-weighted sum of signed gradients (loss summed over tokens). ``per_batch_abs``: the sum
+    over micro-batches of the absolute gradient of that micro-batch's mean loss.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, MatrixShape], owners: Mapping[str, int], *, absolute: bool, offload: bool = False
+    ) -> None:
+        self._shapes = shapes
+        self._owners = owners
+        self._absolute = absolute
+        self._device = torch.device("cpu") if offload else comm.device()
+        # The two matrices beside the sums, reused for every gradient: thousands of new ones would fragment memory.
+        self._largest = max(shape.numel for shape in shapes.values())
+        self._product: Tensor | None = None
+        self._travelling = torch.empty(0)
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, inputs: Tensor, grad_output: Tensor) -> None:
+        """Add one micro-batch's gradient of one matrix, a collective."""
+        shape = self._shapes[name]
+        if self._product is None:
+            self._product = torch.empty(self._largest, dtype=grad_output.dtype, device=grad_output.device)
+            self._travelling = comm.reduction_buffer(self._product)
+        gradient = self._product[: shape.numel].view(shape.out_features, shape.in_features)
+        weight_gradient(inputs, grad_output, out=gradient)
+        if self._absolute:
+            gradient.abs_()
+        if self._owners[name] == comm.rank() and name not in self._sums:
+            self._sums[name] = torch.zeros(shape.out_features, shape.in_features, device=self._device)
+        comm.add_on_owner(self._sums.get(name), gradient, self._owners[name], buffer=self._travelling)
+
+    def take(self, name: str) -> Tensor | None:
+        """Hand the sum over to its owner, who forgets it; None on other ranks and where nothing was delivered."""
+        total = self._sums.pop(name, None)
+        return None if total is None else total.to(comm.device())
+
+    def free_buffers(self) -> None:
+        """Give back what only ``add`` needs; a later ``add`` makes it anew."""
+        self._product, self._travelling = None, torch.empty(0)
