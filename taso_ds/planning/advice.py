@@ -22,6 +22,7 @@ _ON_HOST = {
     "checkpoint": "--ds_config zero3.json, where every rank reads its own part only",
     "accumulators": "--calibration_passes N, or more nodes",
     "proof": "--no_verify_export, and a proof of the export later",
+    "partition": "a DeepSpeed JSON of your own with a larger buffer_size, or more devices",
     "nvme buffers": "a DeepSpeed JSON of your own with other buffer_size and buffer_count",
     "state": "more nodes",
 }
@@ -30,4 +31,5 @@ _ON_HOST = {
 def advice(misfit: Misfit) -> str:
     """Return which term it is, and the remedy for this one."""
     remedies, otherwise = (_ON_HOST, "hosts with more memory") if misfit.on_host else (_ON_DEVICE, _LARGER)
-    return f"most of it {misfit.largest}: {remedies.get(misfit.largest, otherwise)}"
+    remedy = remedies.get(misfit.largest, otherwise)
+    return remedy if misfit.largest == "partition" else f"most of it {misfit.largest}: {remedy}"

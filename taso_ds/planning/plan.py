@@ -103,8 +103,8 @@ def _misfit(
     device = hardware.device
     share = -(-shape.largest_tensor // work.world_size)
     if strategy.place == "nvme" and share > strategy.limits.nvme_buffer:
-        reason = f"load: a partition has {share:,} numbers, a buffer_size {strategy.limits.nvme_buffer:,}"
-        return Misfit("load", True, "nvme buffers", reason)
+        reason = f"load: a partition has {share:,} numbers, buffer_size is {strategy.limits.nvme_buffer:,}"
+        return Misfit("load", True, "partition", reason)
     for phase, peak in usage.items():
         if not device.is_host and peak.device_bytes > device.usable_bytes:
             largest = max(peak.device, key=peak.device.__getitem__)

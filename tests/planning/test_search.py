@@ -104,6 +104,11 @@ def test_advice_names_the_largest_term_and_what_helps_against_it() -> None:
     host = assess(shape, Strategy(1), replace(ONE, gpus_per_node=8), hardware(80.0, host_gb=50.0)).misfit
     assert host is not None
     assert "most of it checkpoint: --ds_config zero3.json" in advice(host)
+    small = Strategy(3, place="nvme", limits=Limits(prefetch_bucket=0, nvme_buffer=1_000_000))
+    buffers = assess(shape, small, ONE, hardware(80.0)).misfit
+    assert buffers is not None
+    assert "131,072,000 numbers, buffer_size is 1,000,000" in buffers.reason
+    assert advice(buffers).startswith("a DeepSpeed JSON of your own with a larger buffer_size")
 
 
 def test_freedom_bounds_the_strategies() -> None:
