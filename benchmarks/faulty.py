@@ -17,7 +17,7 @@ from typing import Any
 # phase: functions that are called in it, as module:attribute. Those of os make a file or a rename last.
 POINTS: dict[str, tuple[str, ...]] = {
     "load": ("taso_ds.distributed.safetensors_files:SafetensorsCheckpoint.read_into", "taso_ds.training.run:set_up"),
-    "scoring": ("taso_ds.training.calibrate:GradientSum.add", "taso_ds.training.regions:_PartialScores.write"),
+    "scoring": ("taso_ds.training.gradient_sum:GradientSum.add", "taso_ds.training.regions:_PartialScores.write"),
     "region exchange": ("taso_ds.training.calibrate:_share", "taso_ds.training.calibrate:_assert_agreement"),
     "training": ("taso_ds.training.trainer:Trainer.step", "taso_ds.training.trainer:agree"),
     "checkpoint": (

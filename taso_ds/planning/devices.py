@@ -45,17 +45,18 @@ class Device:
         return (1.0 - self.reserve) * self.memory_gb * GB
 
 
-# Peaks and links: data sheets, the table in docs/scale.md has them. A100: 312 TFLOP/s bf16, NVLink 3 600 GB/s both
-# ways, PCIe 4 x16. H100 SXM: 989 TFLOP/s, NVLink 4 900 GB/s, PCIe 5. Links at about 80 % of the data sheet, which is
-# what an all-gather of nccl-tests reaches; host links at about 65 %, for copies that are not all from pinned memory.
-# Efficiency: Qwen-72B LoRA under ZeRO-3 on 4 A100 (Qwen README) is 50 % of the peak, Llama-2-7B on one A100
-# (LLaMA-Factory) 38 %. Dequantization: Llama-2-7B LoRA on an A100-40 takes 88 ms more per micro-batch in NF4 than in
-# bf16 (litgpt's tables: 3.83 and 2.36 min per 1 000), for two uses of 6.5e9 weights: 147e9 a second, a quarter of the
-# memory's speed; the others in proportion to theirs (1 555, 2 039 and 3 350 GB/s).
+# Reserve: published runs of 70B shapes under ZeRO-3 took up to 23 % more than is predicted, which is what an allocator
+# holds and no tensor uses. Peaks and links: data sheets, the table in docs/scale.md has them. A100: 312 TFLOP/s bf16,
+# NVLink 3 600 GB/s both ways, PCIe 4 x16. H100 SXM: 989 TFLOP/s, NVLink 4 900 GB/s, PCIe 5. Links at about 80 % of the
+# data sheet, which is what an all-gather of nccl-tests reaches; host links at about 65 %, for copies that are not all
+# from pinned memory. Efficiency: Qwen-72B LoRA under ZeRO-3 on 4 A100 (Qwen README) is 50 % of the peak, Llama-2-7B on
+# one A100 (LLaMA-Factory) 38 %. Dequantization: Llama-2-7B LoRA on an A100-40 takes 88 ms more per micro-batch in NF4
+# than in bf16 (litgpt's tables: 3.83 and 2.36 min per 1 000), for two uses of 6.5e9 weights: 147e9 a second, a quarter
+# of the memory's speed; the others in proportion to theirs (1 555, 2 039 and 3 350 GB/s).
 DEVICES = {
-    "a100-40": Device("a100-40", 40.0, 0.1, 312.0, 19.5, 0.45, 147.0, 240.0, 20.0, 6.0, 1.0),
-    "a100-80": Device("a100-80", 80.0, 0.1, 312.0, 19.5, 0.45, 193.0, 240.0, 20.0, 6.0, 1.0),
-    "h100": Device("h100", 80.0, 0.1, 989.0, 67.0, 0.40, 317.0, 360.0, 40.0, 6.0, 1.0),
+    "a100-40": Device("a100-40", 40.0, 0.2, 312.0, 19.5, 0.45, 147.0, 240.0, 20.0, 6.0, 1.0),
+    "a100-80": Device("a100-80", 80.0, 0.2, 312.0, 19.5, 0.45, 193.0, 240.0, 20.0, 6.0, 1.0),
+    "h100": Device("h100", 80.0, 0.2, 989.0, 67.0, 0.40, 317.0, 360.0, 40.0, 6.0, 1.0),
     "cpu": Device("cpu", 16.0, 0.0, 0.05, 0.05, 1.0, 1.0, 2.0, 10.0, 2.0, 0.0, is_host=True),
 }
 

@@ -92,7 +92,7 @@ def assess(shape: ModelShape, strategy: Strategy, work: Workload, hardware: Hard
 def _read_by_a_node(shape: ModelShape, strategy: Strategy, work: Workload) -> float:
     """Bytes of the checkpoint that cross the file system into the busiest node."""
     if strategy.stage == 3 and not shape.reads_whole:
-        return shape.stored_bytes / work.nodes
+        return shape.stored_bytes / (1 if strategy.hpz else work.nodes)  # the second copy is read, not sent
     readers = 1 if strategy.stage == 3 and not strategy.quantized else work.gpus_per_node
     return float(readers * shape.stored_bytes)
 

@@ -130,7 +130,7 @@ def test_a_share_of_the_device_is_left_free() -> None:
     assert assess(shape, strategy, ONE, hardware(1.05 * peak)).misfit is None
     assert assess(shape, strategy, ONE, hardware(1.05 * peak, reserve=0.1)).misfit is not None
     assert assess(shape, strategy, ONE, hardware(1.12 * peak, reserve=0.1)).misfit is None
-    assert get_device("a100-80").reserve == 0.1
+    assert get_device("a100-80").reserve == 0.2
     assert get_device("cpu").reserve == 0.0
 
 

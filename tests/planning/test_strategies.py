@@ -33,7 +33,7 @@ def hardware(memory_gb: float, host_memory_gb: float = 1000.0, network: str = "i
 @pytest.mark.parametrize(
     ("memory_gb", "stage", "checkpointing"),
     # Inside a node gathering hides behind compute, recomputing does not: stage 3 comes before checkpointing.
-    [(80.0, 1, False), (22.0, 3, False), (13.0, 3, True)],
+    [(80.0, 1, False), (25.0, 3, False), (14.6, 3, True)],
 )
 def test_the_less_memory_the_more_is_spread(memory_gb: float, stage: int, checkpointing: bool) -> None:
     work = Workload(gpus_per_node=8, max_seq_length=1024, micro_batch_size=2, calibration_batch_size=2)
@@ -41,7 +41,7 @@ def test_the_less_memory_the_more_is_spread(memory_gb: float, stage: int, checkp
     best = fastest([assess(llama_7b(), way, work, hardware(memory_gb)) for way in ways])
     assert best is not None
     assert (best.strategy.stage, best.strategy.gradient_checkpointing) == (stage, checkpointing)
-    assert best.device_bytes <= 0.9 * memory_gb * 1e9
+    assert best.device_bytes <= 0.8 * memory_gb * 1e9
 
 
 def test_nothing_fits_is_said() -> None:
@@ -143,3 +143,10 @@ def test_a_cgroup_out_of_sight_is_none(tmp_path: Path) -> None:
     own.write_text("0::/../../elsewhere\n")
     limit(tmp_path, "5000000")
     assert available_host_bytes(tmp_path, own) == 3_500_000
+
+
+def test_every_node_reads_the_whole_base_for_its_second_copy() -> None:
+    shape, work = llama_7b(), Workload(nodes=4, gpus_per_node=8)
+    hardware = Hardware(get_device("a100-80"), get_network("ib-400"), 1000.0)
+    once, twice = (assess(shape, Strategy(3, hpz=hpz), work, hardware).seconds["load"] for hpz in (False, True))
+    assert twice == pytest.approx(4 * once)

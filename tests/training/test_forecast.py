@@ -37,8 +37,9 @@ def counted(model: Any, *flags: str, source: str | None = None, **stored: Any) -
 
 
 def test_experts_are_merged_and_not_quantized() -> None:
+    """By transformers, where it loads them; in shards they are read as they lie."""
     shape = counted(tiny_models.mixtral())
-    assert shape.reads_whole
+    assert not shape.reads_whole
     assert shape.merged == shape.experts == 2 * 4 * 3 * 32 * 48
     assert shape.largest_merged == 4 * 2 * 32 * 48  # gate and up of four experts
     assert shape.quantized == shape.targets  # attention only
@@ -47,8 +48,11 @@ def test_experts_are_merged_and_not_quantized() -> None:
 
 
 def test_a_checkpoint_says_itself_whether_it_is_merged(tmp_path: Path) -> None:
-    """gpt-oss has no rule to merge; a saved Mixtral has its experts one by one."""
-    assert not counted(tiny_models.gpt_oss()).reads_whole
+    """gpt-oss has no rule to merge; a saved Mixtral has its experts one by one; hrm's attention must be split."""
+    assert counted(tiny_models.gpt_oss()).merged == 0
+    assert counted(tiny_models.hrm()).reads_whole
+    tiny_models.hrm().save_pretrained(tmp_path / "hrm")
+    assert counted(tiny_models.hrm(), source=str(tmp_path / "hrm")).reads_whole
     model = tiny_models.mixtral()
     model.save_pretrained(tmp_path)
     assert counted(model, source=str(tmp_path)).merged == counted(tiny_models.mixtral()).merged
