@@ -9,7 +9,7 @@ from launching import ROOT, environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-FAULTS = 15
+FAULTS = 7
 
 
 def test_every_run_recovers_bit_by_bit() -> None:

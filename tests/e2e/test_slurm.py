@@ -130,6 +130,7 @@ def test_a_signalled_job_is_requeued_and_ends_as_a_plain_run_does(desk: Desk, tw
     assert adapter(desk.path / "requeued") == adapter(two_ranks)
 
 
+@pytest.mark.slow
 def test_three_nodes_end_as_a_plain_run_does(desk: Desk) -> None:
     few = ("--max_steps", "8")
     job = desk.submit("multi_node.sbatch", 3, "three", *few)
@@ -147,6 +148,7 @@ def test_fewer_nodes_than_expected_is_one_line(desk: Desk) -> None:
     assert not (desk.path / "fewer").exists()
 
 
+@pytest.mark.slow
 def test_a_job_array_runs_each_task_and_seed(desk: Desk) -> None:
     options = (*ONE_DEVICE, "--array=0-1", SCRIPTS / "array.sbatch", "--expected_world_size", "1")
     first = desk.cluster.submit(*options, *desk.flags(None, "--max_steps", "3"), cwd=desk.path)
