@@ -160,6 +160,7 @@ def test_a_job_array_runs_each_task_and_seed(desk: Desk) -> None:
     assert zero != one
 
 
+@pytest.mark.slow
 def test_a_chain_calibrates_trains_and_evaluates(desk: Desk) -> None:
     scripts = []
     for nodes in (1, 2):
