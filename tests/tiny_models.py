@@ -99,6 +99,18 @@ def gpt_oss(*, seed: int = 0) -> Any:
     return model.eval()
 
 
+def hrm() -> Any:
+    """A model whose checkpoints hold one tensor of each attention, which transformers splits."""
+    from transformers import HrmTextConfig, HrmTextForCausalLM
+
+    config = HrmTextConfig(
+        vocab_size=33, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return HrmTextForCausalLM(config)
+
+
 def gpt2(*, seed: int = 0) -> Any:
     """A GPT-2, whose linears are ``Conv1D``: fused q, k, v, and weights stored as (in_features, out_features)."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -182,15 +194,3 @@ def token_batch(
     mask = torch.ones_like(ids)
     ids[-1, -3:], labels[-1, -3:], mask[-1, -3:] = 0, -100, 0
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def hrm() -> Any:
-    """A model whose checkpoints hold one tensor of each attention, which transformers splits."""
-    from transformers import HrmTextConfig, HrmTextForCausalLM
-
-    config = HrmTextConfig(
-        vocab_size=33, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return HrmTextForCausalLM(config)

@@ -67,17 +67,6 @@ def wide_llama() -> Any:
     return LlamaForCausalLM(config)
 
 
-def mixtral() -> Any:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=33, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=16,
-    )  # fmt: skip
-    torch.manual_seed(4)
-    return MixtralForCausalLM(config)
-
-
 def gptj() -> Any:
     """A GPT-J, which computes a table of sines in its modules' dtype."""
     from transformers import GPTJConfig, GPTJForCausalLM
@@ -131,7 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("classifier", tiny_models.bert(), "--head", "classification")
     add("new_head", llama, "--head", "classification", "--no_bf16")
     add("encoder", tiny_models.bert().bert, "--head", "classification", "--no_bf16")
-    add("experts", mixtral(), "--no_bf16")
+    add("experts", tiny_models.mixtral(), "--no_bf16")
     add("experts_in_files", tiny_models.qwen3_moe(), max_shard_size="20KB")
     add("rearranged", tiny_models.hrm(), "--no_bf16")
     add("computed_buffer", gptj())
