@@ -60,6 +60,13 @@ def heard() -> Iterator[list[str]]:
     logger.setLevel(level)
 
 
+class _Terminal(io.StringIO):
+    """Keeps what is written; has the descriptor of the real one, which DeepSpeed redirects when it looks for libaio."""
+
+    def fileno(self) -> int:
+        return sys.__stderr__.fileno()  # type: ignore[union-attr]
+
+
 class _Collectives(TorchDispatchMode):
     """Names the collectives that carry floating-point tensors; objects travel as bytes."""
 
@@ -86,7 +93,7 @@ def watched() -> Iterator[SimpleNamespace]:
     found = SimpleNamespace(bytes_read=0, weights_sent=[], terminal="")
     with (
         patch.object(SafetensorsCheckpoint, "close", closed),
-        redirect_stderr(io.StringIO()) as terminal,
+        redirect_stderr(_Terminal()) as terminal,
         _Collectives() as collectives,
     ):
         yield found
