@@ -1,4 +1,5 @@
-"""Launch a worker on two ranks of this machine, and stop it before it exhausts the machine's memory."""
+"""Launch a worker on two ranks of this machine, in the launch scripts' environment, and stop it before it exhausts the
+machine's memory."""
 
 import json
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from taso_ds.entry import ENVIRONMENT
 
 RANKS = 2
 _LEAST_FREE = 0.8e9  # bytes
@@ -33,7 +36,7 @@ def launch(
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count), str(worker)]
         process = subprocess.Popen(
             [*command, "--result", str(result), *flags],
-            stdout=sys.stderr, env=os.environ | dict(environment or {}), start_new_session=True,
+            stdout=sys.stderr, env=ENVIRONMENT | os.environ | dict(environment or {}), start_new_session=True,
         )  # fmt: skip
         while process.poll() is None:
             if psutil.virtual_memory().available < _LEAST_FREE:

@@ -15,6 +15,17 @@ from taso_ds.errors import Interrupted, UserError, speaks_for_all
 CRASH, USER_ERROR = 1, 2
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not an error, start me again
 
+# What a launch script sets unless the user did.
+ENVIRONMENT = {
+    "DS_LOG_LEVEL": "warning",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # or a lost connection fills the screen
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Host tensors from 2 MB on lie in huge pages, where the system has them (https://github.com/pytorch/pytorch/pull/93888):
+    # one page fault in place of 512 whenever a parameter is gathered. torch looks when it makes its first tensor.
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
 # Seconds in which the death of another rank is noticed, if that is what broke a collective.
 _LOOK_AROUND = 4.0
 
@@ -28,6 +39,8 @@ def run_script(action: Callable[[], str | None]) -> None:
     becomes exit code 75; anything else is a bug, with traceback and exit code 1. In each case no rank is left waiting.
     """
     slurm.adopt_ranks(os.environ)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     _set_up_logging()
     _leave_script_folder()
     try:
@@ -73,10 +86,6 @@ def _set_up_logging() -> None:
     log.setLevel(logging.INFO if speaks_for_all() else logging.ERROR)
     # Names that newer torch versions prefer inside DeepSpeed; nothing a user of this program can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a lost connection fills the screen
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _leave_script_folder() -> None:
