@@ -40,7 +40,7 @@ class SlurmArguments:
     sweep_seeds: list[int] | None = arg(None, "Seeds of the job array.")
     plan_for: str | None = arg(None, "Let the plan choose the fastest strategy that fits these devices, like a100-80.")
     plan_network: str = arg("ib-400", "Network between the nodes, for the plan.")
-    write: str | None = arg(None, "File to write; default: the terminal.")
+    write: str | None = arg(None, "File to write; default: the terminal.", path=True)
 
     def __post_init__(self) -> None:
         for name in ("nodes", "devices_per_node", "cpus_per_device"):

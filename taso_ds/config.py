@@ -16,7 +16,7 @@ from taso_ds.adapters.compensation import parse_rho
 from taso_ds.adapters.importance import REDUCTIONS, SCORES
 from taso_ds.adapters.structure import STRUCTURES
 from taso_ds.errors import UserError, nearest
-from taso_ds.flags import arg, parse_groups, require
+from taso_ds.flags import LENGTH, SCHEDULE, START, arg, flags_of, parse_groups, require
 
 METHODS = ("taso", "lora", "full")
 IMPORTANCE_WEIGHTS = ("loaded", "original")
@@ -37,12 +37,16 @@ def _one_of(name: str, value: str, valid: Sequence[str]) -> None:
 class ModelArguments:
     """The base model."""
 
-    model_name_or_path: str | None = arg(None, "Folder or Hub id of the base; default: the embedded SmolLM2-135M.")
+    model_name_or_path: str | None = arg(
+        None, "Folder or Hub id of the base; default: the embedded SmolLM2-135M.", path=True
+    )
     model_revision: str = arg("main", "Hub revision of the base.")
     gguf_file: str | None = arg(None, "GGUF file inside model_name_or_path; dequantized once into the cache.")
-    tokenizer_name: str | None = arg(None, "Folder or Hub id of the tokenizer; default: the base's.")
+    tokenizer_name: str | None = arg(None, "Folder or Hub id of the tokenizer; default: the base's.", path=True)
     head: str = arg("auto", "lm, classification, or auto: a classification head if the base has no LM head.")
-    attn_implementation: str | None = arg(None, "Attention kernel as transformers names it (sdpa, flash_attention_2).")
+    attn_implementation: str | None = arg(
+        None, "Attention kernel as transformers names it (sdpa, flash_attention_2).", effect=SCHEDULE
+    )
     trust_remote_code: bool = arg(False, "Run model code that comes with the checkpoint.")
     load_in_4bit: bool = arg(False, "Quantize the base as it loads: NF4, statistics quantized too (bitsandbytes).")
     load_in_8bit: bool = arg(False, "Quantize the base as it loads: LLM.int8() (bitsandbytes).")
@@ -64,9 +68,11 @@ class DataArguments:
     """The task and its rows."""
 
     task: str | None = arg(None, "Task name; default: sst2 from the embedded data.")
-    data_dir: str | None = arg(None, "Folder with <task>/<split>.jsonl(.gz); default: the Hub.")
-    train_file: str | None = arg(None, "JSONL file to train on, instead of data_dir's.")
-    eval_file: str | None = arg(None, "JSONL file to evaluate on, instead of data_dir's.")
+    data_dir: str | None = arg(
+        None, "Folder with <task>/<split>.jsonl(.gz); default: the Hub.", path=True, words=("embedded",)
+    )
+    train_file: str | None = arg(None, "JSONL file to train on, instead of data_dir's.", path=True)
+    eval_file: str | None = arg(None, "JSONL file to evaluate on, instead of data_dir's.", path=True)
     max_train_samples: int | None = arg(None, "Use only the first N training rows.")
     max_eval_samples: int | None = arg(None, "Use only the first N evaluation rows.")
     max_seq_length: int = arg(512, "Tokens of a row; longer prompts are cut from the left.")
@@ -89,10 +95,12 @@ class CalibrationArguments:
     importance: str = arg("importance", "Score: importance |W·g|, magnitude |W|, gradient |g|, or random.")
     element_fraction: float = arg(0.05, "Share of a matrix's elements that are core (the paper's k).")
     core_fraction: float = arg(0.10, "Share of rows and of columns in the core region (the paper's p).")
-    calibration_passes: int = arg(1, "Score in this many groups of matrices: less memory, more passes over the rows.")
-    calibration_offload: str = arg("none", "cpu: gradient sums in host memory; none: on the device.")
+    calibration_passes: int = arg(
+        1, "Score in this many groups of matrices: less memory, more passes over the rows.", effect=SCHEDULE
+    )
+    calibration_offload: str = arg("none", "cpu: gradient sums in host memory; none: on the device.", effect=SCHEDULE)
     importance_weights: str = arg("loaded", "W of the score: loaded (dequantized) or, if quantized here, original.")
-    core_regions: str | None = arg(None, "Reuse this core_regions.safetensors instead of scoring.")
+    core_regions: str | None = arg(None, "Reuse this core_regions.safetensors instead of scoring.", path=True)
 
     def __post_init__(self) -> None:
         _one_of("calibration_reduction", self.calibration_reduction, REDUCTIONS)
@@ -140,11 +148,13 @@ class TrainArguments:
     """The loop."""
 
     learning_rate: float = arg(2e-4, "Peak learning rate before compensation.")
-    per_device_train_batch_size: int = arg(4, "Micro-batch: rows per rank and forward.")
-    gradient_accumulation_steps: int | None = arg(None, "Micro-batches per step; default: from global_batch_size.")
+    per_device_train_batch_size: int = arg(4, "Micro-batch: rows per rank and forward.", effect=SCHEDULE)
+    gradient_accumulation_steps: int | None = arg(
+        None, "Micro-batches per step; default: from global_batch_size.", effect=SCHEDULE
+    )
     global_batch_size: int | None = arg(None, "Rows per step over all ranks; default: micro-batch × ranks.")
-    num_train_epochs: float = arg(3.0, "Passes over the training rows, unless max_steps is set.")
-    max_steps: int = arg(-1, "Steps to train; overrides num_train_epochs.")
+    num_train_epochs: float = arg(3.0, "Passes over the training rows, unless max_steps is set.", effect=LENGTH)
+    max_steps: int = arg(-1, "Steps to train; overrides num_train_epochs.", effect=LENGTH)
     lr_scheduler_type: str = arg("linear", f"One of {', '.join(SCHEDULES)}.")
     warmup_ratio: float = arg(0.03, "Share of the steps with a rising learning rate.")
     weight_decay: float = arg(0.0, "AdamW weight decay.")
@@ -152,16 +162,24 @@ class TrainArguments:
     adam_beta2: float = arg(0.999, "AdamW beta2.")
     adam_epsilon: float = arg(1e-8, "AdamW epsilon.")
     max_grad_norm: float = arg(1.0, "Clip the global gradient norm; 0 for no clipping.")
-    gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
-    logging_steps: int = arg(1, "Steps between two lines of metrics.jsonl.")
-    eval_steps: int | None = arg(None, "Steps between evaluations; default: before and after training only.")
-    save_steps: int | None = arg(None, "Steps between checkpoints; default: by save_minutes only.")
-    save_minutes: float | None = arg(15.0, "Minutes between checkpoints; one is always written at the end.")
-    save_total_limit: int = arg(2, "Checkpoints to keep.")
-    max_loss_jump: float = arg(5.0, "A loss this far above the median of the last 16 is divergence; 0 for never.")
-    on_divergence: str = arg("stop", "stop, or rollback to the last checkpoint and go on at half the learning rate.")
-    max_rollbacks: int = arg(3, "Rollbacks before the run stops.")
-    per_device_eval_batch_size: int = arg(8, "Rows per rank and forward in evaluation.")
+    gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.", effect=SCHEDULE)
+    logging_steps: int = arg(1, "Steps between two lines of metrics.jsonl.", effect=SCHEDULE)
+    eval_steps: int | None = arg(
+        None, "Steps between evaluations; default: before and after training only.", effect=SCHEDULE
+    )
+    save_steps: int | None = arg(None, "Steps between checkpoints; default: by save_minutes only.", effect=SCHEDULE)
+    save_minutes: float | None = arg(
+        15.0, "Minutes between checkpoints; one is always written at the end.", effect=SCHEDULE
+    )
+    save_total_limit: int = arg(2, "Checkpoints to keep.", effect=SCHEDULE)
+    max_loss_jump: float = arg(
+        5.0, "A loss this far above the median of the last 16 is divergence; 0 for never.", effect=SCHEDULE
+    )
+    on_divergence: str = arg(
+        "stop", "stop, or rollback to the last checkpoint and go on at half the learning rate.", effect=SCHEDULE
+    )
+    max_rollbacks: int = arg(3, "Rollbacks before the run stops.", effect=SCHEDULE)
+    per_device_eval_batch_size: int = arg(8, "Rows per rank and forward in evaluation.", effect=SCHEDULE)
     max_new_tokens: int = arg(256, "Tokens generated per answer in generation tasks.")
 
     def __post_init__(self) -> None:
@@ -190,19 +208,31 @@ class TrainArguments:
 class RunArguments:
     """The run itself."""
 
-    ds_config: str = arg("zero3.json", "DeepSpeed JSON: a path, or the name of a shipped one.")
-    nvme_path: str | None = arg(None, "Folder on each node's local NVMe disk, for zero3_nvme.json.")
-    output_dir: str | None = arg(None, "Run folder; default: runs/<method>-<task>, numbered.")
-    overwrite_output_dir: bool = arg(False, "Replace a different run in output_dir.")
-    resume: str = arg("auto", "auto: go on with an interrupted run in output_dir; none: anew; or a checkpoint folder.")
+    ds_config: str = arg(
+        "zero3.json", "DeepSpeed JSON: a path, or the name of a shipped one.", effect=SCHEDULE, path=True
+    )
+    nvme_path: str | None = arg(
+        None, "Folder on each node's local NVMe disk, for zero3_nvme.json.", effect=START, path=True
+    )
+    output_dir: str | None = arg(None, "Run folder; default: runs/<method>-<task>, numbered.", effect=START, path=True)
+    overwrite_output_dir: bool = arg(False, "Replace a different run in output_dir.", effect=START)
+    resume: str = arg(
+        "auto",
+        "auto: go on with an interrupted run in output_dir; none: anew; or a checkpoint folder.",
+        effect=START,
+        path=True,
+        words=("auto", "none"),
+    )
     seed: int = arg(0, "Seed of data order, initial adapters and new heads.")
-    expected_world_size: int | None = arg(None, "Number of ranks; with fewer or more the run does not start.")
-    verify_export: bool = arg(True, "Re-open the exported adapter in a fresh process and compare logits.")
-    dry_run: bool = arg(False, "Print what would be done, without loading weights, and exit.")
-    force: bool = arg(False, "Start even where the plan says that host memory is too small.")
-    debug: bool = arg(False, "Print tracebacks of errors.")
-    config: str | None = arg(None, "YAML file of these arguments; flags override it.")
-    local_rank: int = arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.")
+    expected_world_size: int | None = arg(
+        None, "Number of ranks; with fewer or more the run does not start.", effect=START
+    )
+    verify_export: bool = arg(True, "Re-open the exported adapter in a fresh process and compare logits.", effect=START)
+    dry_run: bool = arg(False, "Print what would be done, without loading weights, and exit.", effect=START)
+    force: bool = arg(False, "Start even where the plan says that host memory is too small.", effect=START)
+    debug: bool = arg(False, "Print tracebacks of errors.", effect=START)
+    config: str | None = arg(None, "YAML file of these arguments; flags override it.", effect=START, path=True)
+    local_rank: int = arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.", effect=START)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
@@ -217,20 +247,6 @@ GROUPS: tuple[Any, ...] = (
     AdapterArguments,
     TrainArguments,
     RunArguments,
-)
-# How a run is started, not what it computes: two runs that differ only here are the same run.
-_NOT_RECORDED = (
-    "dry_run",
-    "force",
-    "debug",
-    "config",
-    "local_rank",
-    "expected_world_size",
-    "overwrite_output_dir",
-    "resume",
-    "verify_export",
-    "output_dir",
-    "nvme_path",
 )
 
 
@@ -254,7 +270,8 @@ class RunConfig:
         """Return every argument under its flag's name, those that only say how the run was started left out."""
         groups = (self.model, self.data, self.calibration, self.adapter, self.training, self.run)
         merged = {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
-        return {key: value for key, value in merged.items() if key not in _NOT_RECORDED}
+        meanings = flags_of(groups)
+        return {key: value for key, value in merged.items() if meanings[key].effect != START}
 
 
 @dataclass(frozen=True)

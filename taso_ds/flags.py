@@ -6,18 +6,71 @@ What the fields mean, and which values work, is the dataclasses' own business (`
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 from taso_ds.errors import UserError, nearest
 from taso_ds.yaml_text import parse_yaml
 
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
-def arg(default: Any, help: str) -> Any:
-    """Return a dataclass field whose help text argparse shows."""
-    return dataclasses.field(default=default, metadata={"help": help})
+# What becomes of a run when a flag is changed.
+RESULT = "result"  # it is another run
+LENGTH = "length"  # it is the same run, longer: one that has finished can be extended
+SCHEDULE = "schedule"  # its work is cut up, shown or saved in another way; what it learns stays the same
+START = "start"  # nothing: it is started in another way, which is not recorded
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a flag means beside its value.
+
+    Attributes:
+        effect: what becomes of a run when the flag is changed.
+        before: what runs had that were recorded before the flag came.
+        is_path: whether values are, or may be, paths on this machine.
+        words: values of a path flag that are no paths.
+    """
+
+    effect: str
+    before: Any
+    is_path: bool
+    words: tuple[str, ...]
+
+
+_AS_DEFAULT = object()
+
+
+def arg(
+    default: Any,
+    help: str,
+    *,
+    effect: str = RESULT,
+    before: Any = _AS_DEFAULT,
+    path: bool = False,
+    words: tuple[str, ...] = (),
+) -> Any:
+    """Return a dataclass field whose help text argparse shows.
+
+    Args:
+        effect: ``RESULT``, ``LENGTH``, ``SCHEDULE`` or ``START``.
+        before: what older runs had, where that is not the default: a record without the flag is read with this value,
+            so that a new flag does not make them other runs.
+        path: values are, or may be, paths on this machine: ``~`` is expanded, relative ones are resolved.
+        words: values that are no paths all the same.
+    """
+    flag = Flag(effect, default if before is _AS_DEFAULT else before, path, words)
+    return dataclasses.field(default=default, metadata={"help": help, "flag": flag})
+
+
+def flags_of(groups: Sequence[Any]) -> dict[str, Flag]:
+    """Return what each flag of these dataclasses means, by name."""
+    return {entry.name: entry.metadata["flag"] for group in groups for entry in dataclasses.fields(group)}
 
 
 def require(condition: bool, name: str, value: Any, valid: str) -> None:
@@ -47,13 +100,32 @@ class _RaisingParser(argparse.ArgumentParser):
 
 def _config_file(argv: Sequence[str]) -> str | None:
     parser = _RaisingParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
+    parser.add_argument("--config", type=os.path.expanduser)
     file: str | None = parser.parse_known_args(argv)[0].config
     return file
 
 
 def _names(groups: Sequence[Any]) -> list[str]:
     return [entry.name for group in groups for entry in dataclasses.fields(group)]
+
+
+def _make_parser(groups: Sequence[Any], **options: Any) -> "HfArgumentParser":
+    from transformers import HfArgumentParser
+
+    class Parser(_RaisingParser, HfArgumentParser):
+        def add_argument(self, *names: Any, flag: Flag | None = None, **settings: Any) -> argparse.Action:
+            """Keep what is not argparse's business from it."""
+            return super().add_argument(*names, **settings)
+
+    return Parser(groups, allow_abbrev=False, **options)
+
+
+def expanded(group: Any) -> Any:
+    """Return the dataclass with ``~`` expanded in every path flag: no shell does it in ``--name=~/x`` or in a file."""
+    flags = flags_of([group])
+    paths = {name: getattr(group, name) for name, flag in flags.items() if flag.is_path}
+    changed = {name: os.path.expanduser(value) for name, value in paths.items() if value and value.startswith("~")}
+    return dataclasses.replace(group, **changed) if changed else group
 
 
 def parse_groups(
@@ -71,13 +143,8 @@ def parse_groups(
     Raises:
         UserError: unknown flag or key, or a value that cannot work.
     """
-    from transformers import HfArgumentParser
-
-    class Parser(_RaisingParser, HfArgumentParser):
-        pass
-
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(groups, description=description, allow_abbrev=False, add_help=not partial)
+    parser = _make_parser(groups, description=description, add_help=not partial)
     parser.set_defaults(**(defaults or {}))
     if not partial:
         file = _config_file(arguments)
@@ -87,6 +154,7 @@ def parse_groups(
     if unknown and not partial:
         name = unknown[0].lstrip("-").split("=")[0]
         raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _names(groups))}; --help lists them")
+    parsed = [expanded(group) for group in parsed]
     for group in parsed:
         for entry in dataclasses.fields(group):
             _check_representable(entry.name, getattr(group, entry.name))
@@ -113,9 +181,7 @@ def _check_representable(name: str, value: Any) -> None:
 
 def remaining_flags(groups: Sequence[Any], argv: Sequence[str]) -> list[str]:
     """Return the words of a command line that ``parse_groups`` understood without those of ``groups``."""
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(groups, allow_abbrev=False, add_help=False)
+    parser = _make_parser(groups, add_help=False)
     remaining: list[str] = parser.parse_args_into_dataclasses(args=list(argv), return_remaining_strings=True)[-1]
     return remaining
 

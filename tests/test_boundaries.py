@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"errors", "adapters"},
     "training": {"errors", "json_text", "adapters", "data", "distributed", "flags", "config", "planning"},
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
-    "doctor": {"errors", "config", "distributed", "training"},
+    "doctor": {"errors", "flags", "config", "distributed", "training"},
     "batch_script": {"errors", "flags", "config"},
     "entry": {"errors", "distributed"},
     "launch": {

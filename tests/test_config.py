@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from taso_ds.batch_script import SlurmArguments
 from taso_ds.config import GROUPS, RunConfig, parse_run_config
+from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.errors import UserError
-from taso_ds.flags import parse_groups, typed
+from taso_ds.flags import flags_of, parse_groups, typed
+from taso_ds.training.finished import FinishedArguments
+from taso_ds.training.plan_arguments import PlanArguments
 
 # U+0085 is a line break that PyYAML writes as it is and reads as a space.
 words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\x85"), max_size=20)
-names = words.filter(lambda text: not text.startswith("-"))  # which argparse takes for a flag
+names = words.filter(lambda text: not text.startswith(("-", "~")))  # which are a flag to argparse, and a home folder
 shares = st.floats(1e-6, 1.0)
 ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
     "model_name_or_path": names,
@@ -101,3 +106,44 @@ def test_flags_that_are_given(tmp_path: Path) -> None:
     assert {"ds_config", "bf16", "rank", "calibration_passes"} <= found
     assert "zero3.json" not in found
     assert "load_in_4bit" not in found
+
+
+@pytest.fixture
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+ALL_GROUPS = (*GROUPS, FinishedArguments, PlanArguments, SlurmArguments, DoctorArguments)
+PATH_FLAGS = [name for name, flag in flags_of(ALL_GROUPS).items() if flag.is_path]
+
+
+def test_every_flag_that_names_a_place_is_a_path() -> None:
+    """By its help text; a flag that comes later is not forgotten."""
+    places = re.compile(r"\b([Ff]olders?|[Ff]iles?|JSONL?|YAML|PNG|hostfile|safetensors)\b")
+    entries = {entry.name: entry.metadata["help"] for group in ALL_GROUPS for entry in dataclasses.fields(group)}
+    named = {name for name, text in entries.items() if places.search(text)}
+    no_places = {"gguf_file", "overwrite_output_dir", "gpus_per_node"}  # inside the base; a switch; a number
+    assert named - no_places == {*PATH_FLAGS}
+
+
+@pytest.mark.usefixtures("_home")
+@pytest.mark.parametrize("name", PATH_FLAGS)
+def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, name: str) -> None:
+    group = next(group for group in ALL_GROUPS if name in flags_of([group]))
+    (tmp_path / "x").write_text("rank: 2\n")
+    (tmp_path / "run.yaml").write_text(f"{name}: ~/x\n")
+    sources = [[f"--{name}=~/x"], [f"--{name}", "~/x"], *([] if name == "config" else [["--config", "~/run.yaml"]])]
+    for argv in sources:
+        groups = GROUPS if group in GROUPS else (*GROUPS, group)
+        if group is DoctorArguments:
+            found: Any = parse_doctor(argv)[0] if argv[0] != "--config" else None
+        else:
+            found = next(one for one in parse_groups(groups, argv, description="") if type(one) is group)
+        assert found is None or getattr(found, name) == str(tmp_path / "x"), argv
+
+
+@pytest.mark.usefixtures("_home")
+def test_nothing_else_is_expanded() -> None:
+    assert parse_run_config(["--task", "~/x"]).data.task == "~/x"
+    assert parse_run_config(["--train_file", "a/~"]).data.train_file == "a/~"
+    assert parse_run_config(["--train_file", "~nobody-here/x"]).data.train_file == "~nobody-here/x"

@@ -8,7 +8,6 @@ both speak they must agree. The result holds no ``"auto"``: DeepSpeed drops the 
 import copy
 import json
 import logging
-import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -53,7 +52,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
 
 
 def _find(name: str) -> Path:
-    path = Path(os.path.expanduser(name))  # as it is where there is no such user
+    path = Path(name)
     if path.is_file():
         return path
     shipped = {file.name: file for file in shipped_ds_configs()}

@@ -7,26 +7,27 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import NoReturn, get_args, get_type_hints
 
 from taso_ds.errors import UserError
+from taso_ds.flags import arg, expanded
 
 _OTHERS = "Every flag of launch/train.py is understood too: pass those of the job that is to be queued."
-
-
-def _arg(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class DoctorArguments:
     """What the job's own flags do not say."""
 
-    hostfile: str | None = _arg(None, "The deepspeed launcher's hostfile: resolve its hosts and log in to them.")
-    master_port: int = _arg(29500, "Port at which the ranks will meet.")
-    gpus_per_node: int | None = _arg(None, "Ranks of a node; default: the hostfile's slots, or the devices here.")
-    json: str | None = _arg(None, "Write the findings as JSON to this file; - for stdout, instead of the table.")
+    hostfile: str | None = arg(
+        None, "The deepspeed launcher's hostfile: resolve its hosts and log in to them.", path=True
+    )
+    master_port: int = arg(29500, "Port at which the ranks will meet.")
+    gpus_per_node: int | None = arg(None, "Ranks of a node; default: the hostfile's slots, or the devices here.")
+    json: str | None = arg(
+        None, "Write the findings as JSON to this file; - for stdout, instead of the table.", path=True
+    )
 
     def __post_init__(self) -> None:
         for name, high in (("master_port", 65535), ("gpus_per_node", 1024)):
@@ -54,4 +55,4 @@ def parse_doctor(argv: Sequence[str] | None = None, *, description: str = "") ->
         default = "" if entry.default is None else f" Default: {entry.default}."
         parser.add_argument(f"--{entry.name}", type=kind, default=entry.default, help=entry.metadata["help"] + default)
     known, others = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    return DoctorArguments(**vars(known)), others
+    return expanded(DoctorArguments(**vars(known))), others

@@ -15,15 +15,16 @@ from taso_ds.config import GROUPS, RunConfig
 from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, parse_groups, typed
+from taso_ds.flags import arg, parse_groups
 from taso_ds.training import export
 from taso_ds.training.base_model import BaseModel
 from taso_ds.training.build import Setup, load_base, set_up
 from taso_ds.training.disk_tensors import DiskTensors
 from taso_ds.training.prepare import with_defaults
 from taso_ds.training.prove import probe_logits
+from taso_ds.training.recorded import read_run, recorded_flags
 from taso_ds.training.run import prove
-from taso_ds.training.run_folder import ADAPTER, MODEL, RUN, RunFolder, read_run
+from taso_ds.training.run_folder import ADAPTER, MODEL, RUN, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,9 @@ log = logging.getLogger(__name__)
 class FinishedArguments:
     """Which finished run is meant."""
 
-    run: str | None = arg(None, "Folder of a finished run; its recorded arguments are the defaults of all flags.")
+    run: str | None = arg(
+        None, "Folder of a finished run; its recorded arguments are the defaults of all flags.", path=True
+    )
     merge: bool = arg(False, "export: add the adapter to the base's weights and write a plain model.")
 
 
@@ -43,9 +46,7 @@ def parse_over_run(argv: Sequence[str] | None = None, *, description: str = "") 
         UserError: bad flag, or a folder that is not a run.
     """
     (named,) = parse_groups([FinishedArguments], argv, description="", partial=True)
-    recorded = (
-        {} if named.run is None else typed(read_run(Path(named.run))["config"], GROUPS, f"{Path(named.run) / RUN}")
-    )
+    recorded = {} if named.run is None else recorded_flags(read_run(Path(named.run)), Path(named.run) / RUN)
     defaults = {key: value for key, value in recorded.items() if key != "core_regions"}  # the adapter knows its own
     *groups, finished = parse_groups((*GROUPS, FinishedArguments), argv, description=description, defaults=defaults)
     return with_defaults(RunConfig(*groups)), finished

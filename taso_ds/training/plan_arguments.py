@@ -33,8 +33,8 @@ class PlanArguments:
     network: str = arg("ib-400", f"Between nodes: one of {', '.join(NETWORKS)}.")
     network_gb_per_s: float | None = arg(None, "Measured all-gather bandwidth of one node, instead of the network's.")
     supervised_share: float = arg(1.0, "Share of the tokens that are supervised, where logits are computed.")
-    json: str | None = arg(None, "Write all strategies as JSON to this file.")
-    plot: str | None = arg(None, "Draw step time against nodes into this PNG.")
+    json: str | None = arg(None, "Write all strategies as JSON to this file.", path=True)
+    plot: str | None = arg(None, "Draw step time against nodes into this PNG.", path=True)
 
     def __post_init__(self) -> None:
         for name in (

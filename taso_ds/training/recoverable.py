@@ -1,6 +1,7 @@
 """Training between the first and the last step: save, go on from a checkpoint, go back to one where asked for."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from taso_ds.distributed import comm
@@ -11,6 +12,7 @@ from taso_ds.training.divergence import Diverged, LossWatch
 from taso_ds.training.feed import Feed
 from taso_ds.training.interrupts import Interrupts
 from taso_ds.training.optim import Schedule
+from taso_ds.training.recorded import SCHEMA
 from taso_ds.training.regions import Regions
 from taso_ds.training.resume import Progress, Start, read_progress
 from taso_ds.training.run_folder import RunFolder
@@ -136,4 +138,6 @@ class RecoverableTraining:
             before=self._before,
             recent_losses=list(self._trainer.loss_watch.recent),
             rollbacks=self._rollbacks,
+            started_in=str(Path.cwd()),
+            schema_version=SCHEMA,
         )

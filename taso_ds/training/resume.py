@@ -5,7 +5,6 @@ configuration is listed, and anything that would change the result is refused.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,32 +15,12 @@ from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
 from taso_ds.json_text import parse_json
 from taso_ds.training.checkpoint import CHECKPOINTS, PROGRESS, Checkpoints, resolve_checkpoint
-from taso_ds.training.run_folder import REGIONS, RESULTS, RUN, read_run
+from taso_ds.training.recorded import check_schema, differences, read_run
+from taso_ds.training.run_folder import REGIONS, RESULTS, RUN
 
 log = logging.getLogger(__name__)
 
 AUTO, NONE = "auto", "none"
-# How the work is cut up, shown and saved: the global batches, and what is learned from them, stay the same.
-HARMLESS = frozenset(
-    (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "gradient_checkpointing",
-        "ds_config",
-        "attn_implementation",
-        "per_device_eval_batch_size",
-        "calibration_passes",
-        "calibration_offload",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "save_minutes",
-        "save_total_limit",
-        "on_divergence",
-        "max_rollbacks",
-        "max_loss_jump",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -56,6 +35,7 @@ class Progress:
         before: evaluation before training.
         recent_losses: of the last steps, oldest first.
         rollbacks: how often training went back after it diverged.
+        started_in: folder that relative paths in ``config`` start from; the first schema did not say.
     """
 
     step: int
@@ -70,6 +50,8 @@ class Progress:
     before: dict[str, float]
     recent_losses: list[float]
     rollbacks: int
+    started_in: str = ""
+    schema_version: int = 1
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -81,8 +63,12 @@ def read_progress(checkpoint: Path) -> Progress:
     file = checkpoint / PROGRESS
     try:
         values = parse_json(file.read_text(encoding="utf-8"), PROGRESS, constants=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not the record of a checkpoint ({error})") from error
+    try:
+        check_schema(values, file)
         found = Progress(**values)
-    except (OSError, ValueError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise UserError(f"{file}: not the record of a checkpoint ({error})") from error
     for name, kind in get_type_hints(Progress).items():
         if not isinstance(getattr(found, name), get_origin(kind) or kind):
@@ -162,7 +148,7 @@ def find_start(config: RunConfig, folder: Path) -> Start:
 def check_same_run(config: RunConfig, folder: Path) -> None:
     """Refuse to replace a run of another configuration; UserError names what differs."""
     if (folder / RUN).is_file() and not config.run.overwrite_output_dir:
-        _refuse_other(config, read_run(folder)["config"], folder, "choose another --output_dir, or pass")
+        _refuse_other(config, read_run(folder), folder / RUN, folder, remedy="choose another --output_dir, or pass")
 
 
 def check_data(data_digest: str, start: Start) -> None:
@@ -186,10 +172,11 @@ def check_base(fingerprint: str, start: Start) -> None:
 def _from(config: RunConfig, folder: Path, checkpoint: Path | None) -> Start:
     run = read_run(folder)
     progress = None if checkpoint is None else read_progress(checkpoint)
-    recorded = run["config"] if progress is None else progress.config
-    _refuse_other(
-        config, recorded, folder, "undo the change, start anew with --resume none in another --output_dir, or"
-    )
+    remedy = "undo the change, start anew with --resume none in another --output_dir, or"
+    if checkpoint is None or progress is None:
+        _refuse_other(config, run, folder / RUN, folder, remedy=remedy)
+    else:
+        _refuse_other(config, dataclasses.asdict(progress), checkpoint / PROGRESS, folder, remedy=remedy)
     regions = folder / REGIONS
     if checkpoint is not None:
         log.info("resume: goes on after step %d (%s)", progress.step if progress else 0, checkpoint)
@@ -202,38 +189,8 @@ def _from(config: RunConfig, folder: Path, checkpoint: Path | None) -> Start:
     return Start(checkpoint, progress, regions if has_regions else None, batch)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One flag that was given otherwise."""
-
-    name: str
-    there: Any
-    here: Any
-
-    @property
-    def is_harmless(self) -> bool:
-        return self.name in HARMLESS
-
-    def __str__(self) -> str:
-        mark = "harmless" if self.is_harmless else "changes the run"
-        return f"{self.name}: {self.there!r} there, {self.here!r} here ({mark})"
-
-
-def differences(recorded: Mapping[str, Any], config: RunConfig) -> list[Difference]:
-    """Return what differs from a recorded configuration, what changes the run first."""
-    now = json.loads(json.dumps(config.flags()))
-    if now["global_batch_size"] is None:
-        now["global_batch_size"] = recorded.get("global_batch_size")  # a run that goes on keeps its global batch
-    found = [
-        Difference(name, recorded.get(name), now.get(name))
-        for name in sorted({*recorded, *now})
-        if recorded.get(name) != now.get(name)
-    ]
-    return sorted(found, key=lambda difference: difference.is_harmless)
-
-
-def _refuse_other(config: RunConfig, recorded: Mapping[str, Any], folder: Path, remedy: str) -> None:
-    found = differences(recorded, config)
+def _refuse_other(config: RunConfig, record: Mapping[str, Any], file: Path, folder: Path, *, remedy: str) -> None:
+    found = differences(record, config, file)
     if any(not difference.is_harmless for difference in found):
         listed = "; ".join(map(str, found))
         raise UserError(f"output_dir: {folder} holds another run ({listed}); {remedy} --overwrite_output_dir")

@@ -36,6 +36,7 @@ from taso_ds.training.optim import (
 )
 from taso_ds.training.prove import Proof, probe_logits, prove_export
 from taso_ds.training.quantized_base import num_parameters
+from taso_ds.training.recorded import SCHEMA
 from taso_ds.training.recoverable import RecoverableTraining
 from taso_ds.training.resume import Start, check_base, check_data, check_same_run, find_start
 from taso_ds.training.run_folder import ADAPTER, RESULTS, RUN, RunFolder, give_back, take_folder, versions
@@ -84,7 +85,7 @@ def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrup
     comm.on_main(lambda: check_base(fingerprint, start))
     trained = attach(setup, base, shapes, found)
     schedule = make_schedule(config.training, total_steps(config.training, setup.plan.steps_per_epoch))
-    record = run_record(setup, base.model, trained.groups, schedule) | {"config": asked.flags()}
+    record = run_record(asked, setup, base.model, trained.groups, schedule)
     comm.on_main(lambda: _start(folder, config, record, found, start))
     say_who_sees(folder.path)
     engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.ds_config)
@@ -134,15 +135,25 @@ def _start(
     log.info(describe_record(record))
 
 
-def run_record(setup: Setup, model: nn.Module, groups: Sequence[Group], schedule: Schedule) -> dict[str, Any]:
-    """Return the content of ``run.json``."""
-    trainable = sum(zero.full_numel(value) for group in groups for value in group.parameters)
-    total = num_parameters(model)
+def _record_start(asked: RunConfig, setup: Setup) -> dict[str, Any]:
+    """Return what every ``run.json`` begins with: what was asked for, and where."""
     return {
-        "config": setup.config.flags(),
+        "schema_version": SCHEMA,
+        "config": asked.flags(),
+        "started_in": str(Path.cwd()),
         "deepspeed": without_secrets(setup.ds_config),
         "world_size": comm.world_size(),
         "versions": versions(),
+    }
+
+
+def run_record(
+    asked: RunConfig, setup: Setup, model: nn.Module, groups: Sequence[Group], schedule: Schedule
+) -> dict[str, Any]:
+    """Return the content of a training run's ``run.json``."""
+    trainable = sum(zero.full_numel(value) for group in groups for value in group.parameters)
+    total = num_parameters(model)
+    return _record_start(asked, setup) | {
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
         "batch": dataclasses.asdict(setup.sizes) | {"global_batch_size": setup.sizes.global_batch_size},
         "steps": schedule.total_steps,
@@ -230,11 +241,7 @@ def _calibrate(config: RunConfig, folder: RunFolder) -> None:
     setup = comm.together(lambda: set_up(config))
     base, targets, shapes = load_base(setup)
     found = find_regions(setup, base, targets, shapes)
-    record = {
-        "config": config.flags(),
-        "deepspeed": without_secrets(setup.ds_config),
-        "world_size": comm.world_size(),
-        "versions": versions(),
+    record = _record_start(config, setup) | {
         "data": {"train": setup.data.train_source},
         "concentration": found.mean_concentration(config.calibration.element_fraction),
     }

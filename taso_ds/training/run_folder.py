@@ -21,7 +21,6 @@ from taso_ds.adapters.files import open_to_umask, replacing, write_json, writing
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
 from taso_ds.errors import UserError
-from taso_ds.json_text import parse_json
 from taso_ds.training.checkpoint import CHECKPOINTS, resolve_checkpoint
 
 log = logging.getLogger(__name__)
@@ -204,19 +203,6 @@ def _check_writable(path: Path) -> None:
     existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"output_dir: cannot write {path}: {existing} is not a writable folder")
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """Return ``run.json`` of a run folder; UserError when it is missing or damaged."""
-    file = path / RUN
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a readable run ({error})") from error
-    run = parse_json(text, f"{file}: not a readable run")
-    if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
-        raise UserError(f"{file}: has no config")
-    return run
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,8 @@ import pytest
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.data.encode import EncodedRow
 from taso_ds.errors import UserError
-from taso_ds.training.run_folder import METRICS, PARTIAL, RUN, RunFolder, choose_folder, read_run, versions
+from taso_ds.training.recorded import read_run
+from taso_ds.training.run_folder import METRICS, PARTIAL, RUN, RunFolder, choose_folder, versions
 
 
 def config_of(path: Path | None, *flags: str) -> RunConfig:
