@@ -156,7 +156,7 @@ def opt(*, seed: int = 0) -> Any:
 
 
 def falcon(*, new: bool = False, seed: int = 0) -> Any:
-    """A Falcon as the 7B (one key for all queries) or, ``new``, as the 40B: it adds to the results of linears in place."""
+    """A Falcon as the 7B (one key for all queries) or, ``new``, the 40B: it adds to results of linears in place."""
     from transformers import FalconConfig, FalconForCausalLM
 
     torch.manual_seed(seed)
