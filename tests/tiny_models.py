@@ -133,6 +133,69 @@ def gpt2(*, seed: int = 0) -> Any:
     return GPT2LMHeadModel(config).eval()
 
 
+def opt(*, seed: int = 0) -> Any:
+    """An OPT, whose forward passes over its body: it calls the decoder inside it."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(seed)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        init_std=0.2,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return OPTForCausalLM(config).eval()
+
+
+def falcon(*, new: bool = False, seed: int = 0) -> Any:
+    """A Falcon as the 7B (one key for all queries) or, ``new``, the 40B: it adds to results of linears in place."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(seed)
+    config = FalconConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=new,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return FalconForCausalLM(config).eval()
+
+
+def albert(*, seed: int = 0) -> Any:
+    """An ALBERT, without dropout: one block, called three times."""
+    from transformers import AlbertConfig, AlbertForMaskedLM
+
+    torch.manual_seed(seed)
+    config = AlbertConfig(
+        vocab_size=VOCABULARY,
+        embedding_size=16,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
+    return AlbertForMaskedLM(config).eval()
+
+
 def bert(*, num_labels: int = 2, seed: int = 0) -> Any:
     """A BERT with a sequence classification head, without dropout."""
     from transformers import BertConfig, BertForSequenceClassification

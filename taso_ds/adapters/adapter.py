@@ -6,13 +6,16 @@ parameters would each be gathered after every step; one flat parameter costs one
 and one reduction per step, for a 135M and for a 70B model alike.
 
 The base is not touched: no module is swapped, no name changes. A forward hook on each target adds ``s · (x Aᵀ) Bᵀ`` to
-its output (on each module of fused experts: to the rows of each of its experts), and a hook on the model's body expands
-the flat parameter once per forward, outside any checkpointed block.
+its output (on each module of fused experts: to the rows of each of its experts). The flat parameter is expanded at the
+start of each forward of the whole model: the only module that every architecture calls, once and outside any
+checkpointed block.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +42,29 @@ def low_rank_update(output: Tensor, inputs: Tensor, factors: Factors, scaling: f
     hidden = inputs.to(factors.A.dtype).flatten(0, -2) @ factors.A.t()
     flat = torch.addmm(output.flatten(0, -2), hidden, factors.B.t(), alpha=scaling)
     return flat.view_as(output)
+
+
+class _BeforeForward:
+    """Runs ``action`` at the start of each forward of ``model``, until ``remove``.
+
+    The forward itself is replaced: a hook of the model would run before those that ZeRO-3 adds later, and expand the
+    flat parameter before ZeRO knows of a new forward.
+    """
+
+    def __init__(self, model: nn.Module, action: Callable[[], None]) -> None:
+        assert "forward" not in vars(model), "replaced already"
+        self._model: Any = model
+        forward = model.forward
+
+        @functools.wraps(forward)  # with its signature, which says what the model can be asked for
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            action()
+            return forward(*args, **kwargs)
+
+        self._model.forward = prepared
+
+    def remove(self) -> None:
+        del self._model.forward
 
 
 class TasoAdapter(nn.Module):
@@ -72,7 +98,7 @@ class TasoAdapter(nn.Module):
         self.rank = rank
         self.scaling = scaling
         self._pairs: dict[str, Factors] = {}
-        self._handles: list[RemovableHandle | HookedExperts] = []
+        self._handles: list[RemovableHandle | HookedExperts | _BeforeForward] = []
         self._sizes: list[int] = []  # of each A and B in the dense tensor
         generator = torch.Generator().manual_seed(seed)
         values, positions, offset = [], [], 0
@@ -134,8 +160,7 @@ class TasoAdapter(nn.Module):
         """Make ``model`` compute with the adapter. The flat parameter becomes ``taso_adapter.flat`` of ``model``."""
         assert not self._handles, "attached already"
         model.add_module(ADAPTER_MODULE, self)
-        body = getattr(model, "base_model", model)
-        self._handles.append(body.register_forward_pre_hook(self._expand))
+        self._handles.append(_BeforeForward(model, self._expand))
         targets = {name: get_target(model, name) for name in self.regions}
         experts = {name: target for name, target in targets.items() if isinstance(target, ExpertMatrix)}
         self._handles += hook_experts(experts, self._update_of_experts)
@@ -155,7 +180,7 @@ class TasoAdapter(nn.Module):
         self._pairs.clear()
         delattr(model, ADAPTER_MODULE)
 
-    def _expand(self, _body: nn.Module, _args: tuple[Tensor, ...]) -> None:
+    def _expand(self) -> None:
         # Kept until the next forward: recomputed blocks read the same pairs in backward.
         self._pairs.update(self.factors(self()))
 

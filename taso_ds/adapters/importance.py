@@ -32,7 +32,8 @@ class _OutputTap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, inputs: Tensor, deliver: Deliver) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.deliver = deliver
-        return output.view_as(output)
+        # Not a view, which autograd would let nobody change in place: Falcon adds to the results of its linears.
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:

@@ -27,14 +27,13 @@ from taso_ds.adapters.selection import RegionScores
 from taso_ds.adapters.targets import MatrixShape, Target
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
+from taso_ds.training.joined_calls import Deliver, JoinedCalls
 from taso_ds.training.loss import LossSum
 from taso_ds.training.scoring_pass import ScoringPass, ScoringSettings
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
-# What backward brings: module name, inputs (tokens, in), output gradient (tokens, out).
-Deliver = Callable[[str, Tensor, Tensor], None]
 
 
 def split_passes(shapes: Mapping[str, MatrixShape], passes: int) -> list[dict[str, MatrixShape]]:
@@ -144,13 +143,16 @@ def _run_backward(
             scorer.select_from(name, inputs, grad_output)
             bar.update()
 
-        with _tapped(model, scorer.targets, select if at_once else scorer.add):
+        calls = JoinedCalls(scorer.targets, select if at_once else scorer.add)
+        with _tapped(model, scorer.targets, calls.add):
             for batch in batches:
-                loss, units = loss_sum(model, batch)
+                with calls.counting():
+                    loss, units = loss_sum(model, batch)
                 scorer.count(units)
                 if at_once:
                     scorer.sum_counts()
                 (loss / max(1, units) if scorer.per_batch else loss).backward()
+                calls.finish()
                 # Memory peaks at the next batch's loss: this one's graph and the buffers are gone by then.
                 del loss
                 scorer.free_buffers()

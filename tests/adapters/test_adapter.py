@@ -122,13 +122,21 @@ def kept_of(adapter: TasoAdapter, flat: Tensor | None) -> dict[str, Tensor]:
     }
 
 
+def new_falcon() -> Any:
+    return tiny_models.falcon(new=True)
+
+
+# Linears, transposed linears, a body that is not called, results that are changed in place, a block called three times.
+FAMILIES = [tiny_models.llama, tiny_models.gpt2, tiny_models.opt, tiny_models.falcon, new_falcon, tiny_models.albert]
+
+
 def in_double(make: Callable[[], Any]) -> Any:
     return make().double().requires_grad_(False)
 
 
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("structure", list(STRUCTURES))
-@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.gpt2], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("make", FAMILIES)
 def test_trains_exactly_like_dense_factors_times_masks(make: Callable[[], Any], structure: str, rank: int) -> None:
     """Three AdamW steps with weight decay and clipping: same loss, gradients, norm and values of the kept entries.
 
@@ -285,7 +293,7 @@ def test_the_full_region_is_pefts_lora(make: Callable[[], Any], structure: str, 
 # Merging, attaching, detaching ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.gpt2, tiny_models.bert])
+@pytest.mark.parametrize("make", [*FAMILIES, tiny_models.bert])
 @pytest.mark.parametrize("structure", list(STRUCTURES))
 def test_merged_weights_compute_the_same(make: Callable[[], Any], structure: str) -> None:
     model = make()
@@ -322,6 +330,7 @@ def test_attach_and_detach_leave_the_model_as_it_was() -> None:
     assert [name for name, _ in model.named_parameters()] == names
     assert torch.equal(model(**BODY).logits, before)
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert "forward" not in vars(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
     adapter.attach(model)  # and again

@@ -14,6 +14,10 @@ from taso_ds.adapters.targets import find_targets, matrix_shape
 BATCH = tiny_models.token_batch()
 
 
+def new_falcon() -> Any:
+    return tiny_models.falcon(new=True)
+
+
 def backward_from_embeddings(model: Any) -> None:
     """Backward through a frozen model: the embeddings want a gradient, no weight has to."""
     inputs = model.get_input_embeddings()(BATCH["input_ids"]).detach().requires_grad_(True)
@@ -52,7 +56,7 @@ def autograd_gradients(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.gpt2], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.gpt2, tiny_models.falcon, new_falcon])
 def test_the_tapped_gradient_is_autograds(make: Callable[[], Any], checkpointing: bool) -> None:
     reference = autograd_gradients(make())
     model = make().requires_grad_(False)

@@ -45,11 +45,10 @@ def scores_of(
     experts: bool = False,
     passes: int = 1,
     offload: bool = False,
+    reduction: str = "signed_mean",
 ) -> Any:
     targets = find_targets(model, experts=experts)
-    settings = ScoringSettings(
-        score=score, reduction="signed_mean", ladder=LADDER, seed=0, passes=passes, offload=offload
-    )
+    settings = ScoringSettings(score=score, reduction=reduction, ladder=LADDER, seed=0, passes=passes, offload=offload)
     loss = partial(loss_sum, head=head)
     return score_regions(model, targets, shapes_of(targets), batches, loss_sum=loss, settings=settings)
 
@@ -97,6 +96,30 @@ def test_experts_are_scored_like_autograd(make: Any, number: int) -> None:
     expected = reference(make(), batches, experts=True)
     assert_same(scores_of(make().requires_grad_(False), batches, experts=True), expected)
     assert_same(scores_of(make().requires_grad_(False), batches, experts=True, passes=5), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("number", [1, 3], ids=["at once", "summed"])
+@pytest.mark.parametrize("make", [tiny_models.opt, tiny_models.falcon, tiny_models.hrm])
+def test_families_are_scored_like_autograd(make: Any, number: int, checkpointing: bool) -> None:
+    """A body that is not called, results changed in place, blocks called several times."""
+    batches = [tiny_models.token_batch(seed=seed, length=9 + seed, vocabulary=33) for seed in range(number)]
+    expected = reference(make(), batches)
+    model = make().requires_grad_(False)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(scores_of(model, batches), expected)
+
+
+def test_the_absolute_value_is_taken_of_the_sum_over_calls() -> None:
+    """``per_batch_abs`` of a single batch is what the signed mean of it is, for a block that is called three times."""
+    batch = tiny_models.token_batch()
+    signed, absolute = (
+        scores_of(tiny_models.albert().requires_grad_(False), [batch], reduction=reduction)
+        for reduction in ("signed_mean", "per_batch_abs")
+    )
+    assert_same(absolute, signed)
+    assert_same(signed, reference(tiny_models.albert(), [batch]))
 
 
 def test_an_expert_no_token_reaches_has_zero_importance() -> None:
