@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from taso_ds.data.collate import collate, collate_head, collate_left, empty_row
+from taso_ds.data.decode import AnswerReader, answer_reader
 from taso_ds.data.encode import EncodedRow, encode_completion, encode_examples, encode_prompt, pad_token_id
 from taso_ds.data.tasks import Example, Task
 from taso_ds.distributed import comm
@@ -202,8 +203,13 @@ class Evaluator:
             for example in self.examples
         ]
 
+    @cached_property
+    def _reader(self) -> AnswerReader:
+        return answer_reader(self.tokenizer, use_chat_template=self.use_chat_template)
+
     def _generate(self, model: nn.Module) -> dict[str, float]:
-        rows = self._prompts
+        rows, reader = self._prompts, self._reader
+        stops = reader.stops(model.generation_config.eos_token_id)  # type: ignore[union-attr, arg-type]
         pad_id = pad_token_id(self.tokenizer)
         batches = dealt_batches(
             rows,
@@ -220,9 +226,10 @@ class Evaluator:
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=pad_id,
+                eos_token_id=stops,
                 synced_gpus=self.synced,
             )
-            texts = self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
+            texts = [reader.read(row, stops) for row in tokens[:, width:].tolist()]
             answers.update(zip(ids, texts, strict=False))
         predictions = [final_number(text) for text in _merge(answers, len(rows))]
         references = [final_number(str(example.target)) for example in self.examples]
