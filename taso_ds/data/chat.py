@@ -11,7 +11,7 @@ is read off the whole conversation, as what stands behind the server's prompt:
 
 import logging
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from taso_ds.errors import UserError
@@ -77,7 +77,7 @@ def read_chat(tokenizer: Any) -> Chat:
         closing, end_id = tail[: tail.index(text) + len(text)], end
     return Chat(
         tokenizer,
-        supplied=served[len(commonprefix([served, whole])) :],
+        supplied=served[_shared_start(served, whole) :],
         opening=before.removeprefix(served) if before.startswith(served) else "",
         closing=closing,
         tail=tail,
@@ -109,6 +109,10 @@ def _first_marker(tokenizer: Any, text: str) -> int | None:
         if token in markers and tokenizer.convert_ids_to_tokens(token).strip():  # Gemma has added line ends
             return int(token)
     return None
+
+
+def _shared_start(first: str, second: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _without_blanks(text: str) -> str:

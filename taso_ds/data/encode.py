@@ -87,7 +87,7 @@ def encode_examples(
         for row in rows:
             cuts.append(row)
     except UserError as error:
-        raise UserError(f"{source}, row {len(cuts) + 1}: {error}") from error
+        raise UserError(f"{source}, row {examples[len(cuts)].place or len(cuts) + 1}: {error}") from error
     _warn_of_cuts(cuts, source, max_seq_length)
     return [cut.row for cut in cuts]
 

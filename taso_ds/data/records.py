@@ -4,12 +4,13 @@ Every set of records carries its source in words, because a score says nothing w
 """
 
 import gzip
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 
 from taso_ds.data.tasks import Example, Task
 from taso_ds.errors import UserError
@@ -22,26 +23,55 @@ _SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class Records:
-    """Rows and, in words, where they come from: a path or Hub name, the split, and the part of it that was taken."""
+    """Rows and, in words, where they come from: a path or Hub name, the split, and the part of it that was taken.
+
+    Attributes:
+        places: Where each row stands in its source, counted from 1 as lines are; None for all rows in order.
+    """
 
     rows: list[dict[str, Any]]
     source: str
+    places: tuple[int, ...] | None = None
 
     def first(self, count: int) -> "Records":
         """Return the first `count` rows, saying so in the source; all of them when there are no more."""
         if count >= len(self.rows):
             return self
-        return Records(self.rows[:count], f"{self.source} (rows 0-{count - 1} of {len(self.rows)})")
+        return self._part(range(count), f"{self.source} (rows 0-{count - 1} of {len(self.rows)})")
+
+    def hold_out(self, share: float, *, seed: int) -> tuple["Records", "Records"]:
+        """Return the rows to train on and those held out, each in the order of the source.
+
+        Raises:
+            UserError: One of both parts would be empty.
+        """
+        total = len(self.rows)
+        number = round(share * total)
+        if not 0 < number < total:
+            raise UserError(
+                f"eval_fraction: {share:g} of the {total} rows of {self.source} is {number} rows, and there must be one"
+                " to evaluate on and one to train on; choose another share, or name a file with --eval_file"
+            )
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+        held_out = f"{100 * share:g} % of {self.source}, {number} rows, seed {seed}"
+        return (
+            self._part(sorted(order[number:]), f"{self.source} without {number} rows that seed {seed} holds out"),
+            self._part(sorted(order[:number]), held_out),
+        )
+
+    def _part(self, indices: Sequence[int], source: str) -> "Records":
+        places = tuple(range(1, len(self.rows) + 1)) if self.places is None else self.places
+        return Records([self.rows[i] for i in indices], source, tuple(places[i] for i in indices))
 
 
 def build_examples(task: Task, records: Records) -> list[Example]:
     """Build every record's example; a UserError names the source and the row (counted from 1, as lines are)."""
     examples = []
-    for number, row in enumerate(records.rows, start=1):
+    for place, row in zip(records.places or range(1, len(records.rows) + 1), records.rows, strict=True):
         try:
-            examples.append(task.build(row))
+            examples.append(replace(task.build(row), place=place))
         except UserError as error:
-            raise UserError(f"{records.source}, row {number}: task {task.name}: {error}") from error
+            raise UserError(f"{records.source}, row {place}: task {task.name}: {error}") from error
     return examples
 
 
@@ -121,6 +151,7 @@ def _from_folder(task: Task, names: tuple[str, ...], folder: Path) -> Records:
     raise UserError(
         f"--data_dir {folder}: no {' or '.join(f'{name}.jsonl' for name in names)} (or .gz) for task {task.name}, "
         f"neither there nor in {' or '.join(f'{name}/' for name in task.folders)}; {place} holds {found}"
+        f"{'' if 'train' in names else '; --eval_fraction holds training rows out instead'}"
     )
 
 

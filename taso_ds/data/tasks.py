@@ -24,6 +24,7 @@ class Example:
         options: Choice tasks: every continuation, in label order.
         target: Gold: option index (choice), score (regression), reference text (generation, completion).
         texts: Encoder input: one or two texts; empty when the task has no classification head.
+        place: Where the record stands in its source, counted from 1; 0 where it comes from none.
     """
 
     prompt: str
@@ -31,6 +32,7 @@ class Example:
     options: tuple[str, ...] = ()
     target: int | float | str = ""
     texts: tuple[str, ...] = ()
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Task:
     Attributes:
         name: What `--task` takes.
         kind: "choice", "generation" or "completion".
-        metrics: Names known to `taso_ds.training.metrics`; the first is the headline.
+        metrics: Names known to `taso_ds.training.metrics`; the first is the headline, which is the loss without any.
         build: Record to example; raises UserError when the record lacks what the task needs.
         labels: Label names of a classification head; empty if the task has none.
         is_regression: The head has one output; a decoder predicts the likelihood-weighted mean of the options.
@@ -314,8 +316,8 @@ _ALL = (
         labels=("entailment", "not_entailment"),
         hub=("nyu-mll/glue", "qnli"),
     ),
-    # A user's own records. Its loss is always reported; exact_match only when generation is asked for.
-    Task("completion", "completion", ("exact_match",), _completion),
+    # A user's own records. Its loss is always reported; a metric, over what is generated, only when it is asked for.
+    Task("completion", "completion", (), _completion),
 )
 
 

@@ -1,8 +1,8 @@
 """Scores of a model on a task's evaluation rows, shared out over the ranks, each row counted exactly once.
 
 Batches are formed before they are dealt to ranks, so the numbers do not depend on the world size. Choice tasks take the
-option with the highest likelihood, GSM8K generates greedily and compares the final number, a classification head takes
-its own word.
+option with the highest likelihood, GSM8K generates greedily and compares the final number, a user's own completions are
+generated and compared when a metric is asked for, a classification head takes its own word.
 """
 
 import math
@@ -58,8 +58,8 @@ class Evaluator:
         """
         if self.head or self.task.kind != "choice":  # options are never empty
             _ = self._encoded
-        if self.task.kind == "generation" and not self.head:
-            _ = self._prompts
+        if self._generates:
+            _ = self._prompts, self._reader
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return ``loss`` (mean over the supervised units), the task's metrics and ``num_examples``."""
@@ -70,15 +70,18 @@ class Evaluator:
                 scores = self._choose(model)
             else:
                 scores = self._lm_loss(model)
-                if self.task.kind == "generation":
+                if self._generates:
                     scores |= self._generate(model)
         return scores | {"num_examples": len(self.examples)}
 
     @property
     def headline(self) -> str:
         """The figure to quote: the task's first metric, or the loss where there is none."""
-        measured = self.head or self.task.kind in ("choice", "generation")
-        return self.task.metrics[0] if measured else "loss"
+        return self.task.metrics[0] if self.task.metrics else "loss"
+
+    @property
+    def _generates(self) -> bool:
+        return bool(self.task.metrics) and not self.head and self.task.kind != "choice"
 
     def _classify(self, model: nn.Module) -> dict[str, float]:
         rows = self._encoded
@@ -231,9 +234,9 @@ class Evaluator:
             )
             texts = [reader.read(row, stops) for row in tokens[:, width:].tolist()]
             answers.update(zip(ids, texts, strict=False))
-        predictions = [final_number(text) for text in _merge(answers, len(rows))]
-        references = [final_number(str(example.target)) for example in self.examples]
-        return compute_metrics(self.task.metrics, predictions, references)
+        texts, golds = _merge(answers, len(rows)), [str(example.target) for example in self.examples]
+        compared = final_number if self.task.kind == "generation" else str
+        return compute_metrics(self.task.metrics, list(map(compared, texts)), list(map(compared, golds)))
 
 
 def _differ_in_last_token(rows: Sequence[EncodedRow]) -> bool:

@@ -4,8 +4,8 @@ import logging
 from typing import Any
 
 import pytest
-
 import tiny_models
+
 from taso_ds.data.chat import read_chat
 from taso_ds.data.decode import answer_reader
 from taso_ds.data.encode import encode_completion, encode_examples, encode_prompt
@@ -20,37 +20,60 @@ MARKERS = (
 )
 PLAIN_MARKERS = ("<think>", "</think>", "<extra_end>", "\n\n")
 
-EACH, END = "{% for m in messages %}", "{% endfor %}"
-ANSWERS = "{% if add_generation_prompt %}"
+
+def template(turn: str, server: str = "", *, before: str = "", otherwise: str = "") -> str:
+    """Write each turn ``m``, then what a server adds to let the model speak, or ``otherwise``."""
+    end = "{% if add_generation_prompt %}" + server + "{% else %}" + otherwise + "{% endif %}"
+    return before + "{% for m in messages %}" + turn + "{% endfor %}" + end
+
+
+def by_role(user: str, assistant: str) -> str:
+    return "{% if m.role == 'user' %}" + user + "{% else %}" + assistant + "{% endif %}"
+
+
+THOUGHTS = (
+    "<|im_start|>assistant\n{% set ns = namespace(thoughts='', answer=m.content) %}{% if '</think>' in m.content %}"
+    "{% set ns.thoughts = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set ns.answer = m.content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "<think>\n{{ ns.thoughts }}\n</think>\n\n{{ ns.answer }}<|im_end|>\n"
+)
 FAMILIES = {
-    "chatml": f"{EACH}<|im_start|>{{{{ m.role }}}}\n{{{{ m.content }}}}<|im_end|>\n{END}"
-    f"{ANSWERS}<|im_start|>assistant\n{{% endif %}}",
-    "dated system, trimmed": "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday: 1 May<|eot_id|>"
-    f"{EACH}<|start_header_id|>{{{{ m.role }}}}<|end_header_id|>\n\n{{{{ m.content | trim }}}}<|eot_id|>{END}"
-    f"{ANSWERS}<|start_header_id|>assistant<|end_header_id|>\n\n{{% endif %}}",
-    "gemma": f"{{{{ bos_token }}}}{EACH}<start_of_turn>{{{{ 'model' if m.role == 'assistant' else m.role }}}}\n"
-    f"{{{{ m.content | trim }}}}<end_of_turn>\n{END}{ANSWERS}<start_of_turn>model\n{{% endif %}}",
-    "blanks around the answer": f"{{{{ bos_token }}}}{EACH}{{% if m.role == 'user' %}}[INST] {{{{ m.content }}}} [/INST]"
-    f"{{% else %}} {{{{ m.content }}}} {{{{ eos_token }}}}{{% endif %}}{END}",
-    "no blank before EOS": f"{{{{ bos_token }}}}{EACH}{{% if m.role == 'user' %}}[INST] {{{{ m.content }}}}[/INST]"
-    f"{{% else %}} {{{{ m.content }}}}{{{{ eos_token }}}}{{% endif %}}{END}",
-    "EOS behind the end of a turn": f"{EACH}<|{{{{ m.role }}}}|>\n{{{{ m.content }}}}<|end|>\n{END}"
-    f"{ANSWERS}<|assistant|>\n{{% else %}}<|endoftext|>{{% endif %}}",
-    "empty thoughts": f"{EACH}<|im_start|>{{{{ m.role }}}}\n{{% if m.role == 'assistant' %}}"
-    "{% set thoughts, answer = '', m.content %}{% if '</think>' in m.content %}"
-    "{% set thoughts = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
-    "{% set answer = m.content.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
-    "<think>\n{{ thoughts }}\n</think>\n\n{{ answer }}{% else %}{{ m.content }}{% endif %}"
-    f"<|im_end|>\n{END}{ANSWERS}<|im_start|>assistant\n{{% endif %}}",
-    "channels": f"{EACH}{{% if m.role == 'assistant' %}}<|start|>assistant<|channel|>final<|message|>{{{{ m.content }}}}"
-    f"<|return|>{{% else %}}<|start|>user<|message|>{{{{ m.content }}}}<|end|>{{% endif %}}{END}"
-    f"{ANSWERS}<|start|>assistant{{% endif %}}",
-    "an end that is not special": f"{EACH}{{{{ m.role }}}}: {{{{ m.content }}}}<extra_end>\n{END}{ANSWERS}assistant: {{% endif %}}",
-}  # fmt: skip
-CUTS_THOUGHTS = (
-    f"{{{{ bos_token }}}}{EACH}{{% if m.role == 'user' %}}<|user|>{{{{ m.content }}}}{{% else %}}<|assistant|>"
-    f"{{{{ m.content.split('</think>')[-1] }}}}{{{{ eos_token }}}}{{% endif %}}{END}"
-    f"{ANSWERS}<|assistant|><think>\n{{% endif %}}"
+    "chatml": template("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"),
+    "dated system, trimmed": template(
+        "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        before="{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday: 1 May<|eot_id|>",
+    ),
+    "gemma": template(
+        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n",
+        "<start_of_turn>model\n",
+        before="{{ bos_token }}",
+    ),
+    "blanks around the answer": template(
+        by_role("[INST] {{ m.content }} [/INST]", " {{ m.content }} {{ eos_token }}"), before="{{ bos_token }}"
+    ),
+    "no blank before EOS": template(
+        by_role("[INST] {{ m.content }}[/INST]", " {{ m.content }}{{ eos_token }}"), before="{{ bos_token }}"
+    ),
+    "EOS behind the end of a turn": template(
+        "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n", otherwise="<|endoftext|>"
+    ),
+    "empty thoughts": template(
+        by_role("<|im_start|>user\n{{ m.content }}<|im_end|>\n", THOUGHTS), "<|im_start|>assistant\n"
+    ),
+    "channels": template(
+        by_role(
+            "<|start|>user<|message|>{{ m.content }}<|end|>",
+            "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>",
+        ),
+        "<|start|>assistant",
+    ),
+    "an end that is not special": template("{{ m.role }}: {{ m.content }}<extra_end>\n", "assistant: "),
+}
+CUTS_THOUGHTS = template(
+    by_role("<|user|>{{ m.content }}", "<|assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}"),
+    "<|assistant|><think>\n",
+    before="{{ bos_token }}",
 )
 SUPERVISED = {  # of the completion " Yes."
     "chatml": "Yes.<|im_end|>",
@@ -141,9 +164,7 @@ def test_thoughts_that_a_template_cuts_or_begins_stay_as_they_are_written() -> N
 def test_a_template_without_an_end_of_turn_is_ended_by_eos_and_says_so(
     behind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = tokenizer_of(
-        f"{EACH}{{{{ m.role }}}}: {{{{ m.content }}}}{behind}{END}{ANSWERS}assistant: {{% endif %}}"
-    )
+    tokenizer = tokenizer_of(template("{{ m.role }}: {{ m.content }}" + behind, "assistant: "))
     with caplog.at_level(logging.INFO):
         assert supervised(encoded(tokenizer, "Yes."), tokenizer) == "Yes.</s>"
     assert caplog.messages == ["the chat template ends no turn with a token of its own: rows end with </s>"]
@@ -175,7 +196,7 @@ def test_an_empty_completion_is_empty_whatever_the_template_adds() -> None:
 
 def test_a_template_that_leaves_the_answer_out_is_refused() -> None:
     with pytest.raises(UserError, match="leaves out what the assistant says"):
-        encoded(tokenizer_of(f"{EACH}{{% if m.role == 'user' %}}{{{{ m.content }}}}{{% endif %}}{END}"), "Yes.")
+        encoded(tokenizer_of(template(by_role("{{ m.content }}", ""))), "Yes.")
 
 
 @families

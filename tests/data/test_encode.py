@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -182,6 +183,8 @@ def test_the_row_at_fault_is_named(make_tokenizer: Make) -> None:
     good, empty = Example("a", " b"), Example("a", "  ")
     with pytest.raises(UserError, match=r"^mine\.jsonl, row 2: the completion is empty"):
         encode(make_tokenizer(), "completion", good, empty)
+    with pytest.raises(UserError, match=r"^mine\.jsonl, row 7: the completion is empty"):
+        encode(make_tokenizer(), "completion", good, replace(empty, place=7))
     with pytest.raises(UserError, match=r"^mine\.jsonl, row 1: .*one or two texts, but the row has none"):
         encode(make_tokenizer(), "boolq", Example("a", " b", target=1), head=True)
 

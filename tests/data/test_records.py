@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taso_ds.data.records import Records, load_records, read_jsonl
+from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
 from taso_ds.data.tasks import TASKS, get_task
 from taso_ds.errors import UserError
 
@@ -193,5 +194,41 @@ def test_a_users_own_records_are_not_on_the_hub() -> None:
 
 def test_the_first_rows_say_so() -> None:
     records = Records([{"a": 1}, {"a": 2}, {"a": 3}], "x.jsonl")
-    assert records.first(2) == Records([{"a": 1}, {"a": 2}], "x.jsonl (rows 0-1 of 3)")
+    assert records.first(2) == Records([{"a": 1}, {"a": 2}], "x.jsonl (rows 0-1 of 3)", (1, 2))
     assert records.first(3) is records
+
+
+def numbered(count: int) -> Records:
+    return Records([{"a": number} for number in range(1, count + 1)], "x.jsonl")
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(2, 40), share=st.floats(0.01, 0.99), seed=st.integers(0, 2**32 - 1))
+def test_held_out_rows_are_apart_and_follow_the_seed(count: int, share: float, seed: int) -> None:
+    records, number = numbered(count), round(share * count)
+    if number in (0, count):
+        with pytest.raises(UserError, match=rf"^eval_fraction: .* of the {count} rows of x\.jsonl is {number} rows"):
+            records.hold_out(share, seed=seed)
+        return
+    parts = records.hold_out(share, seed=seed)
+    assert [len(part.rows) for part in parts] == [count - number, number]
+    assert sorted([row["a"] for part in parts for row in part.rows]) == list(range(1, count + 1))
+    for part in parts:
+        assert part.places == tuple(row["a"] for row in part.rows) == tuple(sorted(part.places))
+    assert parts == records.hold_out(share, seed=seed)
+
+
+def test_held_out_rows_are_drawn_from_everywhere_and_said() -> None:
+    train, held_out = numbered(240).hold_out(0.05, seed=0)
+    assert held_out.source == "5 % of x.jsonl, 12 rows, seed 0"
+    assert train.source == "x.jsonl without 12 rows that seed 0 holds out"
+    assert held_out.places not in (tuple(range(1, 13)), tuple(range(229, 241)))
+    assert held_out.places != numbered(240).hold_out(0.05, seed=1)[1].places
+
+
+def test_a_row_keeps_its_place_whatever_part_it_is_in() -> None:
+    _, held_out = numbered(20).hold_out(0.5, seed=0)
+    place = held_out.first(3).places[2]
+    rows = [{"prompt": "a", "completion": "b"}] * 2 + [{"prompt": "a"}]
+    with pytest.raises(UserError, match=rf"x\.jsonl.*\(rows 0-2 of 10\), row {place}: task completion: missing"):
+        build_examples(get_task("completion"), replace(held_out.first(3), rows=rows))
