@@ -104,11 +104,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: The file is absent, empty, not UTF-8 or damaged, or a line (named) is not a JSON object.
     """
-    if not path.name.endswith(_SUFFIXES):
+    if not path.name.lower().endswith(_SUFFIXES):
         raise UserError(f"{path}: only {' and '.join(_SUFFIXES)} files can be read (one JSON object a line)")
     try:
         lines = _read_text(path).split("\n")  # splitlines() would also cut at U+2028, which JSON allows in a text
     except UnicodeDecodeError as error:
+        if error.object.startswith(b"\x1f\x8b"):
+            raise UserError(f"{path}: is compressed: give it the name {path.name}.gz, or unpack it") from error
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
     except (OSError, EOFError) as error:  # EOFError: a gzip file that ends too early
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
@@ -121,13 +123,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _read_text(path: Path) -> str:
     # utf-8-sig: editors on Windows put a byte order mark at the start of a UTF-8 file.
-    if path.name.endswith(".gz"):
+    if path.name.lower().endswith(".gz"):
         with gzip.open(path, "rt", encoding="utf-8-sig") as stream:
             return stream.read()
     return path.read_text(encoding="utf-8-sig")
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    line = line.removeprefix("\ufeff")  # files with byte order marks, one behind the other
+    if number == 1 and line.strip() in ("[", "{"):
+        raise UserError(f"{path}: is one JSON document over many lines; write one object a line, as in JSON Lines")
     row = parse_json(line, f"{path}:{number}", constants=True)
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: expected a JSON object with named fields, found {line.strip()[:60]}")

@@ -21,6 +21,7 @@ from taso_ds.data.decode import AnswerReader, answer_reader
 from taso_ds.data.encode import EncodedRow, encode_completion, encode_examples, encode_prompt, pad_token_id
 from taso_ds.data.tasks import Example, Task
 from taso_ds.distributed import comm
+from taso_ds.errors import UserError
 from taso_ds.training.feed import dealt_batches, on_device
 from taso_ds.training.loss import IGNORED, LossSum, head_logits, supervised_logits
 from taso_ds.training.metrics import compute_metrics, final_number
@@ -50,16 +51,25 @@ class Evaluator:
     use_chat_template: bool
     synced: bool
 
-    def check(self) -> None:
+    def check(self, positions: int | None) -> None:
         """Encode what can be ill-formed.
 
+        Args:
+            positions: how many the model has; None for no limit.
+
         Raises:
-            UserError: a row leaves nothing to score or to continue.
+            UserError: a row leaves nothing to score or to continue, or an answer would need more positions.
         """
         if self.head or self.task.kind != "choice":  # options are never empty
             _ = self._encoded
         if self._generates:
-            _ = self._prompts, self._reader
+            _ = self._reader
+            longest = max(len(row.input_ids) for row in self._prompts)
+            if positions is not None and longest + self.max_new_tokens > positions:
+                raise UserError(
+                    f"max_new_tokens: {self.max_new_tokens} behind the longest prompt, of {longest} tokens, exceed the"
+                    f" model's {positions} positions; lower it or --max_seq_length"
+                )
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return ``loss`` (mean over the supervised units), the task's metrics and ``num_examples``."""

@@ -197,9 +197,14 @@ def calibration_rows(config: RunConfig, rows: list[EncodedRow]) -> list[EncodedR
 
 def check_length(config: RunConfig, base_config: Any) -> None:
     """Refuse sequences the base has no positions for."""
-    limit = getattr(base_config, "max_position_embeddings", None) or getattr(base_config, "n_positions", None)
+    limit = num_positions(base_config)
     if limit is not None and config.data.max_seq_length > limit:
         raise UserError(f"max_seq_length: {config.data.max_seq_length} exceeds the model's {limit} positions")
+
+
+def num_positions(base_config: Any) -> int | None:
+    """Return how many positions the base has; None where it names no number."""
+    return getattr(base_config, "max_position_embeddings", None) or getattr(base_config, "n_positions", None)
 
 
 def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str, Any], model: nn.Module) -> None:

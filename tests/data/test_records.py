@@ -73,6 +73,13 @@ FIELDS = (
 )
 
 
+def test_a_record_that_cannot_be_used_is_shown_in_part() -> None:
+    for record in ({"prompt": ["many words"] * 999, "completion": "b"}, {f"field {n}": n for n in range(999)}):
+        with pytest.raises(UserError) as info:
+            get_task("completion").build(record)
+        assert len(str(info.value)) < 300
+
+
 def test_choices_without_as_many_labels_are_refused() -> None:
     record = {"question": "q", "answerKey": "B"}
     for choices in ({"text": ["x"], "label": ["A", "B"]}, {"text": 3, "label": ["B"]}, {"text": "ab", "label": "AB"}):
@@ -86,9 +93,21 @@ def test_byte_order_mark_windows_line_ends_and_blank_end(tmp_path: Path) -> None
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
 
 
+def test_files_put_one_behind_the_other_and_a_name_in_capitals(tmp_path: Path) -> None:
+    path = tmp_path / "ROWS.JSONL"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n' * 2)
+    assert read_jsonl(path) == [{"a": 1}, {"a": 1}]
+    path = path.rename(tmp_path / "ROWS.JSONL.GZ")
+    path.write_bytes(gzip.compress(b'{"a": 1}\n') * 2)
+    assert read_jsonl(path) == [{"a": 1}, {"a": 1}]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b'[\n  {"a": 1},\n', r"rows\.jsonl: is one JSON document over many lines; write one object a line"),
+        (b'{\n  "a": 1\n}\n', r"rows\.jsonl: is one JSON document over many lines; write one object a line"),
+        (gzip.compress(b'{"a": 1}\n'), r"rows\.jsonl: is compressed: give it the name rows\.jsonl\.gz"),
         (b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: not valid JSON"),
         (b'{"a": 1}\n\n{"a": 2}\n', r"rows\.jsonl:2: not valid JSON"),
         (b'{"a": 1}\n[1, 2]\n', r"rows\.jsonl:2: expected a JSON object with named fields, found \[1, 2\]"),

@@ -12,6 +12,7 @@ from taso_ds.data.collate import collate
 from taso_ds.data.encode import encode_examples, pad_token_id
 from taso_ds.data.tasks import Example, Task, get_task
 from taso_ds.distributed import comm
+from taso_ds.errors import UserError
 from taso_ds.training.evaluate import Evaluator
 from taso_ds.training.loss import loss_sum
 
@@ -87,3 +88,15 @@ def test_dialogues_learned_by_heart_are_generated_to_their_end(learned: Any, eva
 def test_without_a_metric_nothing_is_generated(learned: Any, evaluator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learned, "generate", None)
     assert evaluator(measured(), examples())(learned).keys() == {"loss", "num_examples"}
+
+
+def test_an_answer_needs_positions_too(evaluator: Any) -> None:
+    asked = evaluator(measured("exact_match"), examples())
+    longest = max(len(row.input_ids) for row in asked._prompts)
+    asked.check(longest + 12)
+    asked.check(None)
+    with pytest.raises(
+        UserError, match=rf"^max_new_tokens: 12 behind .* {longest} tokens, .* {longest + 11} positions"
+    ):
+        asked.check(longest + 11)
+    evaluator(measured(), examples()).check(1)  # nothing is generated
