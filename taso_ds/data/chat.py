@@ -1,4 +1,4 @@
-"""Chat templates: the prompt that a server renders, and the answer behind it up to the token that ends the turn.
+r"""Chat templates: the prompt that a server renders, and the answer behind it up to the token that ends the turn.
 
 The template knows how a turn ends, the tokenizer need not: Gemma's has an EOS that no conversation holds. So the answer
 is read off the whole conversation, as what stands behind the server's prompt:
@@ -9,21 +9,18 @@ is read off the whole conversation, as what stands behind the server's prompt:
     rest      \n                                                               left out
 """
 
-import logging
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 from taso_ds.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 _QUESTION, _ANSWER = "probe question", "probe answer"
 
 
 @dataclass(frozen=True)
 class Chat:
-    """How a tokenizer's template writes the assistant's turn.
+    r"""How a tokenizer's template writes the assistant's turn.
 
     Attributes:
         supplied: What the server's prompt says in the model's place and the conversation does not ("<think>\n").
@@ -70,7 +67,6 @@ def read_chat(tokenizer: Any) -> Chat:
         raise UserError("the chat template leaves out what the assistant says: there is nothing to learn from it")
     end = _first_marker(tokenizer, tail)
     if end is None:
-        logger.info("the chat template ends no turn with a token of its own: rows end with %s", tokenizer.eos_token)
         closing, end_id = "", tokenizer.eos_token_id
     else:
         text = tokenizer.convert_ids_to_tokens(end)

@@ -64,6 +64,9 @@ def encode_examples(
 ) -> list[EncodedRow]:
     """Encode every example: for a classification head its texts, otherwise prompt and gold completion.
 
+    The prompt is cut on the left, behind a BOS; only a completion that alone exceeds `max_seq_length` - 1 is cut, on
+    the right.
+
     Raises:
         UserError: The task has no head, the tokenizer lacks what is asked of it, or a row (named by `source`
             and its number, counted from 1) leaves nothing to learn.
@@ -92,31 +95,18 @@ def encode_examples(
     return [cut.row for cut in cuts]
 
 
-def encode_completion(
-    tokenizer: Any,
-    prompt: str,
-    completion: str,
-    *,
-    max_seq_length: int,
-    append_eos: bool,
-    use_chat_template: bool = False,
-) -> EncodedRow:
-    """Encode a prompt and its supervised completion, cut to `max_seq_length` tokens.
-
-    The prompt is cut on the left, behind a BOS; only a completion that alone exceeds `max_seq_length` - 1 is
-    cut, on the right.
-
-    Raises:
-        UserError: The completion is empty or leaves no supervised token.
-    """
+def encode_options(
+    tokenizer: Any, examples: Sequence[Example], *, max_seq_length: int, use_chat_template: bool = False
+) -> list[list[EncodedRow]]:
+    """Encode every option of every example, each as the completion of its prompt and without an end."""
     rows = _completions(
         tokenizer,
-        [(prompt, completion)],
+        [(example.prompt, option) for example in examples for option in example.options],
         max_seq_length=max_seq_length,
-        append_eos=append_eos,
+        append_eos=False,
         use_chat_template=use_chat_template,
     )
-    return next(rows).row
+    return [[next(rows).row for _ in example.options] for example in examples]
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, max_seq_length: int, use_chat_template: bool = False) -> EncodedRow:
@@ -158,6 +148,8 @@ def _completions(
     if use_chat_template:
         chat = read_chat(tokenizer)
         texts, closing, end = [chat.texts(*pair) for pair in pairs], chat.closing, chat.end_id
+        if append_eos and not closing:
+            logger.info("the chat template ends no turn with a token of its own: rows end with %s", tokenizer.eos_token)
     if append_eos and end is None:
         raise UserError("the tokenizer has no EOS token, so a model cannot learn to stop: set its eos_token")
     prompts = [prompt for prompt, _ in texts]

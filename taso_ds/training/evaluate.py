@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from taso_ds.data.collate import collate, collate_head, collate_left, empty_row
 from taso_ds.data.decode import AnswerReader, answer_reader
-from taso_ds.data.encode import EncodedRow, encode_completion, encode_examples, encode_prompt, pad_token_id
+from taso_ds.data.encode import EncodedRow, encode_examples, encode_options, encode_prompt, pad_token_id
 from taso_ds.data.tasks import Example, Task
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
@@ -117,7 +117,12 @@ class Evaluator:
         return {"loss": math.fsum(loss for _, loss in merged) / len(rows), **metrics}
 
     def _choose(self, model: nn.Module) -> dict[str, float]:
-        options = [self._encoded_options(example) for example in self.examples]
+        options = encode_options(
+            self.tokenizer,
+            self.examples,
+            max_seq_length=self.max_seq_length,
+            use_chat_template=self.use_chat_template,
+        )
         likelihoods = self._likelihoods(model, options)
         golds = [example.options.index(example.completion) for example in self.examples]
         units = sum(rows[gold].num_supervised for rows, gold in zip(options, golds, strict=True))
@@ -136,19 +141,6 @@ class Evaluator:
             use_chat_template=self.use_chat_template,
             source=self.source,
         )
-
-    def _encoded_options(self, example: Example) -> list[EncodedRow]:
-        return [
-            encode_completion(
-                self.tokenizer,
-                example.prompt,
-                option,
-                max_seq_length=self.max_seq_length,
-                append_eos=False,
-                use_chat_template=self.use_chat_template,
-            )
-            for option in example.options
-        ]
 
     def _likelihoods(self, model: nn.Module, options: Sequence[Sequence[EncodedRow]]) -> list[list[float]]:
         """Return the log-likelihood of every option of every example.

@@ -8,7 +8,7 @@ import tiny_models
 
 from taso_ds.data.chat import read_chat
 from taso_ds.data.decode import answer_reader
-from taso_ds.data.encode import encode_completion, encode_examples, encode_prompt
+from taso_ds.data.encode import EncodedRow, encode_examples, encode_options, encode_prompt
 from taso_ds.data.tasks import Example, get_task
 from taso_ds.errors import UserError
 
@@ -104,13 +104,19 @@ def tokenizer_of(template: str) -> Any:
     return tokenizer
 
 
-def encoded(tokenizer: Any, completion: str, *, append_eos: bool = True) -> Any:
-    return encode_completion(
-        tokenizer, "Is it?", completion, max_seq_length=512, append_eos=append_eos, use_chat_template=True
-    )
+def encoded(tokenizer: Any, completion: str) -> EncodedRow:
+    return encode_examples(
+        tokenizer,
+        [Example("Is it?", completion)],
+        get_task("completion"),
+        max_seq_length=512,
+        head=False,
+        use_chat_template=True,
+        source="mine",
+    )[0]
 
 
-def supervised(row: Any, tokenizer: Any) -> str:
+def supervised(row: EncodedRow, tokenizer: Any) -> str:
     return str(tokenizer.decode([label for label in row.labels if label != -100]))
 
 
@@ -176,22 +182,15 @@ def test_a_template_without_an_end_of_turn_is_ended_by_eos_and_says_so(
 @families
 def test_an_option_has_no_end(family: str) -> None:
     tokenizer = tokenizer_of(FAMILIES[family])
-    row = encoded(tokenizer, " Yes.", append_eos=False)
+    asked = Example("Is it?", " Yes.", (" Yes.",))
+    ((row,),) = encode_options(tokenizer, [asked], max_seq_length=512, use_chat_template=True)
     end = tokenizer.convert_ids_to_tokens(read_chat(tokenizer).end_id)
     assert supervised(row, tokenizer) == SUPERVISED[family].removesuffix(end).removesuffix(" ")
 
 
 def test_an_empty_completion_is_empty_whatever_the_template_adds() -> None:
     with pytest.raises(UserError, match=r"^mine, row 1: the completion is empty"):
-        encode_examples(
-            tokenizer_of(FAMILIES["empty thoughts"]),
-            [Example("Is it?", " ")],
-            get_task("completion"),
-            max_seq_length=64,
-            head=False,
-            use_chat_template=True,
-            source="mine",
-        )
+        encoded(tokenizer_of(FAMILIES["empty thoughts"]), " ")
 
 
 def test_a_template_that_leaves_the_answer_out_is_refused() -> None:

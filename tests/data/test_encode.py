@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from taso_ds.data.encode import (
     EncodedRow,
-    encode_completion,
     encode_examples,
+    encode_options,
     encode_pair,
     encode_prompt,
     pad_token_id,
@@ -56,6 +56,12 @@ def make_tokenizer() -> Make:
         )
 
     return make
+
+
+def encode_completion(tokenizer: Any, prompt: str, completion: str, *, append_eos: bool, **settings: Any) -> EncodedRow:
+    """Encode one row of a task whose completions end, or of one whose options do not."""
+    task = get_task("completion" if append_eos else "boolq")
+    return encode_examples(tokenizer, [Example(prompt, completion)], task, head=False, source="mine", **settings)[0]
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -177,6 +183,15 @@ def test_rows_equal_those_encoded_one_by_one(make_tokenizer: Make) -> None:
     single = options(append_eos=True)
     assert rows == [encode_completion(tokenizer, each.prompt, each.completion, **single) for each in examples]
     assert encode(tokenizer, "gsm8k") == []
+
+
+def test_options_are_encoded_behind_their_prompt_without_an_end(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    examples = [Example("a", " b", (" b", " xy")), Example("ax", "yb", ("yb", " c", "zz"))]
+    rows = encode_options(tokenizer, examples, max_seq_length=64)
+    assert rows == [
+        [encode_completion(tokenizer, one.prompt, option, **options()) for option in one.options] for one in examples
+    ]
 
 
 def test_the_row_at_fault_is_named(make_tokenizer: Make) -> None:
