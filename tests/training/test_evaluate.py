@@ -85,6 +85,22 @@ def test_dialogues_learned_by_heart_are_generated_to_their_end(learned: Any, eva
     assert (wrong.headline, evaluator(measured(), []).headline) == ("exact_match", "loss")
 
 
+def test_generation_goes_no_further_than_the_end_of_the_turn(
+    learned: Any, evaluator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, lengths = learned.generate, []
+
+    def watched(**settings: Any) -> Any:
+        tokens = generate(**settings)
+        lengths.append(tokens.shape[1] - settings["input_ids"].shape[1])
+        return tokens
+
+    monkeypatch.setattr(learned, "generate", watched)
+    evaluator(measured("exact_match"), examples())(learned)
+    # Batches of two rows by length: "sky" and "sun", then "grass"; their bytes and the end of the turn.
+    assert lengths == [len("yellow") + 1, len("green") + 1]
+
+
 def test_without_a_metric_nothing_is_generated(learned: Any, evaluator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learned, "generate", None)
     assert evaluator(measured(), examples())(learned).keys() == {"loss", "num_examples"}
