@@ -16,6 +16,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from taso_ds.errors import UserError, nearest
+from taso_ds.training.rouge import rouge_l
 
 
 def compute_metrics(names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
@@ -147,10 +148,7 @@ class ExactMatch(OfflineMetric):
 
 
 class RougeL(OfflineMetric):
-    """Mean F1 of the longest common subsequence of words, in lower case; 0.0 for a text without words.
-
-    The package `rouge_score` takes words of ASCII letters only, so that Russian or Chinese always scores 0.
-    """
+    """Mean ROUGE-L of texts; 0.0 for one without words, as of an empty answer."""
 
     value_type = "string"
 
@@ -158,34 +156,8 @@ class RougeL(OfflineMetric):
         return ["" if value is None else str(value) for value in column]
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        scores = [_rouge_l(_words(ours), _words(gold)) for ours, gold in zip(predictions, references, strict=True)]
+        scores = [rouge_l(ours, gold) for ours, gold in zip(predictions, references, strict=True)]
         return {"rouge": sum(scores) / len(scores)}
-
-
-def _words(text: str) -> list[str]:
-    """Return runs of letters and digits; a letter of a script without blanks between words is a word by itself."""
-    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text.lower())
-
-
-def _rouge_l(ours: Sequence[str], gold: Sequence[str]) -> float:
-    common = longest_common(ours, gold)
-    return 2 * common / (len(ours) + len(gold)) if common else 0.0  # F1 of common / |ours| and common / |gold|
-
-
-def longest_common(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence, a row of the table at a time as the bits of a number.
-
-    A zero bit marks a column where the length grows (Hyyrö 2004): a sum of numbers in place of a loop over columns.
-    """
-    places: dict[str, int] = {}
-    for place, word in enumerate(first):
-        places[word] = places.get(word, 0) | 1 << place
-    full = (1 << len(first)) - 1
-    row = full
-    for word in second:
-        matches = row & places.get(word, 0)
-        row = ((row + matches) | (row - matches)) & full
-    return len(first) - row.bit_count()
 
 
 def _correlation(function: Any, predictions: list[float], references: list[float]) -> float:
