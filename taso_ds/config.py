@@ -21,6 +21,7 @@ from taso_ds.flags import LENGTH, SCHEDULE, START, arg, flags_of, parse_groups, 
 METHODS = ("taso", "lora", "full")
 IMPORTANCE_WEIGHTS = ("loaded", "original")
 HEADS = ("auto", "lm", "classification")
+EVAL_METRICS = ("none", "exact_match", "rouge")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
@@ -73,6 +74,8 @@ class DataArguments:
     )
     train_file: str | None = arg(None, "JSONL file to train on, instead of data_dir's.", path=True)
     eval_file: str | None = arg(None, "JSONL file to evaluate on, instead of data_dir's.", path=True)
+    eval_fraction: float | None = arg(None, "Evaluate on this share of the training rows, held out by the seed.")
+    eval_metric: str = arg("none", "Of --task completion, beside the loss: exact_match or rouge of generated answers.")
     max_train_samples: int | None = arg(None, "Use only the first N training rows.")
     max_eval_samples: int | None = arg(None, "Use only the first N evaluation rows.")
     max_seq_length: int = arg(512, "Tokens of a row; longer prompts are cut from the left.")
@@ -83,6 +86,17 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "a positive number of rows")
+        _one_of("eval_metric", self.eval_metric, EVAL_METRICS)
+        if self.eval_metric != "none" and self.task not in (None, "completion"):
+            raise UserError(
+                f"eval_metric: {self.eval_metric} is for --task completion; {self.task} has its own metrics: drop it"
+            )
+        share = self.eval_fraction
+        require(share is None or 0.0 < share < 1.0, "eval_fraction", share, "between 0 and 1")
+        if share is not None and self.eval_file is not None:
+            raise UserError(
+                f"eval_fraction: --eval_file {self.eval_file} names the rows to evaluate on; drop one of both"
+            )
 
 
 @dataclass(frozen=True)

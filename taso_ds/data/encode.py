@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from taso_ds.data.chat import chat_prompt, read_chat
 from taso_ds.data.tasks import Example, Task
 from taso_ds.errors import UserError
 
@@ -63,6 +64,9 @@ def encode_examples(
 ) -> list[EncodedRow]:
     """Encode every example: for a classification head its texts, otherwise prompt and gold completion.
 
+    The prompt is cut on the left, behind a BOS; only a completion that alone exceeds `max_seq_length` - 1 is cut, on
+    the right.
+
     Raises:
         UserError: The task has no head, the tokenizer lacks what is asked of it, or a row (named by `source`
             and its number, counted from 1) leaves nothing to learn.
@@ -86,41 +90,28 @@ def encode_examples(
         for row in rows:
             cuts.append(row)
     except UserError as error:
-        raise UserError(f"{source}, row {len(cuts) + 1}: {error}") from error
+        raise UserError(f"{source}, row {examples[len(cuts)].place or len(cuts) + 1}: {error}") from error
     _warn_of_cuts(cuts, source, max_seq_length)
     return [cut.row for cut in cuts]
 
 
-def encode_completion(
-    tokenizer: Any,
-    prompt: str,
-    completion: str,
-    *,
-    max_seq_length: int,
-    append_eos: bool,
-    use_chat_template: bool = False,
-) -> EncodedRow:
-    """Encode a prompt and its supervised completion, cut to `max_seq_length` tokens.
-
-    The prompt is cut on the left, behind a BOS; only a completion that alone exceeds `max_seq_length` - 1 is
-    cut, on the right.
-
-    Raises:
-        UserError: The completion is empty or leaves no supervised token.
-    """
+def encode_options(
+    tokenizer: Any, examples: Sequence[Example], *, max_seq_length: int, use_chat_template: bool = False
+) -> list[list[EncodedRow]]:
+    """Encode every option of every example, each as the completion of its prompt and without an end."""
     rows = _completions(
         tokenizer,
-        [(prompt, completion)],
+        [(example.prompt, option) for example in examples for option in example.options],
         max_seq_length=max_seq_length,
-        append_eos=append_eos,
+        append_eos=False,
         use_chat_template=use_chat_template,
     )
-    return next(rows).row
+    return [[next(rows).row for _ in example.options] for example in examples]
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, max_seq_length: int, use_chat_template: bool = False) -> EncodedRow:
     """Encode a prompt alone, to generate from; all labels are -100. Cut on the left, behind a BOS."""
-    text = _chat(tokenizer, prompt) if use_chat_template else prompt
+    text = chat_prompt(tokenizer, prompt) if use_chat_template else prompt
     lead = [] if use_chat_template else _lead(tokenizer, text)
     ids = _fit_left(tokenizer, lead + _ids(tokenizer, [text])[0], len(lead), max_seq_length)
     if not ids:
@@ -153,23 +144,29 @@ def _completions(
     """Check what concerns all rows, tokenize all texts in two calls, and return the rows one by one."""
     if max_seq_length < 2:
         raise UserError(f"max_seq_length must be at least 2 (one token to read, one to predict), got {max_seq_length}")
-    eos = _eos(tokenizer) if append_eos else None
-    if use_chat_template:  # which ends where the answer begins and holds its own special tokens
-        pairs = [(_chat(tokenizer, prompt), completion.removeprefix(" ")) for prompt, completion in pairs]
-    prompts = [prompt for prompt, _ in pairs]
+    texts, closing, end = pairs, "", tokenizer.eos_token_id
+    if use_chat_template:
+        chat = read_chat(tokenizer)
+        texts, closing, end = [chat.texts(*pair) for pair in pairs], chat.closing, chat.end_id
+        if append_eos and not closing:
+            logger.info("the chat template ends no turn with a token of its own: rows end with %s", tokenizer.eos_token)
+    if append_eos and end is None:
+        raise UserError("the tokenizer has no EOS token, so a model cannot learn to stop: set its eos_token")
+    prompts = [prompt for prompt, _ in texts]
+    answers = [answer + closing if append_eos else answer for _, answer in texts]
+    # A template holds its own special tokens.
     lead = [] if use_chat_template else _lead(tokenizer, next(filter(None, prompts), ""))
     prompt_ids = _ids(tokenizer, prompts)
-    full_ids = _ids(tokenizer, [prompt + completion for prompt, completion in pairs])
+    full_ids = _ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
 
     def row(index: int) -> _Cut:
-        completion = pairs[index][1]
-        if not completion.strip():
+        if not pairs[index][1].strip():
             raise UserError("the completion is empty: there is nothing to learn; remove the row or fill it in")
         prompt, full = prompt_ids[index], full_ids[index]
         stable = full[: len(prompt)] == prompt
-        answer = full[len(prompt) :] if stable else _ids(tokenizer, [completion])[0]
-        if eos is not None and answer[-1:] != [eos]:
-            answer = [*answer, eos]
+        answer = full[len(prompt) :] if stable else _ids(tokenizer, [answers[index]])[0]
+        if append_eos and answer[-1:] != [end]:
+            answer = [*answer, end]
         return _supervise(tokenizer, lead + prompt, answer, len(lead), max_seq_length)
 
     return (row(index) for index in range(len(pairs)))
@@ -186,13 +183,6 @@ def _supervise(tokenizer: Any, prompt: list[int], answer: list[int], num_lead: i
             "nothing; give the row a prompt"
         )
     return _Cut(row, len(kept_prompt) < len(prompt), len(kept_answer) < len(answer))
-
-
-def _chat(tokenizer: Any, prompt: str) -> str:
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template: drop use_chat_template or use an instruction model")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -222,12 +212,6 @@ def _fit_left(tokenizer: Any, ids: list[int], num_lead: int, room: int) -> list[
         num_lead = 1
     num_lead = min(num_lead, room)
     return ids[:num_lead] + ids[len(ids) - (room - num_lead) :]
-
-
-def _eos(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token, so a model cannot learn to stop: set its eos_token")
-    return int(tokenizer.eos_token_id)
 
 
 # Classification heads ------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ Every set of records carries its source in words, because a score says nothing w
 """
 
 import gzip
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 
 from taso_ds.data.tasks import Example, Task
 from taso_ds.errors import UserError
@@ -22,26 +23,55 @@ _SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class Records:
-    """Rows and, in words, where they come from: a path or Hub name, the split, and the part of it that was taken."""
+    """Rows and, in words, where they come from: a path or Hub name, the split, and the part of it that was taken.
+
+    Attributes:
+        places: Where each row stands in its source, counted from 1 as lines are; None for all rows in order.
+    """
 
     rows: list[dict[str, Any]]
     source: str
+    places: tuple[int, ...] | None = None
 
     def first(self, count: int) -> "Records":
         """Return the first `count` rows, saying so in the source; all of them when there are no more."""
         if count >= len(self.rows):
             return self
-        return Records(self.rows[:count], f"{self.source} (rows 0-{count - 1} of {len(self.rows)})")
+        return self._part(range(count), f"{self.source} (rows 0-{count - 1} of {len(self.rows)})")
+
+    def hold_out(self, share: float, *, seed: int) -> tuple["Records", "Records"]:
+        """Return the rows to train on and those held out, each in the order of the source.
+
+        Raises:
+            UserError: One of both parts would be empty.
+        """
+        total = len(self.rows)
+        number = round(share * total)
+        if not 0 < number < total:
+            raise UserError(
+                f"eval_fraction: {share:g} of the {total} rows of {self.source} is {number} rows, and there must be one"
+                " to evaluate on and one to train on; choose another share, or name a file with --eval_file"
+            )
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+        held_out = f"{100 * share:g} % of {self.source}, {number} rows, seed {seed}"
+        return (
+            self._part(sorted(order[number:]), f"{self.source} without {number} rows that seed {seed} holds out"),
+            self._part(sorted(order[:number]), held_out),
+        )
+
+    def _part(self, indices: Sequence[int], source: str) -> "Records":
+        places = tuple(range(1, len(self.rows) + 1)) if self.places is None else self.places
+        return Records([self.rows[i] for i in indices], source, tuple(places[i] for i in indices))
 
 
 def build_examples(task: Task, records: Records) -> list[Example]:
     """Build every record's example; a UserError names the source and the row (counted from 1, as lines are)."""
     examples = []
-    for number, row in enumerate(records.rows, start=1):
+    for place, row in zip(records.places or range(1, len(records.rows) + 1), records.rows, strict=True):
         try:
-            examples.append(task.build(row))
+            examples.append(replace(task.build(row), place=place))
         except UserError as error:
-            raise UserError(f"{records.source}, row {number}: task {task.name}: {error}") from error
+            raise UserError(f"{records.source}, row {place}: task {task.name}: {error}") from error
     return examples
 
 
@@ -74,11 +104,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: The file is absent, empty, not UTF-8 or damaged, or a line (named) is not a JSON object.
     """
-    if not path.name.endswith(_SUFFIXES):
+    if not path.name.lower().endswith(_SUFFIXES):
         raise UserError(f"{path}: only {' and '.join(_SUFFIXES)} files can be read (one JSON object a line)")
     try:
         lines = _read_text(path).split("\n")  # splitlines() would also cut at U+2028, which JSON allows in a text
     except UnicodeDecodeError as error:
+        if error.object.startswith(b"\x1f\x8b"):
+            raise UserError(f"{path}: is compressed: give it the name {path.name}.gz, or unpack it") from error
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
     except (OSError, EOFError) as error:  # EOFError: a gzip file that ends too early
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
@@ -91,13 +123,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _read_text(path: Path) -> str:
     # utf-8-sig: editors on Windows put a byte order mark at the start of a UTF-8 file.
-    if path.name.endswith(".gz"):
+    if path.name.lower().endswith(".gz"):
         with gzip.open(path, "rt", encoding="utf-8-sig") as stream:
             return stream.read()
     return path.read_text(encoding="utf-8-sig")
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    line = line.removeprefix("\ufeff")  # files with byte order marks, one behind the other
+    if number == 1 and line.strip() in ("[", "{"):
+        raise UserError(f"{path}: is one JSON document over many lines; write one object a line, as in JSON Lines")
     row = parse_json(line, f"{path}:{number}", constants=True)
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: expected a JSON object with named fields, found {line.strip()[:60]}")
@@ -121,6 +156,7 @@ def _from_folder(task: Task, names: tuple[str, ...], folder: Path) -> Records:
     raise UserError(
         f"--data_dir {folder}: no {' or '.join(f'{name}.jsonl' for name in names)} (or .gz) for task {task.name}, "
         f"neither there nor in {' or '.join(f'{name}/' for name in task.folders)}; {place} holds {found}"
+        f"{'' if 'train' in names else '; --eval_fraction holds training rows out instead'}"
     )
 
 

@@ -24,6 +24,7 @@ class Example:
         options: Choice tasks: every continuation, in label order.
         target: Gold: option index (choice), score (regression), reference text (generation, completion).
         texts: Encoder input: one or two texts; empty when the task has no classification head.
+        place: Where the record stands in its source, counted from 1; 0 where it comes from none.
     """
 
     prompt: str
@@ -31,6 +32,7 @@ class Example:
     options: tuple[str, ...] = ()
     target: int | float | str = ""
     texts: tuple[str, ...] = ()
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Task:
     Attributes:
         name: What `--task` takes.
         kind: "choice", "generation" or "completion".
-        metrics: Names known to `taso_ds.training.metrics`; the first is the headline.
+        metrics: Names known to `taso_ds.training.metrics`; the first is the headline, which is the loss without any.
         build: Record to example; raises UserError when the record lacks what the task needs.
         labels: Label names of a classification head; empty if the task has none.
         is_regression: The head has one output; a decoder predicts the likelihood-weighted mean of the options.
@@ -67,6 +69,8 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
+_MOST_NAMES, _LONGEST_SHOWN = 12, 80  # of a record, in one line of an error
+
 # Reading a record ----------------------------------------------------------------------------------------
 
 
@@ -80,7 +84,7 @@ def _text(record: Mapping[str, Any], name: str) -> str:
     """Return a text field without the blanks around it: copies of one data set differ in them (SST-2)."""
     value = record[name]
     if not isinstance(value, str):
-        raise UserError(f"field {name!r} must be text, found {value!r}")
+        raise UserError(f"field {name!r} must be text, found {_shown(value)}")
     return value.strip()
 
 
@@ -89,12 +93,19 @@ def _label(record: Mapping[str, Any], num_labels: int, name: str = "label") -> i
     if value == -1:  # how the Hub marks the test labels that GLUE and SuperGLUE never published
         raise UserError(f"field {name!r} is -1: this split has hidden test labels; use a labelled split")
     if not isinstance(value, int) or not 0 <= value < num_labels:
-        raise UserError(f"field {name!r} must be an integer from 0 to {num_labels - 1}, found {value!r}")
+        raise UserError(f"field {name!r} must be an integer from 0 to {num_labels - 1}, found {_shown(value)}")
     return int(value)
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "no field"
+    shown = [_shown(name) for name in names[:_MOST_NAMES]]
+    more = [f"and {len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
+    return ", ".join(shown + more) or "no field"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 # Builders ------------------------------------------------------------------------------------------------
@@ -134,7 +145,7 @@ def _stsb(record: Mapping[str, Any]) -> Example:
     if score == -1:
         raise UserError("field 'label' is -1: this split has hidden test labels; use a labelled split")
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 5:
-        raise UserError(f"field 'label' must be a similarity from 0 to 5, found {score!r}")
+        raise UserError(f"field 'label' must be a similarity from 0 to 5, found {_shown(score)}")
     prompt = (
         f"Sentence 1: {first}\nSentence 2: {second}\n"
         "Question: How similar in meaning are the two sentences, from 0 to 5?\nAnswer:"
@@ -160,14 +171,14 @@ def _arc(record: Mapping[str, Any]) -> Example:
         _require(choices, "text", "label")
         texts, keys, answer = choices["text"], choices["label"], record["answerKey"]
         if not isinstance(texts, list) or not isinstance(keys, list) or len(texts) != len(keys):
-            raise UserError(f"field 'choices' must hold as many labels as texts, found {choices!r}")
+            raise UserError(f"field 'choices' must hold as many labels as texts, found {_shown(choices)}")
         if answer not in keys:
-            raise UserError(f"field 'answerKey' must be one of {_quoted(keys)}, found {answer!r}")
+            raise UserError(f"field 'answerKey' must be one of {_quoted(keys)}, found {_shown(answer)}")
         target = keys.index(answer)
     else:
         _require(record, "label")
         if not isinstance(choices, list):
-            raise UserError(f"field 'choices' must be a list of texts, found {choices!r}")
+            raise UserError(f"field 'choices' must be a list of texts, found {_shown(choices)}")
         texts, target = choices, _label(record, len(choices))
     if not 2 <= len(texts) <= len(string.ascii_uppercase):
         raise UserError(f"field 'choices' must hold 2 to {len(string.ascii_uppercase)} texts, found {len(texts)}")
@@ -314,8 +325,8 @@ _ALL = (
         labels=("entailment", "not_entailment"),
         hub=("nyu-mll/glue", "qnli"),
     ),
-    # A user's own records. Its loss is always reported; exact_match only when generation is asked for.
-    Task("completion", "completion", ("exact_match",), _completion),
+    # A user's own records. Its loss is always reported; a metric, over what is generated, only when it is asked for.
+    Task("completion", "completion", (), _completion),
 )
 
 

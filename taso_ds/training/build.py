@@ -151,7 +151,7 @@ def set_up(config: RunConfig) -> Setup:
     prepare.check_accumulation(sizes, rows)
     check_this_host(config, model, base_config, shapes, rows, ds_config=ds_config, source=source)
     setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
-    setup.evaluator.check()
+    setup.evaluator.check(prepare.num_positions(base_config))
     log.info("train: %d rows from %s", len(rows), data.train_source)
     log.info("evaluation: %d rows from %s", len(data.evaluation), data.eval_source)
     left_alone = find_experts(model).left_in_words(shapes)

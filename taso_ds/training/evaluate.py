@@ -1,8 +1,8 @@
 """Scores of a model on a task's evaluation rows, shared out over the ranks, each row counted exactly once.
 
 Batches are formed before they are dealt to ranks, so the numbers do not depend on the world size. Choice tasks take the
-option with the highest likelihood, GSM8K generates greedily and compares the final number, a classification head takes
-its own word.
+option with the highest likelihood, GSM8K generates greedily and compares the final number, a user's own completions are
+generated and compared when a metric is asked for, a classification head takes its own word.
 """
 
 import math
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from taso_ds.data.collate import collate, collate_head, collate_left, empty_row
-from taso_ds.data.encode import EncodedRow, encode_completion, encode_examples, encode_prompt, pad_token_id
+from taso_ds.data.decode import AnswerReader, answer_reader
+from taso_ds.data.encode import EncodedRow, encode_examples, encode_options, encode_prompt, pad_token_id
 from taso_ds.data.tasks import Example, Task
 from taso_ds.distributed import comm
+from taso_ds.errors import UserError
 from taso_ds.training.feed import dealt_batches, on_device
 from taso_ds.training.loss import IGNORED, LossSum, head_logits, supervised_logits
 from taso_ds.training.metrics import compute_metrics, final_number
@@ -49,16 +51,25 @@ class Evaluator:
     use_chat_template: bool
     synced: bool
 
-    def check(self) -> None:
+    def check(self, positions: int | None) -> None:
         """Encode what can be ill-formed.
 
+        Args:
+            positions: how many the model has; None for no limit.
+
         Raises:
-            UserError: a row leaves nothing to score or to continue.
+            UserError: a row leaves nothing to score or to continue, or an answer would need more positions.
         """
         if self.head or self.task.kind != "choice":  # options are never empty
             _ = self._encoded
-        if self.task.kind == "generation" and not self.head:
-            _ = self._prompts
+        if self._generates:
+            _ = self._reader
+            longest = max(len(row.input_ids) for row in self._prompts)
+            if positions is not None and longest + self.max_new_tokens > positions:
+                raise UserError(
+                    f"max_new_tokens: {self.max_new_tokens} behind the longest prompt, of {longest} tokens, exceed the"
+                    f" model's {positions} positions; lower it or --max_seq_length"
+                )
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return ``loss`` (mean over the supervised units), the task's metrics and ``num_examples``."""
@@ -69,15 +80,18 @@ class Evaluator:
                 scores = self._choose(model)
             else:
                 scores = self._lm_loss(model)
-                if self.task.kind == "generation":
+                if self._generates:
                     scores |= self._generate(model)
         return scores | {"num_examples": len(self.examples)}
 
     @property
     def headline(self) -> str:
         """The figure to quote: the task's first metric, or the loss where there is none."""
-        measured = self.head or self.task.kind in ("choice", "generation")
-        return self.task.metrics[0] if measured else "loss"
+        return self.task.metrics[0] if self.task.metrics else "loss"
+
+    @property
+    def _generates(self) -> bool:
+        return bool(self.task.metrics) and not self.head and self.task.kind != "choice"
 
     def _classify(self, model: nn.Module) -> dict[str, float]:
         rows = self._encoded
@@ -103,7 +117,12 @@ class Evaluator:
         return {"loss": math.fsum(loss for _, loss in merged) / len(rows), **metrics}
 
     def _choose(self, model: nn.Module) -> dict[str, float]:
-        options = [self._encoded_options(example) for example in self.examples]
+        options = encode_options(
+            self.tokenizer,
+            self.examples,
+            max_seq_length=self.max_seq_length,
+            use_chat_template=self.use_chat_template,
+        )
         likelihoods = self._likelihoods(model, options)
         golds = [example.options.index(example.completion) for example in self.examples]
         units = sum(rows[gold].num_supervised for rows, gold in zip(options, golds, strict=True))
@@ -122,19 +141,6 @@ class Evaluator:
             use_chat_template=self.use_chat_template,
             source=self.source,
         )
-
-    def _encoded_options(self, example: Example) -> list[EncodedRow]:
-        return [
-            encode_completion(
-                self.tokenizer,
-                example.prompt,
-                option,
-                max_seq_length=self.max_seq_length,
-                append_eos=False,
-                use_chat_template=self.use_chat_template,
-            )
-            for option in example.options
-        ]
 
     def _likelihoods(self, model: nn.Module, options: Sequence[Sequence[EncodedRow]]) -> list[list[float]]:
         """Return the log-likelihood of every option of every example.
@@ -202,8 +208,13 @@ class Evaluator:
             for example in self.examples
         ]
 
+    @cached_property
+    def _reader(self) -> AnswerReader:
+        return answer_reader(self.tokenizer, use_chat_template=self.use_chat_template)
+
     def _generate(self, model: nn.Module) -> dict[str, float]:
-        rows = self._prompts
+        rows, reader = self._prompts, self._reader
+        stops = reader.stops(model.generation_config.eos_token_id)  # type: ignore[union-attr, arg-type]
         pad_id = pad_token_id(self.tokenizer)
         batches = dealt_batches(
             rows,
@@ -220,13 +231,14 @@ class Evaluator:
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=pad_id,
+                eos_token_id=stops,
                 synced_gpus=self.synced,
             )
-            texts = self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
+            texts = [reader.read(row, stops) for row in tokens[:, width:].tolist()]
             answers.update(zip(ids, texts, strict=False))
-        predictions = [final_number(text) for text in _merge(answers, len(rows))]
-        references = [final_number(str(example.target)) for example in self.examples]
-        return compute_metrics(self.task.metrics, predictions, references)
+        texts, golds = _merge(answers, len(rows)), [str(example.target) for example in self.examples]
+        compared = final_number if self.task.kind == "generation" else str
+        return compute_metrics(self.task.metrics, list(map(compared, texts)), list(map(compared, golds)))
 
 
 def _differ_in_last_token(rows: Sequence[EncodedRow]) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from taso_ds.config import GROUPS, RunConfig
 from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, parse_groups
+from taso_ds.flags import arg, given_names, parse_groups
 from taso_ds.training import export
 from taso_ds.training.base_model import BaseModel
 from taso_ds.training.build import Setup, load_base, set_up
@@ -48,6 +49,8 @@ def parse_over_run(argv: Sequence[str] | None = None, *, description: str = "") 
     (named,) = parse_groups([FinishedArguments], argv, description="", partial=True)
     recorded = {} if named.run is None else recorded_flags(read_run(Path(named.run)), Path(named.run) / RUN)
     defaults = {key: value for key, value in recorded.items() if key != "core_regions"}  # the adapter knows its own
+    if "eval_file" in given_names(sys.argv[1:] if argv is None else argv):
+        defaults.pop("eval_fraction", None)  # other rows instead of those held out
     *groups, finished = parse_groups((*GROUPS, FinishedArguments), argv, description=description, defaults=defaults)
     return with_defaults(RunConfig(*groups)), finished
 

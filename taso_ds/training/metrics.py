@@ -16,6 +16,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from taso_ds.errors import UserError, nearest
+from taso_ds.training.rouge import rouge_l
 
 
 def compute_metrics(names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
@@ -146,6 +147,19 @@ class ExactMatch(OfflineMetric):
         return {"exact_match": sum(ours == gold != "" for ours, gold in pairs) / len(pairs)}
 
 
+class RougeL(OfflineMetric):
+    """Mean ROUGE-L of texts; 0.0 for one without words, as of an empty answer."""
+
+    value_type = "string"
+
+    def values(self, column: Sequence[Any]) -> list[str]:
+        return ["" if value is None else str(value) for value in column]
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        scores = [rouge_l(ours, gold) for ours, gold in zip(predictions, references, strict=True)]
+        return {"rouge": sum(scores) / len(scores)}
+
+
 def _correlation(function: Any, predictions: list[float], references: list[float]) -> float:
     # A model that has not learnt yet may answer the same everywhere; the correlation is then 0/0, and a nan would
     # break the choice of the best checkpoint. Other nans (a diverged model's predictions) are let through.
@@ -167,4 +181,5 @@ METRICS: dict[str, type[OfflineMetric]] = {
     "pearson": Pearson,
     "spearman": Spearman,
     "exact_match": ExactMatch,
+    "rouge": RougeL,
 }

@@ -118,6 +118,8 @@ def load_task_data(config: RunConfig) -> TaskData:
     data = config.data
     assert data.task is not None
     task = get_task(data.task)
+    if data.eval_metric != "none":
+        task = dataclasses.replace(task, metrics=(data.eval_metric,))
     train, evaluation = _records(config, task)
     if data.max_train_samples is not None:
         train = train.first(data.max_train_samples)
@@ -126,18 +128,29 @@ def load_task_data(config: RunConfig) -> TaskData:
     for name, records in (("train", train), ("evaluation", evaluation)):
         if not records.rows:
             raise UserError(f"{name} data: {records.source} has no rows")
-    return TaskData(
+    found = TaskData(
         task, build_examples(task, train), build_examples(task, evaluation), train.source, evaluation.source
     )
+    if data.eval_fraction is not None:
+        _warn_of_shared_prompts(found)
+    return found
 
 
 def _records(config: RunConfig, task: Task) -> tuple[Records, Records]:
     data = config.data
     if data.data_dir == EMBEDDED_DATA:
-        return _embedded_part(task, 0, data.train_file), _embedded_part(task, 1, data.eval_file)
-    train = load_records(task, "train", data_dir=data.data_dir, file=data.train_file)
+        train = _embedded_part(task, 0, data.train_file)
+    else:
+        train = load_records(task, "train", data_dir=data.data_dir, file=data.train_file)
+    if data.eval_fraction is not None:
+        return train.hold_out(data.eval_fraction, seed=config.run.seed)
+    if data.data_dir == EMBEDDED_DATA:
+        return train, _embedded_part(task, 1, data.eval_file)
     if data.train_file is not None and data.eval_file is None and data.data_dir is None:
-        raise UserError("eval_file: --train_file needs --eval_file (or --data_dir) for rows to evaluate on")
+        raise UserError(
+            "eval_file: --train_file needs rows to evaluate on: name them with --eval_file, or hold some of its own out"
+            " with --eval_fraction 0.05"
+        )
     return train, load_records(task, task.eval_split, data_dir=data.data_dir, file=data.eval_file)
 
 
@@ -145,6 +158,13 @@ def _embedded_part(task: Task, part: int, file: str | None) -> Records:
     if file is not None:
         return Records(read_jsonl(Path(file)), file)
     return embedded_records(task)[part]  # one split for every seed, so that seeds are compared on the same rows
+
+
+def _warn_of_shared_prompts(data: TaskData) -> None:
+    trained = {example.prompt for example in data.train}
+    shared = sum(example.prompt in trained for example in data.evaluation)
+    if shared:
+        log.warning("%d of the %d held-out prompts are asked in the training rows too", shared, len(data.evaluation))
 
 
 def encode_training_rows(config: RunConfig, data: TaskData, tokenizer: Any, *, head: bool) -> list[EncodedRow]:
@@ -177,9 +197,14 @@ def calibration_rows(config: RunConfig, rows: list[EncodedRow]) -> list[EncodedR
 
 def check_length(config: RunConfig, base_config: Any) -> None:
     """Refuse sequences the base has no positions for."""
-    limit = getattr(base_config, "max_position_embeddings", None) or getattr(base_config, "n_positions", None)
+    limit = num_positions(base_config)
     if limit is not None and config.data.max_seq_length > limit:
         raise UserError(f"max_seq_length: {config.data.max_seq_length} exceeds the model's {limit} positions")
+
+
+def num_positions(base_config: Any) -> int | None:
+    """Return how many positions the base has; None where it names no number."""
+    return getattr(base_config, "max_position_embeddings", None) or getattr(base_config, "n_positions", None)
 
 
 def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str, Any], model: nn.Module) -> None:

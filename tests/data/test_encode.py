@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from taso_ds.data.encode import (
     EncodedRow,
-    encode_completion,
     encode_examples,
+    encode_options,
     encode_pair,
     encode_prompt,
     pad_token_id,
@@ -55,6 +56,12 @@ def make_tokenizer() -> Make:
         )
 
     return make
+
+
+def encode_completion(tokenizer: Any, prompt: str, completion: str, *, append_eos: bool, **settings: Any) -> EncodedRow:
+    """Encode one row of a task whose completions end, or of one whose options do not."""
+    task = get_task("completion" if append_eos else "boolq")
+    return encode_examples(tokenizer, [Example(prompt, completion)], task, head=False, source="mine", **settings)[0]
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -178,10 +185,21 @@ def test_rows_equal_those_encoded_one_by_one(make_tokenizer: Make) -> None:
     assert encode(tokenizer, "gsm8k") == []
 
 
+def test_options_are_encoded_behind_their_prompt_without_an_end(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    examples = [Example("a", " b", (" b", " xy")), Example("ax", "yb", ("yb", " c", "zz"))]
+    rows = encode_options(tokenizer, examples, max_seq_length=64)
+    assert rows == [
+        [encode_completion(tokenizer, one.prompt, option, **options()) for option in one.options] for one in examples
+    ]
+
+
 def test_the_row_at_fault_is_named(make_tokenizer: Make) -> None:
     good, empty = Example("a", " b"), Example("a", "  ")
     with pytest.raises(UserError, match=r"^mine\.jsonl, row 2: the completion is empty"):
         encode(make_tokenizer(), "completion", good, empty)
+    with pytest.raises(UserError, match=r"^mine\.jsonl, row 7: the completion is empty"):
+        encode(make_tokenizer(), "completion", good, replace(empty, place=7))
     with pytest.raises(UserError, match=r"^mine\.jsonl, row 1: .*one or two texts, but the row has none"):
         encode(make_tokenizer(), "boolq", Example("a", " b", target=1), head=True)
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taso_ds.data.records import Records, load_records, read_jsonl
+from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
 from taso_ds.data.tasks import TASKS, get_task
 from taso_ds.errors import UserError
 
@@ -72,6 +73,13 @@ FIELDS = (
 )
 
 
+def test_a_record_that_cannot_be_used_is_shown_in_part() -> None:
+    for record in ({"prompt": ["many words"] * 999, "completion": "b"}, {f"field {n}": n for n in range(999)}):
+        with pytest.raises(UserError) as info:
+            get_task("completion").build(record)
+        assert len(str(info.value)) < 300
+
+
 def test_choices_without_as_many_labels_are_refused() -> None:
     record = {"question": "q", "answerKey": "B"}
     for choices in ({"text": ["x"], "label": ["A", "B"]}, {"text": 3, "label": ["B"]}, {"text": "ab", "label": "AB"}):
@@ -85,9 +93,21 @@ def test_byte_order_mark_windows_line_ends_and_blank_end(tmp_path: Path) -> None
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
 
 
+def test_files_put_one_behind_the_other_and_a_name_in_capitals(tmp_path: Path) -> None:
+    path = tmp_path / "ROWS.JSONL"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n' * 2)
+    assert read_jsonl(path) == [{"a": 1}, {"a": 1}]
+    path = path.rename(tmp_path / "ROWS.JSONL.GZ")
+    path.write_bytes(gzip.compress(b'{"a": 1}\n') * 2)
+    assert read_jsonl(path) == [{"a": 1}, {"a": 1}]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b'[\n  {"a": 1},\n', r"rows\.jsonl: is one JSON document over many lines; write one object a line"),
+        (b'{\n  "a": 1\n}\n', r"rows\.jsonl: is one JSON document over many lines; write one object a line"),
+        (gzip.compress(b'{"a": 1}\n'), r"rows\.jsonl: is compressed: give it the name rows\.jsonl\.gz"),
         (b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: not valid JSON"),
         (b'{"a": 1}\n\n{"a": 2}\n', r"rows\.jsonl:2: not valid JSON"),
         (b'{"a": 1}\n[1, 2]\n', r"rows\.jsonl:2: expected a JSON object with named fields, found \[1, 2\]"),
@@ -193,5 +213,41 @@ def test_a_users_own_records_are_not_on_the_hub() -> None:
 
 def test_the_first_rows_say_so() -> None:
     records = Records([{"a": 1}, {"a": 2}, {"a": 3}], "x.jsonl")
-    assert records.first(2) == Records([{"a": 1}, {"a": 2}], "x.jsonl (rows 0-1 of 3)")
+    assert records.first(2) == Records([{"a": 1}, {"a": 2}], "x.jsonl (rows 0-1 of 3)", (1, 2))
     assert records.first(3) is records
+
+
+def numbered(count: int) -> Records:
+    return Records([{"a": number} for number in range(1, count + 1)], "x.jsonl")
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(2, 40), share=st.floats(0.01, 0.99), seed=st.integers(0, 2**32 - 1))
+def test_held_out_rows_are_apart_and_follow_the_seed(count: int, share: float, seed: int) -> None:
+    records, number = numbered(count), round(share * count)
+    if number in (0, count):
+        with pytest.raises(UserError, match=rf"^eval_fraction: .* of the {count} rows of x\.jsonl is {number} rows"):
+            records.hold_out(share, seed=seed)
+        return
+    parts = records.hold_out(share, seed=seed)
+    assert [len(part.rows) for part in parts] == [count - number, number]
+    assert sorted([row["a"] for part in parts for row in part.rows]) == list(range(1, count + 1))
+    for part in parts:
+        assert part.places == tuple(row["a"] for row in part.rows) == tuple(sorted(part.places))
+    assert parts == records.hold_out(share, seed=seed)
+
+
+def test_held_out_rows_are_drawn_from_everywhere_and_said() -> None:
+    train, held_out = numbered(240).hold_out(0.05, seed=0)
+    assert held_out.source == "5 % of x.jsonl, 12 rows, seed 0"
+    assert train.source == "x.jsonl without 12 rows that seed 0 holds out"
+    assert held_out.places not in (tuple(range(1, 13)), tuple(range(229, 241)))
+    assert held_out.places != numbered(240).hold_out(0.05, seed=1)[1].places
+
+
+def test_a_row_keeps_its_place_whatever_part_it_is_in() -> None:
+    _, held_out = numbered(20).hold_out(0.5, seed=0)
+    place = held_out.first(3).places[2]
+    rows = [{"prompt": "a", "completion": "b"}] * 2 + [{"prompt": "a"}]
+    with pytest.raises(UserError, match=rf"x\.jsonl.*\(rows 0-2 of 10\), row {place}: task completion: missing"):
+        build_examples(get_task("completion"), replace(held_out.first(3), rows=rows))

@@ -237,7 +237,16 @@ add(
     files={"rows.jsonl": ROW + '{"prompt": "a", "completion": " "}\n'},
 )
 NO_EVAL = "--model_name_or_path {llama} --max_seq_length 64 --output_dir run"
-add("no eval_file", f"{NO_EVAL} --task completion --train_file train.jsonl", "eval_file", "--eval_file", alone=True)
+ONE_FILE = f"{NO_EVAL} --task completion --train_file train.jsonl"
+add("no eval_file", ONE_FILE, "eval_file", "--eval_file", "--eval_fraction", alone=True)
+for share in ("0.01", "0.99"):
+    add(f"eval_fraction {share}", f"{ONE_FILE} --eval_fraction {share}", share, "8 rows of train.jsonl", alone=True)
+for share in ("0", "1", "nan", "-0.5"):
+    add(f"eval_fraction {share}", f"{ONE_FILE} --eval_fraction {share}", "eval_fraction", "between 0 and 1", alone=True)
+add("eval_fraction and eval_file", "--eval_fraction 0.5", "eval_fraction", "--eval_file eval.jsonl", "drop one")
+add("eval_metric unknown", "--eval_metric rogue", "eval_metric: 'rogue'", "exact_match", "nearest: 'rouge'")
+add("no positions for answers", "--eval_metric rouge", "max_new_tokens: 256", "128 positions", "--max_seq_length")
+add("eval_metric of another task", "--task sst2 --eval_metric rouge", "eval_metric: rouge", "--task completion", "sst2")
 add("no task", NO_EVAL, "task", "--task", "completion", alone=True)
 add("no data_dir", f"{NO_EVAL} --task rte --data_dir nowhere", "--data_dir nowhere", "no such folder", alone=True)
 add("no split", f"{NO_EVAL} --task rte --data_dir .", ". holds eval.jsonl, train.jsonl", alone=True)

@@ -25,6 +25,8 @@ def config_of(folder: Path, task: str, stage: int) -> Any:
     flags = ["--model_name_or_path", str(folder / task), "--task", task, "--train_file", rows, "--eval_file", rows]
     flags += ["--no_bf16", "--max_seq_length", "128", "--max_new_tokens", str(MAX_NEW_TOKENS), "--head", TASKS[task]]
     flags += ["--per_device_eval_batch_size", str(BATCH_SIZE), "--ds_config", f"zero{stage}.json"]
+    if task == "completion":
+        flags += ["--eval_metric", "rouge"]
     return parse_run_config(flags)
 
 

@@ -163,8 +163,11 @@ def test_loss_of_completions_is_the_mean_over_their_tokens(two_ranks: Found, fol
         log_likelihood(model, row["prompt"], row["completion"], eos=True) for row in rows_of(folder, "completion")
     ]
     loss = -sum(value for value, _ in scored) / sum(number for _, number in scored)
+    said = [continuation(model, row["prompt"]) for row in rows_of(folder, "completion")]
     for stage in worker.STAGES:
-        assert two_ranks[f"completion {stage}"]["scores"]["loss"] == pytest.approx(loss, rel=1e-5)
+        found = two_ranks[f"completion {stage}"]
+        assert found["scores"]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert found["compared"] == [[said, [row["completion"].strip() for row in rows_of(folder, "completion")]]]
 
 
 def test_generated_answers_are_those_of_greedy_decoding(two_ranks: Found, folder: Path) -> None:

@@ -47,6 +47,12 @@ def test_exact_match_of_texts() -> None:
     assert compute_metrics(["exact_match"], predictions, ["yes", "yes", "yes", "", "no"]) == {"exact_match": 2 / 5}
 
 
+def test_rouge_is_the_mean_over_texts() -> None:
+    assert compute_metrics(["rouge"], ["The cat", "a b", None, ""], ["the cat.", "b", "a", ""]) == {
+        "rouge": pytest.approx((1 + 2 / 3) / 4)
+    }
+
+
 def test_arrays_and_tensors() -> None:
     assert compute_metrics(["accuracy"], np.array([1, 0]), torch.tensor([1, 1])) == {"accuracy": 0.5}
 
@@ -100,8 +106,8 @@ def forbid(event, arguments):
 
 sys.addaudithook(forbid)
 from taso_ds.training.metrics import METRICS, compute_metrics
-texts = compute_metrics(["exact_match"], ["a"], ["a"])
-print(texts | compute_metrics([name for name in METRICS if name != "exact_match"], [0, 1, 1], [0, 1, 1]))
+texts = compute_metrics(["exact_match", "rouge"], ["a"], ["a"])
+print(texts | compute_metrics([name for name in METRICS if name not in texts], [0, 1, 1], [0, 1, 1]))
 """
 
 
@@ -120,7 +126,7 @@ def test_no_network_no_files_no_collision(tmp_path: Path) -> None:
     for process in processes:
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0
-        assert output.strip() == str({name: 1.0 for name in ("exact_match", *METRICS) if name in METRICS})
+        assert output.strip() == str(dict.fromkeys(("exact_match", "rouge", *METRICS), 1.0))
     left = [path for folder in (home, temporary) for path in folder.rglob("*") if path.is_file()]
     assert left == []
     assert not list(home.rglob("metrics"))

@@ -89,8 +89,44 @@ def test_the_first_rows_only(data: list[str]) -> None:
     assert loaded.train_source != loaded.eval_source
 
 
+def test_rows_of_one_file_are_held_out(data: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    def prompts(*flags: str) -> tuple[list[str], list[str]]:
+        loaded = load_task_data(config_of(*data[:2], "--eval_fraction", "0.25", *flags))
+        return [example.prompt for example in loaded.train], [example.prompt for example in loaded.evaluation]
+
+    train, held_out = prompts()
+    assert (len(train), len(held_out)) == (30, 10)
+    assert {*train} | {*held_out} == {f"train {n}:" for n in range(40)}
+    assert prompts("--learning_rate", "1") == (train, held_out)
+    assert prompts("--seed", "1")[1] != held_out
+    assert prompts("--max_train_samples", "5", "--max_eval_samples", "2") == (train[:5], held_out[:2])
+    assert not caplog.messages
+
+
+def test_rows_are_held_out_of_any_tasks_training_split(tmp_path: Path) -> None:
+    rows = [json.dumps({"question": f"{n}?", "answer": f"#### {n}"}) for n in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    flags = ["--model_name_or_path", "base", "--task", "gsm8k", "--data_dir", str(tmp_path)]
+    with pytest.raises(UserError, match=r"no test\.jsonl .*; --eval_fraction holds training rows out instead$"):
+        load_task_data(parse_run_config(flags))
+    loaded = load_task_data(parse_run_config([*flags, "--eval_fraction", "0.5"]))
+    assert (len(loaded.train), len(loaded.evaluation)) == (4, 4)
+
+
+def test_a_prompt_on_both_sides_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "again", "completion": "b"}\n' * 4)
+    load_task_data(config_of("--train_file", str(file), "--eval_fraction", "0.5"))
+    assert caplog.messages == ["2 of the 2 held-out prompts are asked in the training rows too"]
+
+
+def test_a_metric_is_measured_when_it_is_asked_for(data: list[str]) -> None:
+    assert load_task_data(config_of(*data)).task.metrics == ()
+    assert load_task_data(config_of(*data, "--eval_metric", "rouge")).task.metrics == ("rouge",)
+
+
 def test_training_rows_without_evaluation_rows_are_refused(data: list[str]) -> None:
-    with pytest.raises(UserError, match="eval_file: --train_file needs --eval_file"):
+    with pytest.raises(UserError, match=r"eval_file: --train_file needs .*--eval_file.*--eval_fraction"):
         load_task_data(config_of(*data[:2]))
 
 

@@ -1,0 +1,115 @@
+r"""Chat templates: the prompt that a server renders, and the answer behind it up to the token that ends the turn.
+
+The template knows how a turn ends, the tokenizer need not: Gemma's has an EOS that no conversation holds. So the answer
+is read off the whole conversation, as what stands behind the server's prompt:
+
+    prompt    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n          not supervised
+    opening   (nothing; a blank in Llama 2, an empty <think> block in Qwen 3)   supervised: the model has to say it
+    content   Hello<|im_end|>                                                  supervised, up to the end of the turn
+    rest      \n                                                               left out
+"""
+
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from taso_ds.errors import UserError
+
+_QUESTION, _ANSWER = "probe question", "probe answer"
+
+
+@dataclass(frozen=True)
+class Chat:
+    r"""How a tokenizer's template writes the assistant's turn.
+
+    Attributes:
+        supplied: What the server's prompt says in the model's place and the conversation does not ("<think>\n").
+        opening: What the conversation holds between the server's prompt and the content.
+        closing: What it holds between the content and the end of the turn, that included; empty without one.
+        tail: All it holds behind the content of a last turn.
+        end_id: The token that ends a turn; the tokenizer's EOS where the template ends none.
+    """
+
+    tokenizer: Any
+    supplied: str
+    opening: str
+    closing: str
+    tail: str
+    end_id: int | None
+
+    def texts(self, prompt: str, completion: str) -> tuple[str, str]:
+        """Return the prompt as a server renders it, and what the model should say to it before the end of its turn.
+
+        The latter is what the template makes of the completion. Where the template drops a part of it (the thoughts of
+        past turns), the completion stays as written.
+        """
+        content = completion.removeprefix(" ")  # which divides it from a bare prompt
+        if self.end_id is not None:
+            content = content.removesuffix(self.tokenizer.convert_ids_to_tokens(self.end_id))
+        unsaid = content.removeprefix(self.supplied if content.startswith(self.supplied) else self.supplied.strip())
+        served, whole = chat_prompt(self.tokenizer, prompt), _conversation(self.tokenizer, prompt, content)
+        if whole.startswith(served) and whole.endswith(self.tail):
+            said = whole[len(served) : len(whole) - len(self.tail)]
+            if _without_blanks(said).endswith(_without_blanks(unsaid)):
+                return served, said
+        return served, unsaid
+
+
+def read_chat(tokenizer: Any) -> Chat:
+    """Find out how the tokenizer's template writes a turn, from a conversation with a known answer.
+
+    Raises:
+        UserError: There is no template, or it leaves out what the assistant says.
+    """
+    served, whole = chat_prompt(tokenizer, _QUESTION), _conversation(tokenizer, _QUESTION, _ANSWER)
+    before, found, tail = whole.rpartition(_ANSWER)
+    if not found:
+        raise UserError("the chat template leaves out what the assistant says: there is nothing to learn from it")
+    end = _first_marker(tokenizer, tail)
+    if end is None:
+        closing, end_id = "", tokenizer.eos_token_id
+    else:
+        text = tokenizer.convert_ids_to_tokens(end)
+        closing, end_id = tail[: tail.index(text) + len(text)], end
+    return Chat(
+        tokenizer,
+        supplied=served[_shared_start(served, whole) :],
+        opening=before.removeprefix(served) if before.startswith(served) else "",
+        closing=closing,
+        tail=tail,
+        end_id=end_id,
+    )
+
+
+def chat_prompt(tokenizer: Any, prompt: str) -> str:
+    """Return the text a server makes of one user's message."""
+    return _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+
+def _conversation(tokenizer: Any, prompt: str, content: str) -> str:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": content}]
+    return _render(tokenizer, messages, add_generation_prompt=False)
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: drop use_chat_template or use an instruction model")
+    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    return text
+
+
+def _first_marker(tokenizer: Any, text: str) -> int | None:
+    """Return the first token that is more than text: a special one, or one that was added to the vocabulary."""
+    markers = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if token in markers and tokenizer.convert_ids_to_tokens(token).strip():  # Gemma has added line ends
+            return int(token)
+    return None
+
+
+def _shared_start(first: str, second: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())

@@ -1,0 +1,41 @@
+"""Generated token ids to the text of the answer."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from taso_ds.data.chat import read_chat
+
+
+@dataclass(frozen=True)
+class AnswerReader:
+    """Where an answer ends, and which of its text the template rather than the data gave.
+
+    Attributes:
+        end_id: The token that training rows end with.
+        opening: Text that the chat template puts before every answer.
+    """
+
+    tokenizer: Any
+    end_id: int | None
+    opening: str = ""
+
+    def stops(self, configured: int | Iterable[int] | None) -> list[int]:
+        """Return the ids to stop at: those the model's own configuration names, and the end of a training row."""
+        listed = [configured] if isinstance(configured, int) else configured or ()
+        return sorted({*listed, *([] if self.end_id is None else [self.end_id])})
+
+    def read(self, ids: Sequence[int], stops: Sequence[int]) -> str:
+        """Return the text before the first stop."""
+        end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+        text: str = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return text.removeprefix(self.opening)
+
+
+def answer_reader(tokenizer: Any, *, use_chat_template: bool) -> AnswerReader:
+    """Return what reads the answers of a model that was trained on rows encoded alike."""
+    if not use_chat_template:
+        return AnswerReader(tokenizer, tokenizer.eos_token_id)
+    chat = read_chat(tokenizer)
+    opening = tokenizer(chat.opening, add_special_tokens=False)["input_ids"]
+    return AnswerReader(tokenizer, chat.end_id, tokenizer.decode(opening, skip_special_tokens=True))

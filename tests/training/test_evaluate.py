@@ -1,0 +1,118 @@
+"""A model that has learned a few dialogues by heart says them again, and stops where its turn ends."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+from taso_ds.data.collate import collate
+from taso_ds.data.encode import encode_examples, pad_token_id
+from taso_ds.data.tasks import Example, Task, get_task
+from taso_ds.distributed import comm
+from taso_ds.errors import UserError
+from taso_ds.training.evaluate import Evaluator
+from taso_ds.training.loss import loss_sum
+
+PAIRS = {"sky": "blue", "grass": "green", "sun": "yellow"}
+TEMPLATE = (  # of a family whose turns end with another token than the tokenizer's EOS
+    "{{ bos_token }}{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | trim }}<end_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+
+
+def dialogue_tokenizer() -> Any:
+    tokenizer = tiny_models.byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<end_turn>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def evaluator(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Evaluator]:
+    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
+
+    def make(task: Task, examples: list[Example], *, chat: bool = True) -> Evaluator:
+        return Evaluator(
+            examples=examples,
+            task=task,
+            tokenizer=dialogue_tokenizer(),
+            head=False,
+            loss_sum=lambda model, batch: loss_sum(model, batch, head=False),
+            source="mine",
+            batch_size=2,
+            max_seq_length=64,
+            max_new_tokens=12,
+            use_chat_template=chat,
+            synced=False,
+        )
+
+    return make
+
+
+def measured(*metrics: str) -> Task:
+    return replace(get_task("completion"), metrics=metrics)
+
+
+def examples(**changes: str) -> list[Example]:
+    return [Example(ask, f" {say}", target=say) for ask, say in (PAIRS | changes).items()]
+
+
+@pytest.fixture(scope="module")
+def learned() -> Any:
+    tokenizer, model = dialogue_tokenizer(), tiny_models.llama()
+    rows = encode_examples(
+        tokenizer, examples(), measured(), max_seq_length=64, head=False, use_chat_template=True, source="mine"
+    )
+    batch = collate(rows, pad_id=pad_token_id(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        total, units = loss_sum(model, batch, head=False)
+        (total / units).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_dialogues_learned_by_heart_are_generated_to_their_end(learned: Any, evaluator: Any) -> None:
+    assert learned.generation_config.eos_token_id == 2  # which no dialogue holds: the end of a turn stops it
+    scores = evaluator(measured("exact_match", "rouge"), examples())(learned)
+    assert (scores["exact_match"], scores["rouge"]) == (1.0, 1.0)
+    wrong = evaluator(measured("exact_match"), examples(sky="black"))
+    assert wrong(learned)["exact_match"] == pytest.approx(2 / 3)
+    assert (wrong.headline, evaluator(measured(), []).headline) == ("exact_match", "loss")
+
+
+def test_generation_goes_no_further_than_the_end_of_the_turn(
+    learned: Any, evaluator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, lengths = learned.generate, []
+
+    def watched(**settings: Any) -> Any:
+        tokens = generate(**settings)
+        lengths.append(tokens.shape[1] - settings["input_ids"].shape[1])
+        return tokens
+
+    monkeypatch.setattr(learned, "generate", watched)
+    evaluator(measured("exact_match"), examples())(learned)
+    # Batches of two rows by length: "sky" and "sun", then "grass"; their bytes and the end of the turn.
+    assert lengths == [len("yellow") + 1, len("green") + 1]
+
+
+def test_without_a_metric_nothing_is_generated(learned: Any, evaluator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned, "generate", None)
+    assert evaluator(measured(), examples())(learned).keys() == {"loss", "num_examples"}
+
+
+def test_an_answer_needs_positions_too(evaluator: Any) -> None:
+    asked = evaluator(measured("exact_match"), examples())
+    longest = max(len(row.input_ids) for row in asked._prompts)
+    asked.check(longest + 12)
+    asked.check(None)
+    with pytest.raises(
+        UserError, match=rf"^max_new_tokens: 12 behind .* {longest} tokens, .* {longest + 11} positions"
+    ):
+        asked.check(longest + 11)
+    evaluator(measured(), examples()).check(1)  # nothing is generated
