@@ -99,6 +99,31 @@ def gpt_oss(*, seed: int = 0) -> Any:
     return model.eval()
 
 
+def phimoe(*, seed: int = 0) -> Any:
+    """A PhiMoE, whose routers are linears that return the experts they chose."""
+    from transformers import PhimoeConfig, PhimoeForCausalLM
+
+    torch.manual_seed(seed)
+    return PhimoeForCausalLM(PhimoeConfig(**_EXPERTS, intermediate_size=48, num_local_experts=4)).eval()
+
+
+def gemma3(*, seed: int = 0) -> Any:
+    """A Gemma 3 with a vision tower, whose linears have names of the text model's."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {
+        "vocab_size": VOCABULARY, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+        "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = Gemma3Config(
+        text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4,
+        image_token_index=300, boi_token_index=301, eoi_token_index=302,
+    )  # fmt: skip
+    return Gemma3ForConditionalGeneration(config).eval()
+
+
 def hrm() -> Any:
     """A model whose checkpoints hold one tensor of each attention, which transformers splits."""
     from transformers import HrmTextConfig, HrmTextForCausalLM

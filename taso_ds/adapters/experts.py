@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from taso_ds.adapters.fused_experts import fused_parameters
+from taso_ds.adapters.towers import inside, textless_parts
 
 _LIST = "experts"
 
@@ -60,16 +61,19 @@ def find_experts(
 ) -> Experts:
     """Find expert weights by structure: 3-D parameters of no convolution inside the block lists, and expert lists.
 
+    What rows of text never pass (see ``towers``) has none.
+
     Args:
         model: any model, on the meta device too.
         shape_of: the whole shape of a parameter that may be partitioned.
     """
+    textless = textless_parts(model)
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     sizes = {
         name: shape_of(parameter).numel()
         for name, parameter in _own_parameters(model)
-        if in_expert_list(name)
-        or (any(name.startswith(f"{block}.") for block in lists) and _is_stack(shape_of(parameter)))
+        if not inside(name, textless)
+        and (in_expert_list(name) or (inside(name, lists) and _is_stack(shape_of(parameter))))
     }
     fused = (f"{name}.{inner}" for name, module in model.named_modules() for inner in fused_parameters(module))
     owners = {re.sub(rf"(^|\.){_LIST}\.\d+\..*", rf"\1{_LIST}.", name).rpartition(".")[0] for name in sizes}

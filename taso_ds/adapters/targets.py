@@ -3,10 +3,13 @@
 By default every linear of the transformer blocks: ``nn.Linear`` and its subclasses (quantized ones too) and GPT-2's
 ``Conv1D``, whose weight is stored transposed. Embeddings, the output head, norms and biases are left alone, and so are
 experts (see ``experts``), unless those in fused parameters are asked for: then each of their slices is a target too.
+A subclass that does not compute ``x Wᵀ + b`` is no target, as some routers, which return the experts they chose; nor is
+what rows of text never pass (see ``towers``).
 The inner linears of Mamba's blocks are left alone as well: its kernels take their weights past the module, so an
 adapter would have no effect there, and peft refuses to open one of ``out_proj``.
 """
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from torch import nn
 
 from taso_ds.adapters.experts import in_expert_list
 from taso_ds.adapters.fused_experts import ExpertMatrix, expert_matrices, get_expert_matrix
+from taso_ds.adapters.towers import inside, textless_parts
 from taso_ds.errors import UserError, nearest
 
 
@@ -58,6 +62,33 @@ def matrix_shape(
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
         return MatrixShape(int(module.nf), int(module.nx), transposed=True)
     return None
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Say whether a linear computes ``x Wᵀ + b``, which adapters and scoring rely on.
+
+    A class with a ``forward`` of its own may say so (``is_linear_map``). Otherwise a copy of the module with a tiny
+    weight is tried, because its own weight may be partitioned or not there yet.
+    """
+    kind = type(module)
+    if not isinstance(module, nn.Linear) or kind.forward is nn.Linear.forward:
+        return True
+    return bool(getattr(kind, "is_linear_map", False)) or _computes_linear(module)
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight, bias = (torch.rand(shape, generator=generator) for shape in ((2, 4, 3), (5, 3), (5,)))
+    tiny = copy.copy(module)
+    parameters = {"weight": nn.Parameter(weight), "bias": None if module.bias is None else nn.Parameter(bias)}
+    vars(tiny).update(_parameters=parameters, in_features=3, out_features=5, training=False)
+    wanted = nn.functional.linear(inputs, weight, None if module.bias is None else bias)
+    try:
+        with torch.no_grad():
+            found: Any = type(module).forward(tiny, inputs)
+    except Exception:  # whatever the forward needs that a linear does not
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted)
 
 
 def get_target(model: nn.Module, name: str) -> Target:
@@ -114,9 +145,13 @@ def find_targets(
 def _linears(model: nn.Module, *, experts: bool) -> dict[str, Target]:
     linears: dict[str, Target] = {}
     has_kernels = getattr(getattr(model, "config", None), "model_type", None) in _STATE_SPACE
+    textless = textless_parts(model)
     for name, module in model.named_modules():
+        if inside(name, textless):
+            continue
         is_bypassed = has_kernels and name.endswith(_TAKEN_BY_KERNELS)
-        if matrix_shape(module) is not None and not in_expert_list(name) and not is_bypassed:
+        is_linear = matrix_shape(module) is not None and is_linear_map(module)
+        if is_linear and not in_expert_list(name) and not is_bypassed:
             linears[name] = module
         if experts:
             linears |= {f"{name}.{inner}": matrix for inner, matrix in expert_matrices(module).items()}

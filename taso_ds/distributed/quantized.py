@@ -176,7 +176,10 @@ class QuantizedLinear(nn.Linear):
     Attributes:
         weight: the bytes, ``(bytes / itemsize, 1)``.
         statistics: what the format needs to read them; None until the weight is there.
+        is_linear_map: read by ``adapters.targets``.
     """
+
+    is_linear_map = True
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: nn.Parameter | None, format: Format, storage: torch.dtype

@@ -16,7 +16,7 @@ from taso_ds.adapters.adapter import ADAPTER_MODULE
 from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm, engine, zero
 from taso_ds.distributed.quantized import QuantizedLinear
-from taso_ds.distributed.safetensors_files import weight_files
+from taso_ds.distributed.safetensors_files import has_checkpoint, weight_files
 from taso_ds.errors import UserError
 from taso_ds.json_text import parse_json
 from taso_ds.training.load_quantized import QuantizedLoad
@@ -29,22 +29,31 @@ from taso_ds.training.load_sharded import (
     tie_weights,
     why_not_sharded,
 )
+from taso_ds.training.model_class import model_class
 from taso_ds.training.model_source import Loaded, loading
 from taso_ds.training.quantized_base import Quantization, adopt_linears, quantization_of
+from taso_ds.training.stored_names import open_for, stored_keys
 
 log = logging.getLogger(__name__)
 
-_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# What encoders put between their body and a classification head, and some checkpoints lack.
+_POOLER = "pooler"
 
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
-    """A loaded base. ``head`` says whether it ends in a classification head, which trains in full."""
+    """A loaded base.
+
+    Attributes:
+        head: whether it ends in a classification head, which trains in full.
+        new_pooler: parameters of the body's pooler that the checkpoint lacks: they belong to the head.
+    """
 
     model: nn.Module
     config: Any
     head: bool
     quantization: Quantization | None = None
+    new_pooler: frozenset[str] = frozenset()
 
     @property
     def head_parameters(self) -> dict[str, nn.Parameter]:
@@ -52,7 +61,11 @@ class BaseModel:
         if not self.head:
             return {}
         others = (f"{self.model.base_model_prefix}.", f"{ADAPTER_MODULE}.")
-        return {name: value for name, value in self.model.named_parameters() if not name.startswith(others)}
+        return {
+            name: value
+            for name, value in self.model.named_parameters()
+            if name in self.new_pooler or not name.startswith(others)
+        }
 
 
 def check_weight_files(source: str) -> None:
@@ -105,32 +118,39 @@ def load_tokenizer(arguments: ModelArguments, source: str) -> Any:
     )
 
 
-def wants_head(arguments: ModelArguments, config: Any) -> bool:
-    """Say whether the base gets a classification head: asked for, or it has no language-model head."""
-    if arguments.head != "auto":
-        return arguments.head == "classification"
-    if arguments.gguf_file is not None:
-        return False  # the format holds language models, and does not name their class
-    return not any(name.endswith(_LM_SUFFIXES) for name in (config.architectures or [""]))
-
-
-def _model_class(head: bool) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    return AutoModelForSequenceClassification if head else AutoModelForCausalLM
-
-
 def meta_model(arguments: ModelArguments, config: Any, *, head: bool) -> nn.Module:
-    """Return the model without weights, for counting."""
+    """Return the model without weights, for counting.
+
+    Raises:
+        UserError: when it cannot be built, or its classification head cannot be told from its body.
+    """
 
     def build() -> nn.Module:
         with torch.device("meta"):
-            model: nn.Module = _model_class(head).from_config(
+            model: nn.Module = model_class(head=head).from_config(
                 copy.deepcopy(config), trust_remote_code=arguments.trust_remote_code
             )
         return model
 
-    return loading(str(arguments.model_name_or_path), build)
+    name = str(arguments.model_name_or_path)
+    model = loading(name, build)
+    if head and not BaseModel(model, config, head).head_parameters:
+        raise UserError(f"model_name_or_path: {name}: {type(model).__name__} has no head of its own to train")
+    return model
+
+
+def without_weights(model: nn.Module, config: Any, source: str, *, head: bool) -> BaseModel:
+    """Return the base of a meta model, for counting.
+
+    Args:
+        source: where its checkpoint will be; of safetensors files that are there it is known what they lack.
+    """
+    if not head or not has_checkpoint(Path(source)):
+        return BaseModel(model, config, head)
+    with open_for(model, source) as checkpoint:
+        stored = stored_keys(model, checkpoint)
+    lacking = (name for name, _ in model.named_parameters() if name not in stored)
+    return BaseModel(model, config, head, new_pooler=frozenset(filter(_in_pooler, lacking)))
 
 
 def load_base_model(
@@ -156,12 +176,12 @@ def load_base_model(
         zero.assert_partitioned(model)
     else:
         model, report = _load_whole(arguments, source, config, options, head=head, quantization=quantization)
-    _check_complete(model, report, source, head=head)
+    new_pooler = _check_complete(model, report, source, head=head)
     if quantization is not None:
         _say_what_is_quantized(model, quantization.bits)
     model.config.use_cache = False
     model.requires_grad_(False)
-    base = BaseModel(model, config, head, quantization)
+    base = BaseModel(model, config, head, quantization, new_pooler)
     for parameter in base.head_parameters.values():
         parameter.requires_grad_(True)
     return base
@@ -211,7 +231,7 @@ def _from_pretrained(
     arguments: ModelArguments, source: str, config: Any, options: dict[str, Any], *, head: bool, whole: bool
 ) -> tuple[Any, LoadReport]:
     def load() -> tuple[Any, Mapping[str, Any]]:
-        loaded: tuple[Any, Mapping[str, Any]] = _model_class(head).from_pretrained(
+        loaded: tuple[Any, Mapping[str, Any]] = model_class(head=head).from_pretrained(
             source,
             config=config,
             revision=arguments.model_revision,
@@ -236,7 +256,7 @@ def _load_partitioned(
     quantization: Quantization | None,
 ) -> tuple[Any, LoadReport]:
     """Load into ZeRO-3 partitions: sharded where the checkpoint allows it, through transformers where not."""
-    model = loading(source, lambda: build_without_memory(_model_class(head), copy.deepcopy(config), **options))
+    model = loading(source, lambda: build_without_memory(model_class(head=head), copy.deepcopy(config), **options))
     reason = comm.together(lambda: why_not_sharded(source, model))
     if reason is None:
         tie_weights(model, source)
@@ -281,24 +301,31 @@ def _said_by_each_rank(load: Callable[[], Loaded]) -> Loaded:
         raise
 
 
-def _check_complete(model: Any, report: LoadReport, source: str, *, head: bool) -> None:
+def _check_complete(model: Any, report: LoadReport, source: str, *, head: bool) -> frozenset[str]:
     """Refuse a checkpoint that left weights of the model at random values; only a head may start there.
 
-    Encoders are published without their pooler, which then stays random and frozen: that is worth a warning.
+    Returns:
+        The parameters of a pooler that encoders are published without: they begin at random, and train with the head.
     """
     if report.unexpected_keys:
         log.warning("%s holds %s, which the model has no place for", source, some_of(report.unexpected_keys))
     body = f"{model.base_model_prefix}."
-    missing = [name for name in report.missing_keys if name.startswith(body) or not head]
+    missing = {name for name in report.missing_keys if name.startswith(body) or not head}
+    new_pooler = frozenset(filter(_in_pooler, missing)) if head else frozenset()
     faults = []
     if report.mismatched_keys:
         found = (
             f"{name} as {tuple(shape)} instead of {tuple(wanted)}" for name, shape, wanted in report.mismatched_keys
         )
         faults.append(f"holds {some_of(found)}")
-    if missing and not head:
-        faults.append(f"lacks {some_of(missing)}")
+    if missing - new_pooler:
+        faults.append(f"lacks {some_of(missing - new_pooler)}")
     if faults:
         raise UserError(f"model_name_or_path: {source} {'; it '.join(faults)}")
-    if missing:
-        log.warning("%s lacks %s: they stay at random values", source, some_of(missing))
+    if new_pooler:
+        log.info("%s lacks %s: the pooler is trained in full, as part of the head", source, some_of(new_pooler))
+    return new_pooler
+
+
+def _in_pooler(name: str) -> bool:
+    return _POOLER in name.split(".")

@@ -31,7 +31,6 @@ from taso_ds.training.base_model import (
     load_config,
     load_tokenizer,
     meta_model,
-    wants_head,
 )
 from taso_ds.training.chunked_loss import LanguageModelLoss
 from taso_ds.training.evaluate import Evaluator
@@ -39,6 +38,7 @@ from taso_ds.training.feed import Collate
 from taso_ds.training.host_check import check_this_host
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import LossSum, loss_sum
+from taso_ds.training.model_class import wants_head
 from taso_ds.training.model_source import model_source
 from taso_ds.training.nodes import check_same_model
 from taso_ds.training.optim import Group, make_groups
@@ -154,9 +154,8 @@ def set_up(config: RunConfig) -> Setup:
     setup.evaluator.check(prepare.num_positions(base_config))
     log.info("train: %d rows from %s", len(rows), data.train_source)
     log.info("evaluation: %d rows from %s", len(data.evaluation), data.eval_source)
-    left_alone = find_experts(model).left_in_words(shapes)
-    if left_alone is not None and config.adapter.method != "full":
-        log.info(left_alone)
+    for line in prepare.base_in_words(config, base_config, model, shapes):
+        log.info(line)
     return setup
 
 

@@ -14,8 +14,9 @@ from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
 from taso_ds.planning.model_shape import ModelShape, read_model_shape
 from taso_ds.training import prepare
-from taso_ds.training.base_model import BaseModel, wants_head
+from taso_ds.training.base_model import without_weights
 from taso_ds.training.load_sharded import why_not_sharded
+from taso_ds.training.model_class import wants_head
 from taso_ds.training.quantized_base import Quantization, quantization_of
 from taso_ds.training.stored_names import merged_names
 
@@ -34,8 +35,9 @@ def count_model(
         source: the folder it will be loaded from; default: the model's name, which may be one.
     """
     adapter = config.adapter
-    head = wants_head(config.model, base_config)
-    heads = sum(value.numel() for value in BaseModel(model, base_config, head).head_parameters.values())
+    folder = Path(source or str(config.model.model_name_or_path))
+    base = without_weights(model, base_config, str(folder), head=wants_head(config.model, base_config))
+    heads = sum(value.numel() for value in base.head_parameters.values())
     trains_base = adapter.method == "full"
     if trains_base:
         trainable = sum(value.numel() for value in model.parameters())
@@ -50,7 +52,6 @@ def count_model(
             for shape in shapes.values()
         )
     quantization = quantization_of(config.model, base_config)
-    folder = Path(source or str(config.model.model_name_or_path))
     found = read_model_shape(
         model,
         base_config,

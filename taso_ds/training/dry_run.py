@@ -5,13 +5,13 @@ import json
 import torch
 from torch import nn
 
-from taso_ds.adapters.experts import find_experts
 from taso_ds.config import RunConfig
 from taso_ds.data.plan import BatchPlan
 from taso_ds.data.tasks import get_task
 from taso_ds.distributed.ds_config import without_secrets
 from taso_ds.training import prepare
-from taso_ds.training.base_model import BaseModel, meta_model, read_config, wants_head
+from taso_ds.training.base_model import meta_model, read_config, without_weights
+from taso_ds.training.model_class import wants_head
 from taso_ds.training.optim import describe_groups, learning_rate_table, make_groups, make_schedule, total_steps
 from taso_ds.training.regions import read_regions
 from taso_ds.training.run_folder import choose_folder
@@ -33,11 +33,11 @@ def describe(config: RunConfig, world_size: int) -> str:
     prepare.prepare_labels(base_config, task, head=head)
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
-    left_alone = None if config.adapter.method == "full" else find_experts(model).left_in_words(shapes)
     prepare.check_quantization(config, base_config, ds_config, model)
     read_regions(config, shapes)
     count = prepare.count_adapter(config, shapes)
-    heads = list(BaseModel(model, base_config, head).head_parameters.values())
+    base = without_weights(model, base_config, str(config.model.model_name_or_path), head=head)
+    heads = list(base.head_parameters.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     steps, rows_in_words = config.training.max_steps, "rows not counted: max_steps is set"
     if steps <= 0:
@@ -63,7 +63,7 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"batch: {sizes.in_words()}",
         f"steps: {steps} ({rows_in_words})",
         f"targets: {len(shapes)} matrices",
-        *([] if left_alone is None else [left_alone]),
+        *prepare.base_in_words(config, base_config, model, shapes),
         f"parameters: {trainable:,} trainable of {everything:,} ({trainable / everything:.3%})",
         *describe_groups(table),
     ]

@@ -16,7 +16,7 @@ from taso_ds.adapters.targets import get_target, matrix_shape
 from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
 from taso_ds.training.disk_tensors import DiskTensors
-from taso_ds.training.lora_baseline import lora_tensors
+from taso_ds.training.lora_baseline import lora_parameters, lora_tensors
 from taso_ds.training.prove import MERGE_ROUNDING, relative_distance
 from taso_ds.training.run_folder import ADAPTER, MODEL, RunFolder
 
@@ -32,9 +32,17 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if matrix_shape(module) is not None]
 
 
-def head_modules(head: Mapping[str, nn.Parameter]) -> list[str]:
-    """Return the top modules the head's parameters belong to (``score``, ``classifier``)."""
-    return sorted({name.split(".", 1)[0] for name in head})
+def head_modules(model: nn.Module, head: Mapping[str, nn.Parameter]) -> list[str]:
+    """Return PEFT's ``modules_to_save`` for the head: top modules (``score``, ``classifier``), and a pooler below.
+
+    PEFT takes every module whose path ends so. Where that would be one more, the name is the whole path within PEFT's.
+    """
+    parts = {name: name.partition(".pooler.") for name in head}
+    found = {f"{body}.pooler" if pooler else name.split(".", 1)[0] for name, (body, pooler, _) in parts.items()}
+    others = [path for path, _ in model.named_modules() if path not in found]
+    return sorted(
+        name if not any(path.endswith(name) for path in others) else f"base_model.model.{name}" for name in found
+    )
 
 
 def save_taso(
@@ -54,7 +62,7 @@ def save_taso(
         task_type=task_type(head=bool(head)),
         linear_names=linear_names(model),
         fan_in_fan_out=_any_transposed(model, list(adapter.regions)),
-        modules_to_save=head_modules(head),
+        modules_to_save=head_modules(model, head),
         experts=list(experts),
         has_fused_experts=any(map(fused_parameters, model.modules())),
     )
@@ -72,21 +80,16 @@ def save_taso(
 
 
 def save_lora(
-    folder: RunFolder,
-    parameters: Mapping[str, nn.Parameter],
-    *,
-    config: Any,
-    base_name: str,
-    head: Mapping[str, nn.Parameter],
+    folder: RunFolder, model: nn.Module, *, config: Any, base_name: str, head: Mapping[str, nn.Parameter]
 ) -> None:
     """Write the baseline's ``adapter/`` in PEFT's layout. A collective; rank 0 writes."""
-    tensors = lora_tensors(parameters)
+    tensors = lora_tensors(lora_parameters(model))
     tensors |= {f"base_model.model.{name}": zero.full_copy(parameter) for name, parameter in head.items()}
     settings = config.to_dict()
     settings |= {
         "base_model_name_or_path": base_name,
         "task_type": task_type(head=bool(head)),
-        "modules_to_save": head_modules(head) or None,
+        "modules_to_save": head_modules(model, head) or None,
         "inference_mode": True,
         "target_modules": sorted(settings["target_modules"]),
         "peft_type": "LORA",

@@ -20,8 +20,9 @@ from taso_ds.planning.plan import Candidate, Hardware
 from taso_ds.planning.search import Freedom, assess_scoring, fastest, strategies, variants
 from taso_ds.planning.strategy import Limits, Strategy, Workload
 from taso_ds.training import prepare
-from taso_ds.training.base_model import meta_model, read_config, wants_head
+from taso_ds.training.base_model import meta_model, read_config
 from taso_ds.training.count_model import can_quantize, count_model
+from taso_ds.training.model_class import wants_head
 from taso_ds.training.plan_arguments import PlanArguments
 from taso_ds.training.quantized_base import quantization_of
 from taso_ds.training.regions import read_regions

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from taso_ds.adapters.compensation import parse_rho, pruned_share
+from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.structure import count_dense, count_parameters
 from taso_ds.adapters.targets import MatrixShape, Target, find_targets, matrix_shape
+from taso_ds.adapters.towers import left_out_in_words
 from taso_ds.config import BatchSizes, RunConfig, TrainArguments, batch_sizes
 from taso_ds.data.embedded import EMBEDDED, embedded_model, embedded_records
 from taso_ds.data.encode import EncodedRow, encode_examples, pad_token_id
@@ -21,6 +23,7 @@ from taso_ds.data.tasks import Example, Task, get_task
 from taso_ds.distributed import environment, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.errors import UserError
+from taso_ds.training.model_class import choice_in_words
 from taso_ds.training.quantized_base import quantization_of
 
 # Ways to move partitions that compute with them on the way.
@@ -243,7 +246,10 @@ def prepare_labels(base_config: Any, task: Task, *, head: bool) -> None:
     if not head:
         return
     if not (task.labels or task.is_regression):
-        raise UserError(f"task {task.name} has no labels for a classification head; use a causal language model")
+        raise UserError(
+            f"task {task.name} has no labels for a classification head; use a causal language model (--head lm, if the"
+            " base is one)"
+        )
     base_config.num_labels = num_labels(task)
 
 
@@ -273,6 +279,16 @@ def resolve_deepspeed(
 def targets_of(config: RunConfig, model: nn.Module) -> dict[str, Target]:
     """Return the matrices to adapt by module name."""
     return find_targets(model, config.adapter.target_modules, experts=config.adapter.adapt_experts)
+
+
+def base_in_words(
+    config: RunConfig, base_config: Any, model: nn.Module, shapes: Mapping[str, MatrixShape]
+) -> list[str]:
+    """Return lines on what was decided about the base: its head, and what of it stays as it is."""
+    lines = [choice_in_words(config.model, base_config)]
+    if config.adapter.method != "full":
+        lines += [left_out_in_words(model), find_experts(model).left_in_words(shapes)]
+    return [line for line in lines if line is not None]
 
 
 def target_shapes(config: RunConfig, model: nn.Module) -> dict[str, MatrixShape]:

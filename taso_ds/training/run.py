@@ -23,7 +23,6 @@ from taso_ds.training.base_model import (
 from taso_ds.training.build import Setup, Trained, attach, base_fingerprint, find_regions, load_base, set_up
 from taso_ds.training.divergence import Diverged
 from taso_ds.training.interrupts import Interrupts
-from taso_ds.training.lora_baseline import lora_parameters
 from taso_ds.training.nodes import check_no_run_elsewhere, say_who_sees
 from taso_ds.training.optim import (
     Group,
@@ -187,13 +186,7 @@ def save(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, liv
     if trained.adapter is not None:
         export.save_taso(folder, base.model, trained.adapter, base_name=name, head=base.head_parameters)
     elif trained.lora_config is not None:
-        export.save_lora(
-            folder,
-            lora_parameters(base.model),
-            config=trained.lora_config,
-            base_name=name,
-            head=base.head_parameters,
-        )
+        export.save_lora(folder, base.model, config=trained.lora_config, base_name=name, head=base.head_parameters)
     else:
         export.save_full(folder, base.model, setup.tokenizer)
         return None

@@ -1,10 +1,13 @@
 """Which matrices are adapted: the default, names, paths, patterns, and the error when nothing matches."""
 
+from typing import Any
+
 import pytest
 import tiny_models
+import torch
 from torch import nn
 
-from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
+from taso_ds.adapters.targets import MatrixShape, find_targets, is_linear_map, matrix_shape
 from taso_ds.errors import UserError
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -111,3 +114,60 @@ def test_what_kernels_take_past_its_module_is_no_target() -> None:
     assert {name.rpartition(".")[2] for name in find_targets(model)} == {"in_proj"}
     with pytest.raises(UserError, match="'out_proj' matches no linear of MambaForCausalLM"):
         find_targets(model, ["out_proj"])
+
+
+def on_meta(model_type: str, **sizes: int) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "forbidden"),
+    [("llama4_text", "router"), ("phimoe", "router"), ("deepseek_v4", "o_a_proj"), ("falcon", None)],
+)
+def test_a_linear_that_computes_more_or_less_is_no_target(model_type: str, forbidden: str | None) -> None:
+    model = on_meta(model_type)
+    found = {name.rpartition(".")[2] for name in find_targets(model)}
+    subclasses = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    }
+    assert subclasses, "nothing is tested"
+    assert subclasses - found == ({forbidden} if forbidden else set())
+    if forbidden:
+        with pytest.raises(UserError, match=f"'{forbidden}' matches no linear"):
+            find_targets(model, [forbidden])
+
+
+class _Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class _Chosen(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).softmax(-1)
+
+
+class _Longhand(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.T + (0 if self.bias is None else self.bias)
+
+
+class _Remote(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.table[input.long()]  # type: ignore[no-any-return, operator]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_forward_of_its_own_is_tried(bias: bool) -> None:
+    linears = [kind(6, 7, bias=bias) for kind in (nn.Linear, _Longhand, _Scaled, _Chosen, _Remote)]
+    before = torch.get_rng_state()
+    assert [is_linear_map(linear) for linear in linears] == [True, True, False, False, False]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [tuple(linear.weight.shape) for linear in linears] == [(7, 6)] * 5
+    assert all(linear.training for linear in linears)
+    assert is_linear_map(_Longhand(6, 7, bias=bias, device="meta"))

@@ -13,6 +13,7 @@ from typing import Any
 
 import launching
 import pytest
+import tiny_models
 import torch
 import torch.nn.functional as F
 from launching import Finished, call_main
@@ -505,6 +506,43 @@ def test_classification_head(desk: Desk, bert_folder: Path, sentences: list[str]
 
     found = json.loads(call_main("evaluate", ["--run", run]).succeeded().lines[-1])
     assert {key: found[key] for key in results["after"]} == results["after"]  # the head came back too
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_part_of_the_head(
+    desk: Desk, bert_folder: Path, sentences: list[str]
+) -> None:
+    folder = shutil.copytree(bert_folder, desk.path / "no_pooler")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "pooler" not in name and "classifier" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    flags = (*sentences, "--model_name_or_path", str(folder))
+    (dry,) = [
+        line for line in desk.call("train", "no_pooler", *flags, "--dry_run").lines if line.startswith("group head:")
+    ]
+    finished = desk.call("train", "no_pooler", *flags).succeeded()
+    assert sum("lacks bert.pooler.dense.bias, bert.pooler.dense.weight" in line for line in finished.lines) == 1
+    run = desk.folder("no_pooler")
+    assert read(run / "adapter" / "adapter_config.json")["modules_to_save"] == ["bert.pooler", "classifier"]
+    results = read(run / "results.json")
+    assert results["export"]["error"] <= results["export"]["tolerance"]
+    _, head = read(run / "run.json")["learning_rates"]
+    assert head["parameters"] == 66 + 32 * 32 + 32  # the classifier, the pooler's weight and bias
+    assert f"{head['parameters']:,} parameters" in dry
+    found = json.loads(call_main("evaluate", ["--run", run]).succeeded().lines[-1])
+    assert {key: found[key] for key in results["after"]} == results["after"]
+    call_main("export", ["--run", run, "--merge"]).succeeded()
+    pooler = load_file(run / "model" / "model.safetensors")["bert.pooler.dense.weight"]
+    assert torch.equal(pooler, load_file(run / "adapter" / "taso_adapter.safetensors")["head.bert.pooler.dense.weight"])
+
+
+@pytest.mark.parametrize(("make", "said"), [("gemma3", "text model only: model.vision_tower"), ("phimoe", "experts: ")])
+def test_what_is_no_linear_of_the_text_model_stays_as_it_is(desk: Desk, make: str, said: str) -> None:
+    folder = tiny_models.save(getattr(tiny_models, make)(), desk.path / make)
+    flags = ("--model_name_or_path", str(folder), "--max_steps", "1", "--no_verify_export")
+    finished = desk.call("train", f"run_{make}", *flags).succeeded()
+    assert sum(said in line for line in finished.lines) == 1
+    adapted = load_file(desk.folder(f"run_{make}") / "core_regions.safetensors")
+    assert not any("vision" in name or "router" in name for name in adapted)
 
 
 # A run that goes wrong ------------------------------------------------------------------------------------------------

@@ -26,12 +26,13 @@ from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.quantized import QuantizedLinear
-from taso_ds.training.base_model import load_config, wants_head
+from taso_ds.training.base_model import load_config
 from taso_ds.training.build import load_base
 from taso_ds.training.calibrate import score_regions
 from taso_ds.training.feed import dealt_batches
 from taso_ds.training.lora_baseline import attach_lora, lora_parameters
 from taso_ds.training.loss import loss_sum
+from taso_ds.training.model_class import wants_head
 from taso_ds.training.optim import make_groups
 from taso_ds.training.regions import fingerprint
 from taso_ds.training.scoring_pass import ScoringSettings

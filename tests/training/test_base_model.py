@@ -1,10 +1,11 @@
 """The base and its head: which parameters train in full, whatever is attached."""
 
+import shutil
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
@@ -12,7 +13,15 @@ from taso_ds.adapters.targets import find_targets, matrix_shape
 from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
-from taso_ds.training.base_model import BaseModel, _said_by_each_rank, load_base_model, load_config, wants_head
+from taso_ds.training.base_model import (
+    BaseModel,
+    _said_by_each_rank,
+    load_base_model,
+    load_config,
+    meta_model,
+    without_weights,
+)
+from taso_ds.training.export import head_modules
 
 STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
 
@@ -47,6 +56,75 @@ def test_the_head_is_what_stands_outside_the_body(bert_folder: Path, llama_folde
     assert list(load(llama_folder, head=True, num_labels=3).head_parameters) == ["score.weight"]
 
 
+def without(folder: Path, lacking: str, to: Path) -> Path:
+    """Copy a checkpoint without the tensors whose name holds this."""
+    shutil.copytree(folder, to)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if lacking not in name}
+    save_file(kept, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_part_of_the_head(bert_folder: Path, tmp_path: Path) -> None:
+    pooler = ["bert.pooler.dense.weight", "bert.pooler.dense.bias"]
+    folder = without(bert_folder, "pooler", tmp_path / "bert")
+    base = load(folder, head=True)
+    assert list(base.head_parameters) == [*pooler, "classifier.weight", "classifier.bias"]
+    assert [name for name, value in base.model.named_parameters() if value.requires_grad] == list(base.head_parameters)
+    assert head_modules(base.model, base.head_parameters) == ["bert.pooler", "classifier"]
+    # Before anything is loaded the same is known, where there are safetensors files to ask.
+    arguments = ModelArguments(model_name_or_path=str(folder), bf16=False)
+    model = meta_model(arguments, base.config, head=True)
+    for source, number in ((folder, 4), (bert_folder, 2), (tmp_path / "nowhere", 2)):
+        assert len(without_weights(model, base.config, str(source), head=True).head_parameters) == number
+
+
+@pytest.mark.parametrize("lacking", ["layer.1.output.dense.weight", "position_embeddings", "attention.self.query.bias"])
+def test_a_body_that_would_stay_random_is_refused(bert_folder: Path, tmp_path: Path, lacking: str) -> None:
+    with pytest.raises(UserError, match=rf"lacks bert\..*{lacking}"):
+        load(without(bert_folder, lacking, tmp_path / "bert"), head=True)
+
+
+HEADS = {
+    "bert": ["bert.pooler", "classifier"],
+    "albert": ["albert.pooler", "classifier"],
+    "big_bird": ["bert.pooler", "classifier"],
+    "mobilebert": ["classifier", "mobilebert.pooler"],
+    "deberta-v2": ["classifier", "pooler"],  # outside the body: always part of the head
+    "roberta": ["classifier"],
+    "distilbert": ["classifier", "pre_classifier"],
+    "modernbert": ["classifier", "head"],
+    "modernvbert": ["base_model.model.head", "classifier"],  # its vision tower has a head too
+    "llama": ["score"],
+    "t5": ["classification_head"],
+}
+
+
+@pytest.mark.parametrize("model_type", HEADS)
+def test_peft_trains_and_saves_the_head_and_nothing_else(model_type: str) -> None:
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type))
+        pooler = frozenset(name for name, _ in model.named_parameters() if ".pooler." in name)
+        head = BaseModel(model, model.config, True, new_pooler=pooler).head_parameters
+        modules = head_modules(model, head)
+        assert modules == HEADS[model_type]
+        target = list(find_targets(model))[:1]
+        config = LoraConfig(task_type="SEQ_CLS", r=1, target_modules=target, modules_to_save=list(modules))
+        names = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
+    saved = {name.removeprefix("base_model.model.") for name in names if ".lora_" not in name}
+    assert saved == set(head)
+
+
+def test_a_head_that_is_part_of_the_body_is_refused() -> None:
+    from transformers import PerceiverConfig
+
+    with pytest.raises(UserError, match="PerceiverForSequenceClassification has no head of its own"):
+        meta_model(ModelArguments(model_name_or_path="some/model"), PerceiverConfig(), head=True)
+
+
 def test_an_attached_adapter_is_no_part_of_the_head(bert_folder: Path) -> None:
     base = load(bert_folder, head=True)
     regions = {
@@ -62,14 +140,6 @@ def test_an_attached_adapter_is_no_part_of_the_head(bert_folder: Path) -> None:
 def test_a_new_head_starts_the_same_every_time(llama_folder: Path) -> None:
     one, other = (load(llama_folder, head=True, num_labels=3).head_parameters["score.weight"] for _ in range(2))
     assert torch.equal(one, other)
-
-
-def test_a_model_without_an_output_layer_wants_a_head() -> None:
-    bert, llama = tiny_models.bert().config, tiny_models.llama().config
-    llama.architectures, bert.architectures = ["LlamaForCausalLM"], ["BertModel"]
-    assert [wants_head(ModelArguments(), config) for config in (llama, bert)] == [False, True]
-    assert wants_head(ModelArguments(head="classification"), llama)
-    assert not wants_head(ModelArguments(head="lm"), bert)
 
 
 def test_a_rank_that_cannot_tell_the_others_tells_the_user(
