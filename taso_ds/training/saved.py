@@ -62,7 +62,7 @@ _READERS: dict[str, Callable[[Path], SavedAdapter]] = {
     "taso": lambda folder: SavedTaso(*load_adapter(folder)),
     "lora": read_lora,
 }
-# What says which base to load. A run that made a model of its own decides it all.
+# What says which base to load, all of which a run that made a model of its own has decided.
 BASE_FLAGS = ("model_name_or_path", "model_revision", "gguf_file", "tokenizer_name")
 
 
@@ -86,9 +86,9 @@ def base_of(method: str, recorded: ModelArguments, run: Path) -> ModelArguments:
     folder = saved_folder(method, run)
     if not is_model(method):
         return recorded
-    own = {"model_name_or_path": str(folder), "model_revision": "main", "gguf_file": None, "tokenizer_name": None}
-    assert tuple(own) == BASE_FLAGS
-    return dataclasses.replace(recorded, **own)
+    return dataclasses.replace(
+        recorded, model_name_or_path=str(folder), model_revision="main", gguf_file=None, tokenizer_name=None
+    )
 
 
 def read_adapter(method: str, run: Path) -> SavedAdapter | None:
