@@ -71,7 +71,7 @@ def _load(setup: Setup, saved: SavedAdapter | None) -> BaseModel:
 
 def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
     """Return the task's metrics of what a run trained, or of the base where no run is named."""
-    setup = comm.together(lambda: set_up(config))
+    setup = comm.together(lambda: set_up(config, trains=False))
     base = _load(setup, comm.together(lambda: _read(setup, run)))
     base.model.requires_grad_(False)
     with scoring_engine(base.model, setup.ds_config) as model:
@@ -95,7 +95,7 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
 
 
 def _prove(config: RunConfig, run: str, path: Path) -> Path:
-    setup = set_up(config)
+    setup = set_up(config, trains=False)
     base = _load(setup, _read(setup, run))
     base.model.eval()
     rows = export.probe_rows(setup.rows)
@@ -109,7 +109,7 @@ def _merge(config: RunConfig, run: str) -> Path:
         log.info("merging into the base as it was before the run quantized it")
         unquantized = dataclasses.replace(config.model, load_in_4bit=False, load_in_8bit=False)
         config = dataclasses.replace(config, model=unquantized)
-    setup, folder = set_up(config), RunFolder(Path(run))
+    setup, folder = set_up(config, trains=False), RunFolder(Path(run))
     if quantization_of(config.model, setup.base_config) is not None:
         raise UserError(f"merge: {config.model.model_name_or_path} is quantized; merge into the base it was made from")
     saved = _read(setup, run)

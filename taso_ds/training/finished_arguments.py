@@ -103,11 +103,11 @@ def _refuse(changed: Mapping[str, Any], recorded: Mapping[str, Any], finished: F
     """Refuse a flag that would be ignored: what it decides, the run has decided."""
     acts = _ACTS[verb].difference(_QUANTIZES if finished.merge else ())
     if is_model(str(recorded.get("method"))):
-        acts = acts.difference(BASE_FLAGS)
+        acts = acts.difference(BASE_FLAGS, _QUANTIZES)
     for name, value in changed.items():
         if name not in acts:
             was = f"; {finished.run} has {recorded[name]!r}" if name in recorded else ""
-            raise UserError(f"{name}: {value!r} changes nothing when {verb} opens a finished run{was}; drop --{name}")
+            raise UserError(f"{name}: {value!r} cannot apply when {verb} opens a finished run{was}; drop --{name}")
 
 
 def _opening(groups: Sequence[Any], stale: set[str]) -> list[Any]:

@@ -130,6 +130,19 @@ def test_evaluate_on_other_ranks_stages_and_rows(method: str, runs: Path, tmp_pa
     assert found["loss"] != after(run)["loss"]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_host_need_not_hold_what_training_would_need(
+    method: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between what loading takes and what scoring and training would."""
+    run = runs / f"{method}-fp32"
+    monkeypatch.setattr("taso_ds.training.host_check.available_host_bytes", lambda: 2.5e5)
+    evaluated(run)
+    flags = json.loads((run / "run.json").read_text())["config"]
+    again = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    assert_one_line(call_main("train", [*again, "--output_dir", "elsewhere"]), "host memory: ")
+
+
 # Prove ----------------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +356,7 @@ FLAGS: tuple[tuple[str, str, str, tuple[str, ...] | None], ...] = (
     ("full-head", "evaluate", "--task stsb --eval_file {pairs} --train_file {pairs}", ("holds classifier",)),
     ("taso-fp32", "evaluate", "--task sst2 --data_dir {data} --head classification", ("has no score.weight",)),
     ("lora-head", "evaluate", "--head lm --task sst2", ("has a trained classifier",)),
-    ("full-fp32", "evaluate", "--load_in_4bit", ("method: full",)),
+    ("full-fp32", "evaluate", "--load_in_4bit", ("load_in_4bit: True cannot apply", "has False")),
     # what opens it
     ("taso-fp32", "evaluate", "--attn_implementation eager --max_seq_length 32", None),
     ("lora-fp32", "evaluate", "--ds_config zero3.json --rank 1 --method lora", None),
