@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def _proved_here(monkeypatch: pytest.MonkeyPatch) -> None:
             prove._main(command[-1])
         return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
 
-    monkeypatch.setattr(prove.subprocess, "run", run)
+    monkeypatch.setattr(prove, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture
