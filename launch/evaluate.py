@@ -1,4 +1,4 @@
-"""Evaluate: the task metrics of a finished run's adapter, or of a base model as it is.
+"""Evaluate: the task metrics of what a finished run trained, or of a base model as it is.
 
 deepspeed launch/evaluate.py --run runs/taso-sst2
 deepspeed launch/evaluate.py --run runs/taso-sst2 --task rte --data_dir embedded
@@ -12,9 +12,10 @@ from taso_ds.entry import run_script
 
 def _evaluate() -> str:
     from taso_ds.training.build import join
-    from taso_ds.training.finished import evaluate, parse_over_run
+    from taso_ds.training.finished import evaluate
+    from taso_ds.training.finished_arguments import EVALUATE, parse_over_run
 
-    config, finished = parse_over_run(description=__doc__)
+    config, finished = parse_over_run(verb=EVALUATE, description=__doc__)
     join(config)
     return json.dumps(evaluate(config, finished.run))
 

@@ -1,4 +1,4 @@
-"""Export: prove a finished run's PEFT adapter again or, with --merge, write base plus adapter as a plain model.
+"""Export: prove again what a finished run exported or, with --merge, write base plus adapter as a plain model.
 
 python launch/export.py --run runs/taso-sst2
 python launch/export.py --run runs/taso-sst2 --merge
@@ -8,13 +8,12 @@ from taso_ds.entry import run_script
 
 
 def _export() -> str:
-    from taso_ds.errors import UserError
     from taso_ds.training.build import join
-    from taso_ds.training.finished import export_run, parse_over_run
+    from taso_ds.training.finished import export_run
+    from taso_ds.training.finished_arguments import EXPORT, parse_over_run
 
-    config, finished = parse_over_run(description=__doc__)
-    if finished.run is None:
-        raise UserError("export: name a finished run with --run FOLDER")
+    config, finished = parse_over_run(verb=EXPORT, description=__doc__)
+    assert finished.run is not None
     join(config)
     return f"EXPORT {export_run(config, finished.run, merge=finished.merge)}"
 

@@ -16,7 +16,7 @@ from taso_ds.config import GROUPS, RunConfig, parse_run_config
 from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.errors import UserError
 from taso_ds.flags import flags_of, parse_groups, typed
-from taso_ds.training.finished import FinishedArguments
+from taso_ds.training.finished_arguments import FinishedArguments
 from taso_ds.training.plan_arguments import PlanArguments
 
 # U+0085 is a line break that PyYAML writes as it is and reads as a space.

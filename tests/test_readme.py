@@ -84,7 +84,7 @@ def test_flags_parse(words: list[str]) -> None:
     from taso_ds.config import GROUPS
     from taso_ds.doctor.arguments import parse_doctor
     from taso_ds.flags import parse_groups
-    from taso_ds.training.finished import FinishedArguments
+    from taso_ds.training.finished_arguments import FinishedArguments
     from taso_ds.training.plan_arguments import PlanArguments
 
     script, flags = script_of(words), flags_of(words)
@@ -169,7 +169,7 @@ def test_flags_in_the_text_exist() -> None:
     from taso_ds.batch_script import SlurmArguments
     from taso_ds.config import GROUPS
     from taso_ds.doctor.arguments import DoctorArguments
-    from taso_ds.training.finished import FinishedArguments
+    from taso_ds.training.finished_arguments import FinishedArguments
     from taso_ds.training.plan_arguments import PlanArguments
 
     groups = (*GROUPS, FinishedArguments, PlanArguments, DoctorArguments, SlurmArguments)

@@ -127,8 +127,11 @@ def join(config: RunConfig) -> None:
     quiet_bitsandbytes()
 
 
-def set_up(config: RunConfig) -> Setup:
+def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     """Check and read everything that needs no weights; the process group exists already.
+
+    Args:
+        trains: whether this host must have room for more than the loaded model.
 
     Raises:
         UserError: on every rank, before any weight is loaded.
@@ -149,7 +152,7 @@ def set_up(config: RunConfig) -> Setup:
     region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
     prepare.check_accumulation(sizes, rows)
-    check_this_host(config, model, base_config, shapes, rows, ds_config=ds_config, source=source)
+    check_this_host(config, model, base_config, shapes, rows, ds_config=ds_config, source=source, trains=trains)
     setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
     setup.evaluator.check(prepare.num_positions(base_config))
     log.info("train: %d rows from %s", len(rows), data.train_source)

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from taso_ds.adapters.adapter import TasoAdapter, merge_into
@@ -16,9 +15,10 @@ from taso_ds.adapters.targets import get_target, matrix_shape
 from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
 from taso_ds.training.disk_tensors import DiskTensors
-from taso_ds.training.lora_baseline import lora_parameters, lora_tensors
+from taso_ds.training.lora_baseline import KIND, lora_parameters, lora_tensors
 from taso_ds.training.prove import MERGE_ROUNDING, relative_distance
 from taso_ds.training.run_folder import ADAPTER, MODEL, RunFolder
+from taso_ds.training.saved import Deltas
 
 _MODEL_FILE_SIZE = "2GB"
 
@@ -100,7 +100,7 @@ def save_lora(
             raise UserError("export: every lora_B of the adapter is zero: nothing was trained")
 
         def fill(path: Path) -> None:
-            write_tensors(path / PEFT_FILE, tensors, {"kind": "peft_lora"})
+            write_tensors(path / PEFT_FILE, tensors, {"kind": KIND})
             write_json(path / PEFT_CONFIG_FILE, settings)
 
         folder.write_folder(ADAPTER, fill)
@@ -141,23 +141,19 @@ def save_model(folder: RunFolder, model: Any, state: dict[str, Tensor], tokenize
 
 
 def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
-    """Put a trained head into the model, in place."""
+    """Put a trained head into the model, which may be partitioned, in the model's dtype. A collective."""
     for name, tensor in head.items():
-        parameter = dict(model.named_parameters()).get(name)
-        if parameter is None or zero.full_shape(parameter) != tensor.shape:
-            raise UserError(f"run: the adapter has a trained {name}, which this base does not have in that shape")
-        with zero.gathered([parameter], write=True), torch.no_grad():
-            parameter.copy_(tensor)
+        zero.assign(model.get_parameter(name), tensor)
 
 
-def merge_adapter(model: nn.Module, adapter: TasoAdapter, disk: DiskTensors) -> None:
+def merge_adapter(model: nn.Module, deltas: Deltas, disk: DiskTensors) -> None:
     """Replace every adapted weight by ``W + ΔW`` on disk. One process, whole weights."""
     on_disk: set[nn.Parameter] = set()
-    for name in adapter.regions:
+    for name, delta_weight in deltas.items():
         target: Any = get_target(model, name)
         shape = matrix_shape(target)
         assert shape is not None
-        merged = merge_into(target.weight.detach(), adapter.delta_weight(name), transposed=shape.transposed)
+        merged = merge_into(target.weight.detach(), delta_weight(), transposed=shape.transposed)
         if not isinstance(target, ExpertMatrix):
             target.weight.data = disk.keep(merged)
             continue

@@ -1,92 +1,78 @@
-"""What can be done with a run folder afterwards: evaluate its adapter again, merge it, prove it."""
+"""What can be done with a run folder afterwards: evaluate what it trained again, merge it, prove it."""
 
 import dataclasses
 import logging
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-from taso_ds.adapters.adapter import TasoAdapter
-from taso_ds.adapters.peft_format import COMPACT_FILE, load_adapter
-from taso_ds.config import GROUPS, RunConfig
+from taso_ds.adapters.targets import get_target, matrix_shape
+from taso_ds.config import RunConfig
 from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, given_names, parse_groups
 from taso_ds.training import export
-from taso_ds.training.base_model import BaseModel
+from taso_ds.training.base_model import BaseModel, meta_model
 from taso_ds.training.build import Setup, load_base, set_up
 from taso_ds.training.disk_tensors import DiskTensors
-from taso_ds.training.prepare import with_defaults
 from taso_ds.training.prove import probe_logits
-from taso_ds.training.recorded import read_run, recorded_flags
+from taso_ds.training.quantized_base import quantization_of
 from taso_ds.training.run import prove
-from taso_ds.training.run_folder import ADAPTER, MODEL, RUN, RunFolder
+from taso_ds.training.run_folder import MODEL, RunFolder
+from taso_ds.training.saved import SavedAdapter, is_model, read_adapter, saved_folder
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FinishedArguments:
-    """Which finished run is meant."""
-
-    run: str | None = arg(
-        None, "Folder of a finished run; its recorded arguments are the defaults of all flags.", path=True
-    )
-    merge: bool = arg(False, "export: add the adapter to the base's weights and write a plain model.")
-
-
-def parse_over_run(argv: Sequence[str] | None = None, *, description: str = "") -> tuple[RunConfig, FinishedArguments]:
-    """Parse flags over the arguments recorded in ``--run FOLDER``.
-
-    Raises:
-        UserError: bad flag, or a folder that is not a run.
-    """
-    (named,) = parse_groups([FinishedArguments], argv, description="", partial=True)
-    recorded = {} if named.run is None else recorded_flags(read_run(Path(named.run)), Path(named.run) / RUN)
-    defaults = {key: value for key, value in recorded.items() if key != "core_regions"}  # the adapter knows its own
-    if "eval_file" in given_names(sys.argv[1:] if argv is None else argv):
-        defaults.pop("eval_fraction", None)  # other rows instead of those held out
-    *groups, finished = parse_groups((*GROUPS, FinishedArguments), argv, description=description, defaults=defaults)
-    return with_defaults(RunConfig(*groups)), finished
-
-
-Adapter = tuple[TasoAdapter, Mapping[str, Tensor]]
-
-
-def _read_adapter(setup: Setup, run: str | None) -> Adapter | None:
-    """Read the run's adapter and its head; UserError when it is damaged or belongs to another base."""
+def _read(setup: Setup, run: str | None) -> SavedAdapter | None:
+    """Read the run's adapter; UserError when it is damaged or belongs to another base."""
     if run is None:
         return None
-    folder = Path(run) / ADAPTER
-    if not (folder / COMPACT_FILE).is_file():
-        raise UserError(f"run: {folder / COMPACT_FILE} does not exist; only TASO runs can be opened again")
-    adapter, head = load_adapter(folder)
-    for name, region in adapter.regions.items():
-        shape = setup.shapes.get(name)
-        if shape is None or (shape.out_features, shape.in_features) != (region.out_features, region.in_features):
+    saved = read_adapter(setup.config.adapter.method, Path(run))
+    if saved is not None:
+        _check_fits(setup, saved, run)
+    return saved
+
+
+def _check_fits(setup: Setup, saved: SavedAdapter, run: str) -> None:
+    """Refuse an adapter whose matrices or head this base does not have, before its weights are loaded."""
+    model = meta_model(setup.config.model, setup.base_config, head=setup.head)
+    for name, shape in saved.shapes.items():
+        if _shape_of(model, name) != shape:
             raise UserError(f"run: the adapter in {run} has {name}, which this base does not have in that shape")
-    return adapter, head
+    head = BaseModel(model, setup.base_config, setup.head).head_parameters
+    for name in sorted(head.keys() | saved.head.keys()):
+        if name not in saved.head:
+            raise UserError(f"run: the adapter in {run} has no {name}, which would be untrained: drop --head")
+        if name not in head or head[name].shape != saved.head[name].shape:
+            raise UserError(
+                f"run: the adapter in {run} has a trained {name}, which this base does not have in that shape for task"
+                f" {setup.data.task.name}"
+            )
 
 
-def _load(setup: Setup, found: Adapter | None) -> BaseModel:
+def _shape_of(model: nn.Module, name: str) -> tuple[int, int] | None:
+    try:
+        shape = matrix_shape(get_target(model, name))
+    except AttributeError:  # no module of this name
+        return None
+    return None if shape is None else (shape.out_features, shape.in_features)
+
+
+def _load(setup: Setup, saved: SavedAdapter | None) -> BaseModel:
     """Load the base, and the adapter onto it."""
     base, _, _ = load_base(setup)
-    if found is not None:
-        adapter, head = found
-        adapter.to(comm.device()).attach(base.model)
-        export.load_head(base.model, head)
+    if saved is not None:
+        saved.attach(base.model)
+        export.load_head(base.model, saved.head)
     return base
 
 
 def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
-    """Return the task's metrics of a run's adapter, or of the base where no run is named."""
-    setup = comm.together(lambda: set_up(config))
-    base = _load(setup, comm.together(lambda: _read_adapter(setup, run)))
+    """Return the task's metrics of what a run trained, or of the base where no run is named."""
+    setup = comm.together(lambda: set_up(config, trains=False))
+    base = _load(setup, comm.together(lambda: _read(setup, run)))
     base.model.requires_grad_(False)
     with scoring_engine(base.model, setup.ds_config) as model:
         scores = setup.evaluator(model)
@@ -94,35 +80,46 @@ def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
 
 
 def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
-    """Prove a run's adapter again or, with ``merge``, write base plus adapter as a plain model. One process.
+    """Prove what a run left again or, with ``merge``, write base plus adapter as a plain model. One process.
 
     Raises:
-        UserError: when the files do not say what the adapter says.
+        UserError: when the files do not say what was trained, or there is nothing to merge.
     """
     if comm.world_size() > 1:
         raise UserError("export: runs in one process; start it with plain python")
+    path = saved_folder(config.adapter.method, Path(run))
+    if merge and is_model(config.adapter.method):
+        raise UserError(f"merge: {path} is a plain model already; use it as it is")
     whole = dataclasses.replace(config, run=dataclasses.replace(config.run, ds_config="zero0.json"))  # no partitions
-    if merge and (config.model.load_in_4bit or config.model.load_in_8bit):
+    return _merge(whole, run) if merge else _prove(whole, run, path)
+
+
+def _prove(config: RunConfig, run: str, path: Path) -> Path:
+    setup = set_up(config, trains=False)
+    base = _load(setup, _read(setup, run))
+    base.model.eval()
+    rows = export.probe_rows(setup.rows)
+    proof = prove(setup, RunFolder(Path(run)), base, rows, probe_logits(base.model, rows))
+    log.info("opened with %s: %s", "transformers" if is_model(config.adapter.method) else "peft", proof)
+    return path
+
+
+def _merge(config: RunConfig, run: str) -> Path:
+    if config.model.load_in_4bit or config.model.load_in_8bit:
         log.info("merging into the base as it was before the run quantized it")
         unquantized = dataclasses.replace(config.model, load_in_4bit=False, load_in_8bit=False)
-        scoring = dataclasses.replace(config.calibration, importance_weights="loaded")
-        whole = dataclasses.replace(whole, model=unquantized, calibration=scoring)
-    setup, folder = set_up(whole), RunFolder(Path(run))
-    found = _read_adapter(setup, run)
-    assert found is not None
-    base, adapter = _load(setup, found), found[0]
-    if merge and base.quantization is not None:
+        config = dataclasses.replace(config, model=unquantized)
+    setup, folder = set_up(config, trains=False), RunFolder(Path(run))
+    if quantization_of(config.model, setup.base_config) is not None:
         raise UserError(f"merge: {config.model.model_name_or_path} is quantized; merge into the base it was made from")
+    saved = _read(setup, run)
+    assert saved is not None
+    base = _load(setup, saved)
     base.model.eval()
     rows = export.probe_rows(setup.rows)
     live = probe_logits(base.model, rows)
-    if not merge:
-        proof = prove(setup, folder, base, rows, live)
-        log.info("opened with peft: logits differ by %.1e, the adapter moves them by %.1e", proof.error, proof.effect)
-        return folder.path / ADAPTER
-    adapter.detach(base.model)
     with DiskTensors(folder.path) as disk:
-        export.merge_adapter(base.model, adapter, disk)
+        export.merge_adapter(base.model, saved.detach(base.model), disk)
         error = export.check_merged(probe_logits(base.model, rows), live, dtype=base.model.dtype)
         log.info("merged: logits differ from the adapter's by %.1e", error)
         export.save_model(folder, base.model, base.model.state_dict(), setup.tokenizer)

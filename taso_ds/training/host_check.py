@@ -27,8 +27,12 @@ def check_this_host(
     *,
     ds_config: Mapping[str, Any],
     source: str,
+    trains: bool,
 ) -> None:
     """Refuse to load what this node's memory cannot hold; ``--force`` skips this.
+
+    Args:
+        trains: whether the model is scored and trained, not only loaded.
 
     Raises:
         UserError: names what is needed and what is there.
@@ -53,4 +57,5 @@ def check_this_host(
         length=length,
     )
     shape = count_model(config, model, base_config, shapes, source=source)
-    check_host_memory(phase_usage(shape, strategy, work, device), available_host_bytes())
+    usage = phase_usage(shape, strategy, work, device)
+    check_host_memory(usage if trains else {"load": usage["load"]}, available_host_bytes())

@@ -1,7 +1,8 @@
-"""A fresh process that opens an exported adapter with peft alone and compares logits with those of the live model.
+"""A fresh process that opens an export with peft or transformers alone and compares logits with the live model's.
 
 Run as ``python -m taso_ds.training.prove SPEC.json``; prints one JSON object. Nothing of this package touches the model
-there: the base comes from transformers, the adapter from peft, so what passes here works for anyone.
+there: the base, or the whole model with its tokenizer, comes from transformers, the adapter from peft. So what passes
+here works for anyone.
 """
 
 import json
@@ -35,16 +36,22 @@ class Proof:
     """What the fresh process found.
 
     Attributes:
-        error: ``‖peft − live‖ / ‖live‖`` of the probe's logits.
-        effect: ``‖live − base‖ / ‖live‖``, what the adapter does; 0 would prove an unchanged adapter.
-        tolerance: largest error that is rounding: three times the distance between the exported adapter computed in the
-            model's dtype and computed in fp32, and at least 1e-4. Thirty layers of bf16 move logits by some percent.
+        error: ``‖opened − live‖ / ‖live‖`` of the probe's logits.
+        effect: ``‖live − base‖ / ‖live‖``, what the adapter does; 0 would prove an unchanged adapter. None for a whole
+            model, which is opened without its base.
+        tolerance: largest error that is rounding: three times the distance between the exported adapter (or model)
+            computed in the model's dtype and computed in fp32, and at least 1e-4. Thirty layers of bf16 move logits by
+            some percent. PEFT's file has the scaling folded in: at least the rounding of its dtype, of the effect.
             Experts are merged by peft in every forward: then at least what a merge may differ by.
     """
 
     error: float
-    effect: float
+    effect: float | None
     tolerance: float
+
+    def __str__(self) -> str:
+        effect = "" if self.effect is None else f", the adapter moves them by {self.effect:.1e}"
+        return f"logits differ by {self.error:.1e}{effect}"
 
 
 def probe_logits(model: Any, rows: Sequence[list[int]]) -> list[Tensor]:
@@ -65,9 +72,9 @@ def relative_distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> floa
 
 
 def prove_export(
-    adapter: Path,
+    folder: Path,
     *,
-    source: str,
+    source: str | None,
     revision: str,
     trust_remote_code: bool,
     head: bool,
@@ -78,24 +85,26 @@ def prove_export(
     rows: Sequence[list[int]],
     live: Sequence[Tensor],
 ) -> Proof:
-    """Re-open ``adapter`` in a fresh process and compare.
+    """Re-open an adapter or a model in a fresh process and compare.
 
     Args:
+        source: the adapter's base; None when ``folder`` is a whole model.
         quantization: what ``BitsAndBytesConfig`` needs to quantize the base as the run did.
 
     Raises:
         UserError: when the process fails, the logits differ by more than rounding, or the adapter does nothing.
     """
-    with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="taso_proof_") as folder:
-        save_file({str(number): value for number, value in enumerate(live)}, Path(folder) / "live.safetensors")
-        spec = Path(folder) / "spec.json"
+    library = "transformers" if source is None else "peft"
+    with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="taso_proof_") as place:
+        save_file({str(number): value for number, value in enumerate(live)}, Path(place) / "live.safetensors")
+        spec = Path(place) / "spec.json"
         spec.write_text(
             json.dumps(
                 {
-                    "adapter": str(adapter.absolute()), "source": source, "revision": revision,
+                    "folder": str(folder.absolute()), "source": source, "revision": revision,
                     "trust_remote_code": trust_remote_code, "head": head, "num_labels": num_labels, "dtype": dtype,
                     "quantization": quantization, "pad_id": pad_id, "rows": list(rows),
-                    "live": str(Path(folder) / "live.safetensors"),
+                    "live": str(Path(place) / "live.safetensors"),
                 }
             )
         )  # fmt: skip
@@ -107,67 +116,101 @@ def prove_export(
         )  # fmt: skip
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"export: {adapter} does not open with peft: {last}")
+        raise UserError(f"export: {folder} does not open with {library}: {last}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     if found["different"]:
-        raise UserError(f"export: {adapter}: peft did not take up {found['different'][0]} as it stands in the file")
+        raise UserError(f"export: {folder}: {library} did not take up {found['different'][0]} as it stands in the file")
     merged = MERGE_ROUNDING[dtype] if found["merges"] else _FP32_ROUNDING
-    proof = Proof(found["error"], found["effect"], max(merged, _ROUNDINGS * found["rounding"]))
+    proof = Proof(
+        found["error"], found["effect"], max(merged, _ROUNDINGS * found["rounding"], found["stored_rounding"])
+    )
     if not proof.error <= proof.tolerance:
         raise UserError(
-            f"export: {adapter} opened with peft differs from the live model by {proof.error:.2e} of its logits,"
+            f"export: {folder} opened with {library} differs from the live model by {proof.error:.2e} of its logits,"
             f" more than the rounding of {dtype} ({proof.tolerance:.1e})"
         )
     if proof.effect == 0.0:
-        raise UserError(f"export: {adapter} changes nothing: its logits equal the base's")
+        raise UserError(f"export: {folder} changes nothing: its logits equal the base's")
     return proof
 
 
 def _main(spec_file: str) -> None:
-    from peft import PeftModel, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
-
     spec = json.loads(Path(spec_file).read_text())
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, spec["dtype"]),
-        "revision": spec["revision"],
-        "trust_remote_code": spec["trust_remote_code"],
+    live = [value for _, value in sorted(load_file(spec["live"]).items(), key=lambda item: int(item[0]))]
+    print(json.dumps(_open_model(spec, live) if spec["source"] is None else _open_adapter(spec, live)))
+
+
+def _open_model(spec: dict[str, Any], live: Sequence[Tensor]) -> dict[str, Any]:
+    """Compare a whole model, of which transformers is told nothing but its folder; its tokenizer must open too."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(spec["folder"], trust_remote_code=spec["trust_remote_code"])
+    model, loaded = _from_pretrained(spec, spec["folder"])
+    found = probe_logits(model, spec["rows"])
+    return {
+        "error": relative_distance(found, live),
+        "effect": None,
+        "rounding": relative_distance(probe_logits(model.float(), spec["rows"]), found),
+        "stored_rounding": 0.0,
+        "different": sorted(name for keys in loaded.values() for name in keys),
+        "merges": False,
     }
+
+
+def _open_adapter(spec: dict[str, Any], live: Sequence[Tensor]) -> dict[str, Any]:
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import BitsAndBytesConfig
+
+    options: dict[str, Any] = {"revision": spec["revision"]}
     if spec["quantization"]:
         options["quantization_config"] = BitsAndBytesConfig(**spec["quantization"])
     if spec["head"]:
         options |= {"num_labels": spec["num_labels"], "pad_token_id": spec["pad_id"]}
-    model_class: Any = AutoModelForSequenceClassification if spec["head"] else AutoModelForCausalLM
-    base = model_class.from_pretrained(spec["source"], **options).eval()
+    base, _ = _from_pretrained(spec, spec["source"], **options)
     for module in base.modules():
         # bitsandbytes would repack weights for a kernel that rounds more than any other, on some processors only.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    live = [value for _, value in sorted(load_file(spec["live"]).items(), key=lambda item: int(item[0]))]
     before = probe_logits(base, spec["rows"])
-    opened = PeftModel.from_pretrained(base, spec["adapter"], autocast_adapter_dtype=False).eval()
+    opened = PeftModel.from_pretrained(base, spec["folder"], autocast_adapter_dtype=False).eval()
     adapted = [parameter for name, parameter in opened.named_parameters() if ".lora_" in name]
     for parameter in adapted:
-        parameter.data = parameter.data.to(options["dtype"])  # peft takes fp32 where it sees int8 weights
-    stored = load_file(Path(spec["adapter"]) / "adapter_model.safetensors")
+        parameter.data = parameter.data.to(getattr(torch, spec["dtype"]))  # peft takes fp32 where it sees int8 weights
+    stored = load_file(Path(spec["folder"]) / "adapter_model.safetensors")
     held = get_peft_model_state_dict(opened, save_embedding_layers=False)
     different = [name for name in {*stored, *held} if not _same(stored.get(name), held.get(name))]
     settings: Any = opened.peft_config["default"]
     after = probe_logits(opened, spec["rows"])
     for parameter in adapted:
         parameter.data = parameter.data.float()
-    found = {
+    effect = relative_distance(before, live)
+    return {
         "error": relative_distance(after, live),
-        "effect": relative_distance(before, live),
+        "effect": effect,
         "rounding": relative_distance(probe_logits(opened, spec["rows"]), after),
+        "stored_rounding": effect * max(torch.finfo(tensor.dtype).eps for tensor in stored.values()),
         "different": sorted(different),
         "merges": bool(settings.target_parameters),
     }
-    print(json.dumps(found))
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and torch.equal(one, other)
+def _from_pretrained(spec: dict[str, Any], source: str, **options: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    model_class: Any = AutoModelForSequenceClassification if spec["head"] else AutoModelForCausalLM
+    model, loaded = model_class.from_pretrained(
+        source,
+        dtype=getattr(torch, spec["dtype"]),
+        trust_remote_code=spec["trust_remote_code"],
+        output_loading_info=True,
+        **options,
+    )
+    return model.eval(), {name: loaded[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+
+
+def _same(stored: Tensor | None, held: Tensor | None) -> bool:
+    """Say whether the model holds what the file does, in the model's dtype."""
+    return stored is not None and held is not None and torch.equal(stored.to(held.dtype), held)
 
 
 if __name__ == "__main__":

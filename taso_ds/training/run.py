@@ -39,6 +39,7 @@ from taso_ds.training.recorded import SCHEMA
 from taso_ds.training.recoverable import RecoverableTraining
 from taso_ds.training.resume import Start, check_base, check_data, check_same_run, find_start
 from taso_ds.training.run_folder import ADAPTER, RESULTS, RUN, RunFolder, give_back, take_folder, versions
+from taso_ds.training.saved import is_model, saved_folder
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ def _in_words(scores: Mapping[str, float]) -> str:
 
 
 def save(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, live: nn.Module) -> Proof | None:
-    """Export what was trained and prove it in a fresh process; None for full fine-tuning or when not asked for."""
+    """Export what was trained and prove it in a fresh process; None when not asked for."""
     config = setup.config
     name = str(config.model.model_name_or_path)
     if trained.adapter is not None:
@@ -189,7 +190,6 @@ def save(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, liv
         export.save_lora(folder, base.model, config=trained.lora_config, base_name=name, head=base.head_parameters)
     else:
         export.save_full(folder, base.model, setup.tokenizer)
-        return None
     if not config.run.verify_export:
         return None
     rows = export.probe_rows(setup.rows)
@@ -199,11 +199,12 @@ def save(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, liv
 
 
 def prove(setup: Setup, folder: RunFolder, base: BaseModel, rows: Sequence[list[int]], live: Sequence[Tensor]) -> Proof:
-    """Open the run's adapter in a fresh process with peft and compare logits."""
+    """Open the run's adapter with peft, or its model with transformers, in a fresh process and compare logits."""
     config = setup.config
+    method = config.adapter.method
     return prove_export(
-        folder.path / ADAPTER,
-        source=setup.source,
+        saved_folder(method, folder.path),
+        source=None if is_model(method) else setup.source,
         revision=config.model.model_revision,
         trust_remote_code=config.model.trust_remote_code,
         head=setup.head,

@@ -14,7 +14,7 @@ import torch
 import variants_worker
 from launching import HAS_NVME, NO_NVME, call_main, run_ranks
 from peft import PeftModel
-from sample_rows import write_rows
+from sample_rows import write_rows, write_sentences
 from transformers import AutoModelForCausalLM
 
 from taso_ds.distributed.ds_config import read_ds_config, shipped_ds_configs
@@ -30,6 +30,17 @@ QUANTIZED = {
     "nf4_offload": ["zero3_offload.json", "--load_in_4bit", UNPROVED],
     "nf4_hpz": ["one_node_hpz.json", "--load_in_4bit", UNPROVED],
     "int8": ["zero3.json", "--load_in_8bit", UNPROVED],
+}
+# Flags of evaluate.py over a run at stage 3, and how near its loss is to the one recorded.
+EVALUATED = {
+    "zero3.json": ("", 1e-6),
+    "zero3.json in bf16": ("--bf16", 3e-2),
+    "nf4 in bf16": ("--bf16", 3e-2),
+    "lora": ("", 1e-6),
+    "lora in bf16": ("--bf16", 3e-2),
+    "full": ("", 1e-6),
+    "head": ("", 1e-6),
+    "head in bf16": ("--bf16", 3e-2),
 }
 on_nvme = pytest.mark.skipif(not HAS_NVME, reason=NO_NVME)
 
@@ -58,11 +69,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     more = {"hub": ["--ds_config", "zero3.json", "--model_name_or_path", "team/base", UNPROVED]}
     more |= {name: ["--ds_config", name, UNPROVED] for name in VARIANTS if HAS_NVME or "nvme" not in name}
     more |= {name: ["--ds_config", *extra] for name, extra in QUANTIZED.items()}
+    more |= {name: ["--ds_config", "zero3.json", UNPROVED, "--method", name] for name in ("lora", "full")}
+    more["full"] += ["--learning_rate", "1e-3"]
+    rows = str(write_sentences(path / "sentences.jsonl", 8))
+    encoder = ["--model_name_or_path", str(tiny_models.save(tiny_models.bert(), path / "bert")), "--task", "sst2"]
+    more["head"] = [*encoder, "--train_file", rows, "--eval_file", rows, "--ds_config", "zero3.json", UNPROVED]
     cases = []
     for name, extra in more.items():
         own = [str(path / flag) if (path / flag).is_file() else flag for flag in extra]
         cases.append([*map(str, flags), *own, "--output_dir", str(path / "runs" / name)])
-    (path / "cases.json").write_text(json.dumps(cases))
+    again = [["--run", str(path / "runs" / name.split()[0]), *extra.split()] for name, (extra, _) in EVALUATED.items()]
+    (path / "cases.json").write_text(json.dumps({"train": cases, "evaluate": again}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_CACHE", str(hub.parent))
         run_ranks(variants_worker.__file__, 2, [path / "cases.json"], timeout=500.0)
@@ -87,6 +104,14 @@ def test_every_variant_learns_what_stage_1_learns(runs: Path, name: str) -> None
 
 def test_a_base_from_the_hub_is_the_same_base(runs: Path) -> None:
     assert learned(runs / "hub") == learned(runs / "zero3.json")
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_a_partitioned_run_is_evaluated_again(runs: Path, name: str) -> None:
+    found = json.loads((runs.parent / "evaluated.json").read_text())[[*EVALUATED].index(name)]
+    results = json.loads((runs / name.split()[0] / "results.json").read_text())
+    assert found["loss"] == pytest.approx(results["after"]["loss"], rel=EVALUATED[name][1])
+    assert abs(results["before"]["loss"] - found["loss"]) > 5 * abs(results["after"]["loss"] - found["loss"])
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

@@ -1,6 +1,7 @@
-"""Trains one run per case, one after another, on however many ranks the launcher started.
+"""Trains one run per case, one after another, on however many ranks the launcher started, then evaluates some again.
 
-torchrun variants_worker.py CASES.json, which holds a list of the flags of ``launch/train.py``.
+torchrun variants_worker.py CASES.json, which holds lists of the flags of ``launch/train.py`` under "train" and of those
+of ``launch/evaluate.py`` under "evaluate"; the scores of these go to evaluated.json beside it.
 """
 
 import faulthandler
@@ -10,8 +11,10 @@ import sys
 from pathlib import Path
 
 from taso_ds.config import parse_run_config
-from taso_ds.distributed import process_group
+from taso_ds.distributed import comm, process_group
 from taso_ds.training.build import join
+from taso_ds.training.finished import evaluate
+from taso_ds.training.finished_arguments import EVALUATE, parse_over_run
 from taso_ds.training.run import train
 
 
@@ -19,12 +22,20 @@ def main(cases: str) -> None:
     from deepspeed.utils import groups
 
     faulthandler.dump_traceback_later(400, exit=True)  # a rank that waits for ever says where
-    for flags in json.loads(Path(cases).read_text()):
+    flags_of = json.loads(Path(cases).read_text())
+    for flags in flags_of["train"]:
         config = parse_run_config(flags)
         join(config)
         train(config)
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which DeepSpeed makes once in a process
         gc.collect()
+    scores = []
+    for flags in flags_of["evaluate"]:
+        config, finished = parse_over_run(flags, verb=EVALUATE)
+        scores.append(evaluate(config, finished.run))
+        gc.collect()
+    if comm.is_main():
+        Path(cases).with_name("evaluated.json").write_text(json.dumps(scores))
     process_group.leave()
 
 

@@ -12,9 +12,9 @@ from taso_ds.config import GROUPS, RunConfig, TrainArguments, parse_run_config
 from taso_ds.errors import UserError
 from taso_ds.flags import arg
 from taso_ds.training import recorded
-from taso_ds.training.finished import parse_over_run
+from taso_ds.training.finished_arguments import EVALUATE, parse_over_run
 from taso_ds.training.recorded import differences, read_run, recorded_flags
-from taso_ds.training.run_folder import RUN
+from taso_ds.training.run_folder import ADAPTER, RUN
 
 FILE = Path("run.json")
 
@@ -30,7 +30,7 @@ def record_of(*flags: str, **more: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, record: dict[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True)
+    (folder / ADAPTER).mkdir(parents=True, exist_ok=True)  # as a run that has finished
     (folder / RUN).write_text(json.dumps(record))
     return folder
 
@@ -100,7 +100,7 @@ def test_a_flag_of_a_newer_version_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.json: was written by a newer taso_ds: .* its flag 'telepathy'"):
         differences(record, config_of(), run / RUN)
     with pytest.raises(UserError, match="'telepathy'"):
-        parse_over_run(["--run", str(run)])
+        parse_over_run(["--run", str(run)], verb=EVALUATE)
 
 
 def test_a_schema_of_a_newer_version_is_refused(tmp_path: Path) -> None:
@@ -128,19 +128,19 @@ def project(tmp_path: Path) -> Path:
 def test_relative_paths_lead_to_where_the_run_began(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write(project / "run", record_of(*PATHS, "--eval_file", "gone.jsonl", started_in=str(project)))
     monkeypatch.chdir(project.parent)
-    config, _ = parse_over_run(["--run", str(run)])
+    config, _ = parse_over_run(["--run", str(run)], verb=EVALUATE)
     assert config.data.train_file == str(project / "rows" / "train.jsonl")
     assert (config.data.data_dir, config.run.ds_config) == ("embedded", "zero2.json")
     assert config.model.model_name_or_path == "base", "a Hub id stays one"
     assert config.data.eval_file == "gone.jsonl"
-    own, _ = parse_over_run(["--run", str(run), "--train_file", "mine.jsonl"])
+    own, _ = parse_over_run(["--run", str(run), "--train_file", "mine.jsonl"], verb=EVALUATE)
     assert own.data.train_file == "mine.jsonl"
 
 
 def test_records_of_the_first_schema_keep_their_paths(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write(project / "run", record_of(*PATHS))
     monkeypatch.chdir(project)
-    assert parse_over_run(["--run", str(run)])[0].data.train_file == "rows/train.jsonl"
+    assert parse_over_run(["--run", str(run)], verb=EVALUATE)[0].data.train_file == "rows/train.jsonl"
 
 
 def test_paths_are_compared_by_where_they_lead(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
