@@ -34,6 +34,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
     left_alone = None if config.adapter.method == "full" else find_experts(model).left_in_words(shapes)
+    prepare.check_checkpointing(config, model)
     prepare.check_quantization(config, base_config, ds_config, model)
     read_regions(config, shapes)
     count = prepare.count_adapter(config, shapes)
