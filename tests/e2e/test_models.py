@@ -65,6 +65,9 @@ def test_a_model_that_cannot_be_planned_trains_all_the_same(llama_folder: Path, 
     assert sum(said in line for line in (finished.out + finished.err).splitlines()) == 1
     finished = call_main("plan", ["--model_name_or_path", folder, "--max_seq_length", "64"])
     assert_one_line(finished, "model_name_or_path: LlamaForCausalLM cannot be planned")
+    finished = call_main("doctor", ["--model_name_or_path", folder, "--max_seq_length", "64", "--json", "-"])
+    found = {finding["check"]: finding for finding in json.loads(finished.out)["findings"]}
+    assert found["model"]["status"] == "warn"
 
 
 # Tokens without an embedding ------------------------------------------------------------------------------------------
