@@ -48,5 +48,5 @@ def _unknown(tokenizer: Any, token: int, number: int) -> str:
 
 def _num_embeddings(base_config: Any) -> int | None:
     """Return how many tokens the base knows; None where it has no table of them (CANINE)."""
-    number: int | None = getattr(base_config.get_text_config(), "vocab_size", None)
+    number: int | None = getattr(base_config.get_text_config(decoder=True), "vocab_size", None)
     return number
