@@ -14,7 +14,7 @@ from taso_ds.doctor import cluster, compilers, folders, limits, network, nvme
 from taso_ds.doctor.accelerator import check_accelerator, look_for_accelerator
 from taso_ds.doctor.arguments import DoctorArguments
 from taso_ds.doctor.cache import HubModel, check_cache
-from taso_ds.doctor.finding import Finding, fail, ok
+from taso_ds.doctor.finding import Finding, fail, ok, warn
 from taso_ds.doctor.versions import check_versions
 from taso_ds.errors import UserError
 
@@ -111,12 +111,15 @@ def _planned(job: Job) -> tuple[dict[str, float] | None, HubModel | None, list[F
     """Return what the run will write and download, from its model's ``config.json``, and whether that can be read."""
     if job.config is None or job.config.model.model_name_or_path is None:
         return None, None, []
+    from taso_ds.training.count_model import NotCountedError
     from taso_ds.training.forecast import planned_files, read_shape
 
     model = job.config.model
     name = str(model.model_name_or_path)
     try:
         shape, shapes = read_shape(job.config)
+    except NotCountedError as error:
+        return None, None, [warn("model", str(error), "it trains all the same; leave room on the disk")]
     except UserError as error:
         remedy = "correct the flag; a Hub id must be in the cache, or the Hub in reach"
         return None, None, [fail("model", " ".join(str(error).split()), remedy)]

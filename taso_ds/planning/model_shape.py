@@ -1,10 +1,11 @@
 """What a plan has to know about a model: parameter counts by role and the widths that decide activations.
 
 Counts come from a model on the meta device, so every architecture transformers can build is counted, not guessed; the
-widths come from its configuration under the names transformers gives all of them.
+widths come from its configuration under the names transformers gives all of them. Where layers differ (Gemma 3n and 4),
+they are those of an average one: what all blocks hold together is the same.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,8 @@ class ModelShape:
         targets: parameters of the matrices that are scored and adapted, and ``largest_target`` of them.
         trainable: ``t``, what is trained.
         adapter_dense: entries of the adapter once expanded; 0 where nothing is expanded.
-        hidden: ``h``. attention: ``a`` = heads × head width. key_value: ``v`` = key/value heads × head width.
+        hidden: ``h``; this and what follows per layer, on average. attention: ``a`` = heads × head width. key_value:
+            ``v`` = key/value heads × head width.
         feed_forward: ``f`` that one token passes, and ``gated`` when there are two such projections.
         upcasts_norms: whether norms keep an fp32 copy of their input (RMSNorm).
         vocabulary: ``V``.
@@ -125,10 +127,8 @@ def read_model_shape(
     linears = [shape for name in quantized if (shape := matrix_shape(model.get_submodule(name))) is not None]
     converted = [model.get_parameter(name).numel() for name in merged]
     output = model.get_output_embeddings()
-    heads = getattr(text, "num_attention_heads", None) or 1  # a block without attention mixes one state
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    experts, share = _experts(model, text)
-    feed_forward, gated = _feed_forward(outer, text)
+    layers = _layers(text)
+    experts, share = _experts(model, layers)
     norms = {type(module).__name__ for one in outer for module in one.modules() if "Norm" in type(module).__name__}
     return ModelShape(
         parameters=_numel(model),
@@ -148,11 +148,13 @@ def read_model_shape(
         trainable=trainable,
         adapter_dense=adapter_dense,
         hidden=text.hidden_size,
-        attention=heads * head_width,
-        key_value=(getattr(text, "num_key_value_heads", None) or heads) * head_width,
-        num_heads=heads,
-        feed_forward=feed_forward,
-        gated=gated,
+        attention=_average(layers, lambda layer: _heads(layer) * _head_width(layer)),
+        key_value=_average(
+            layers, lambda layer: (_number(layer, "num_key_value_heads") or _heads(layer)) * _head_width(layer)
+        ),
+        num_heads=_average(layers, _heads),
+        feed_forward=_average(layers, _feed_forward),
+        gated=_is_gated(outer, layers[0]),
         upcasts_norms=any("RMS" in name for name in norms),
         vocabulary=text.vocab_size,
         stored_dtype=str(getattr(config, "dtype", None) or "").removeprefix("torch."),
@@ -170,21 +172,66 @@ def _has_linear(module: nn.Module) -> bool:
     return any(matrix_shape(inner) is not None for inner in module.modules())
 
 
-def _experts(model: nn.Module, text: Any) -> tuple[int, float]:
+def _layers(text: Any) -> Sequence[Any]:
+    """Return the configuration of every layer where they differ, or the one they all have."""
+    return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+
+
+def _average(layers: Sequence[Any], measure: Callable[[Any], int]) -> int:
+    return round(sum(measure(layer) for layer in layers) / len(layers))
+
+
+def _number(config: Any, *names: str) -> int | None:
+    """Return the first of these numbers that is given; of a list, one number per layer, the average."""
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)) and value:
+            return round(sum(value) / len(value))
+        if value:
+            return int(value)
+    return None
+
+
+def _heads(layer: Any) -> int:
+    return _number(layer, "num_attention_heads") or 1  # a block without attention mixes one state
+
+
+def _head_width(layer: Any) -> int:
+    return _number(layer, "head_dim") or layer.hidden_size // _heads(layer)
+
+
+def _num_experts(layer: Any) -> int | None:
+    return _number(layer, "num_local_experts", "num_experts")
+
+
+def _experts(model: nn.Module, layers: Sequence[Any]) -> tuple[int, float]:
     """Return the parameters of all experts, and the share of them a token visits."""
-    number = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
-    chosen = getattr(text, "num_experts_per_tok", None)
+    shares = [
+        chosen / number
+        for layer in layers
+        if (number := _num_experts(layer)) and (chosen := _number(layer, "num_experts_per_tok"))
+    ]
     found = sum(value.numel() for name, value in model.named_parameters() if ".experts." in name)
-    return (found, chosen / number) if number and chosen and found else (0, 1.0)
+    return (found, sum(shares) / len(shares)) if shares and found else (0, 1.0)
 
 
-def _feed_forward(blocks: list[Any], text: Any) -> tuple[int, bool]:
-    """Return the feed-forward width a token passes, and whether a gate doubles the first projection."""
-    width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
-    expert_width = getattr(text, "moe_intermediate_size", None) or width
-    chosen = getattr(text, "num_experts_per_tok", None)
-    if chosen and (getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)):
-        return expert_width * chosen, True
+def _dense_width(layer: Any) -> int:
+    return _number(layer, "intermediate_size", "n_inner") or 4 * int(layer.hidden_size)
+
+
+def _feed_forward(layer: Any) -> int:
+    """Return the feed-forward width a token passes in a layer."""
+    chosen = _number(layer, "num_experts_per_tok")
+    if chosen and _num_experts(layer):
+        return (_number(layer, "moe_intermediate_size") or _dense_width(layer)) * chosen
+    return _dense_width(layer)
+
+
+def _is_gated(blocks: list[Any], layer: Any) -> bool:
+    """Say whether a gate doubles the first projection of the first block, whose configuration is ``layer``."""
+    if _num_experts(layer) and _number(layer, "num_experts_per_tok"):
+        return True
+    width = _dense_width(layer)
     first = blocks[0][0] if blocks else nn.Identity()
     outputs = [shape.out_features for module in first.modules() if (shape := matrix_shape(module)) is not None]
-    return width, outputs.count(width) >= 2 or 2 * width in outputs
+    return outputs.count(width) >= 2 or 2 * width in outputs

@@ -43,6 +43,7 @@ from taso_ds.training.model_source import model_source
 from taso_ds.training.nodes import check_same_model
 from taso_ds.training.optim import Group, make_groups
 from taso_ds.training.stored_weights import StoredWeights, stored_weights
+from taso_ds.training.vocabulary import check_padding, check_tokens
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +146,11 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     prepare.check_length(config, base_config)
     head = wants_head(config.model, base_config)
     tokenizer = load_tokenizer(config.model, source)
+    check_padding(tokenizer, base_config)
     prepare.prepare_base_config(base_config, data.task, tokenizer, head=head)
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
+    prepare.check_checkpointing(config, model)
     prepare.check_quantization(config, base_config, ds_config, model)
     region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
@@ -155,6 +158,7 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     check_this_host(config, model, base_config, shapes, rows, ds_config=ds_config, source=source, trains=trains)
     setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
     setup.evaluator.check(prepare.num_positions(base_config))
+    check_tokens(tokenizer, base_config, {data.train_source: rows, data.eval_source: setup.evaluator.rows()})
     log.info("train: %d rows from %s", len(rows), data.train_source)
     log.info("evaluation: %d rows from %s", len(data.evaluation), data.eval_source)
     for line in prepare.base_in_words(config, base_config, model, shapes):

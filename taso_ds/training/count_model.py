@@ -21,6 +21,10 @@ from taso_ds.training.quantized_base import Quantization, quantization_of
 from taso_ds.training.stored_names import merged_names
 
 
+class NotCountedError(UserError):
+    """A model that cannot be counted: it can be trained all the same."""
+
+
 def count_model(
     config: RunConfig,
     model: nn.Module,
@@ -33,7 +37,24 @@ def count_model(
 
     Args:
         source: the folder it will be loaded from; default: the model's name, which may be one.
+
+    Raises:
+        NotCountedError: its configuration does not say what a plan needs, under the usual names.
     """
+    try:
+        return _count(config, model, base_config, shapes, source=source)
+    except UserError:
+        raise
+    except Exception as error:
+        # Configurations come from anywhere, with attributes and errors of their own; --debug shows which it was.
+        raise NotCountedError(
+            f"model_name_or_path: {type(model).__name__} cannot be planned: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _count(
+    config: RunConfig, model: nn.Module, base_config: Any, shapes: Mapping[str, MatrixShape], *, source: str | None
+) -> ModelShape:
     adapter = config.adapter
     folder = Path(source or str(config.model.model_name_or_path))
     base = without_weights(model, base_config, str(folder), head=wants_head(config.model, base_config))

@@ -33,6 +33,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     prepare.prepare_labels(base_config, task, head=head)
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
+    prepare.check_checkpointing(config, model)
     prepare.check_quantization(config, base_config, ds_config, model)
     read_regions(config, shapes)
     count = prepare.count_adapter(config, shapes)

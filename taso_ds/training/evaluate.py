@@ -71,6 +71,15 @@ class Evaluator:
                     f" model's {positions} positions; lower it or --max_seq_length"
                 )
 
+    def rows(self) -> Iterator[EncodedRow]:
+        """Return every row that the model will see, of prompts and options too."""
+        if self.task.kind != "choice" or self.head:
+            yield from self._encoded
+        else:
+            yield from (row for options in self._encoded_options for row in options)
+        if self._generates:
+            yield from self._prompts
+
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return ``loss`` (mean over the supervised units), the task's metrics and ``num_examples``."""
         with _inference(model):
@@ -117,12 +126,7 @@ class Evaluator:
         return {"loss": math.fsum(loss for _, loss in merged) / len(rows), **metrics}
 
     def _choose(self, model: nn.Module) -> dict[str, float]:
-        options = encode_options(
-            self.tokenizer,
-            self.examples,
-            max_seq_length=self.max_seq_length,
-            use_chat_template=self.use_chat_template,
-        )
+        options = self._encoded_options
         likelihoods = self._likelihoods(model, options)
         golds = [example.options.index(example.completion) for example in self.examples]
         units = sum(rows[gold].num_supervised for rows, gold in zip(options, golds, strict=True))
@@ -140,6 +144,15 @@ class Evaluator:
             head=self.head,
             use_chat_template=self.use_chat_template,
             source=self.source,
+        )
+
+    @cached_property
+    def _encoded_options(self) -> list[list[EncodedRow]]:
+        return encode_options(
+            self.tokenizer,
+            self.examples,
+            max_seq_length=self.max_seq_length,
+            use_chat_template=self.use_chat_template,
         )
 
     def _likelihoods(self, model: nn.Module, options: Sequence[Sequence[EncodedRow]]) -> list[list[float]]:

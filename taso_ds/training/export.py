@@ -147,7 +147,12 @@ def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
 
 
 def merge_adapter(model: nn.Module, deltas: Deltas, disk: DiskTensors) -> None:
-    """Replace every adapted weight by ``W + ΔW`` on disk. One process, whole weights."""
+    """Replace every adapted weight by ``W + ΔW`` on disk. One process, whole weights.
+
+    Raises:
+        UserError: two matrices are one weight, which cannot take up both of their deltas.
+    """
+    _check_not_shared(model, list(deltas))
     on_disk: set[nn.Parameter] = set()
     for name, delta_weight in deltas.items():
         target: Any = get_target(model, name)
@@ -161,6 +166,20 @@ def merge_adapter(model: nn.Module, deltas: Deltas, disk: DiskTensors) -> None:
             target.parameter.data = disk.keep(target.parameter.detach())
             on_disk.add(target.parameter)
         target.parameter.data[target.index] = merged
+
+
+def _check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
+    owners: dict[nn.Parameter, str] = {}
+    for name in names:
+        target: Any = get_target(model, name)
+        if isinstance(target, ExpertMatrix):
+            continue
+        first = owners.setdefault(target.weight, name)
+        if first != name:
+            raise UserError(
+                f"merge: {type(model).__name__} uses one weight as {first} and as {name}, and the adapter changes each"
+                " in its own way; open the adapter with peft instead"
+            )
 
 
 def check_merged(merged: Sequence[Tensor], live: Sequence[Tensor], *, dtype: Any) -> float:

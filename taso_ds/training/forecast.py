@@ -74,6 +74,7 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
     ds_config, _ = prepare.resolve_deepspeed(config, world_size, ranks_per_node=plan.gpus_per_node)
+    prepare.check_checkpointing(config, model)
     prepare.check_quantization(config, base_config, ds_config, model)
     read_regions(config, shapes)
     shape = count_model(config, model, base_config, shapes)
@@ -87,9 +88,10 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
         bits = (quantization.bits,)
     elif "load_in_4bit" in kept or not can_quantize(config, model):
         bits = (16,)
+    decided = "gradient_checkpointing" in kept or not prepare.can_recompute(model)
     freedom = Freedom(
         bits=bits,
-        checkpointing=(config.training.gradient_checkpointing,) if "gradient_checkpointing" in kept else (False, True),
+        checkpointing=(config.training.gradient_checkpointing,) if decided else (False, True),
         passes="calibration_passes" not in kept,
         sums_on_host="calibration_offload" not in kept,
         nvme=config.run.nvme_path is not None,

@@ -1,6 +1,7 @@
 """A run refused before it loads what this machine cannot hold: its plan on the ranks and rows that are really there."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from taso_ds.distributed import comm, environment
 from taso_ds.planning.devices import DEVICES
 from taso_ds.planning.host import available_host_bytes, check_host_memory
 from taso_ds.planning.memory import phase_usage
-from taso_ds.training.count_model import count_model
+from taso_ds.training.count_model import NotCountedError, count_model
 from taso_ds.training.forecast import strategy_of, workload
 from taso_ds.training.quantized_base import quantization_of
+
+log = logging.getLogger(__name__)
 
 
 def check_this_host(
@@ -56,6 +59,10 @@ def check_this_host(
         share=min(1.0, max(1, supervised) / length),
         length=length,
     )
-    shape = count_model(config, model, base_config, shapes, source=source)
+    try:
+        shape = count_model(config, model, base_config, shapes, source=source)
+    except NotCountedError as error:
+        log.warning("%s; whether it fits into memory was not checked", error)
+        return
     usage = phase_usage(shape, strategy, work, device)
     check_host_memory(usage if trains else {"load": usage["load"]}, available_host_bytes())

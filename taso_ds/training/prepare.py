@@ -207,7 +207,23 @@ def check_length(config: RunConfig, base_config: Any) -> None:
 
 def num_positions(base_config: Any) -> int | None:
     """Return how many positions the base has; None where it names no number."""
-    return getattr(base_config, "max_position_embeddings", None) or getattr(base_config, "n_positions", None)
+    limit = getattr(base_config, "max_position_embeddings", None) or getattr(base_config, "n_positions", None)
+    return limit if limit is not None and limit > 0 else None  # XLNet says -1: any length
+
+
+def can_recompute(model: nn.Module) -> bool:
+    """Say whether a transformers model has blocks that can be recomputed in backward."""
+    supports = getattr(model, "supports_gradient_checkpointing", False)
+    return supports and any(hasattr(module, "gradient_checkpointing") for module in model.modules())
+
+
+def check_checkpointing(config: RunConfig, model: nn.Module) -> None:
+    """Refuse to recompute the blocks of a model (without weights) that cannot do that."""
+    if config.training.gradient_checkpointing and not can_recompute(model):
+        raise UserError(
+            f"gradient_checkpointing: {type(model).__name__} has no blocks that transformers can recompute; drop the"
+            " flag, and lower --per_device_train_batch_size or --max_seq_length if memory is short"
+        )
 
 
 def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str, Any], model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The compact adapter against dense factors times masks, against PEFT's LoRA, and its structural properties."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -326,6 +327,7 @@ def test_attach_and_detach_leave_the_model_as_it_was() -> None:
     adapter.attach(model)
     assert [name for name, _ in model.named_parameters()] == [*names, f"{ADAPTER_MODULE}.flat"]
     assert not torch.equal(model(**BODY).logits, before)
+    assert "logits_to_keep" in inspect.signature(model.forward).parameters  # it still says what it can be asked for
     adapter.detach(model)
     assert [name for name, _ in model.named_parameters()] == names
     assert torch.equal(model(**BODY).logits, before)

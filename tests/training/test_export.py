@@ -1,13 +1,18 @@
-"""What is written of a fully fine-tuned model."""
+"""What is written of a fully fine-tuned model, and what cannot be merged."""
 
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
 
-from taso_ds.training.export import save_full
+from taso_ds.adapters.adapter import TasoAdapter
+from taso_ds.adapters.selection import CoreRegion
+from taso_ds.errors import UserError
+from taso_ds.training.disk_tensors import DiskTensors
+from taso_ds.training.export import merge_adapter, save_full
 from taso_ds.training.run_folder import RunFolder
 
 
@@ -20,3 +25,17 @@ def test_a_full_model_keeps_the_buffers_its_checkpoint_has(tmp_path: Path) -> No
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert stored.keys() == model.state_dict().keys()
     assert stored["model.correction"].tolist() == [3.0, 3.0, 3.0]
+
+
+def test_one_weight_does_not_take_up_two_deltas(tmp_path: Path) -> None:
+    """Zamba's attention blocks are modules of their own around the same weights, and adapted one by one."""
+    model = tiny_models.llama()
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    second.weight = first.weight
+    names = [f"model.layers.{number}.self_attn.q_proj" for number in range(2)]
+    region = CoreRegion(torch.tensor([0]), torch.tensor([0]), 32, 32)
+    adapter = TasoAdapter(
+        dict.fromkeys(names, region), structure="union", rank=1, scaling=1.0, seed=0, dtype=torch.float32
+    )
+    with DiskTensors(tmp_path) as disk, pytest.raises(UserError, match=f"merge: .*{names[0]} and as {names[1]}"):
+        merge_adapter(model, adapter, disk)

@@ -218,12 +218,15 @@ def test_a_model_without_a_task_is_refused() -> None:
 
 
 def test_sequences_longer_than_the_model_are_refused() -> None:
+    from transformers import XLNetConfig
+
     base = tiny_models.llama(layers=1).config  # 128 positions
     check_length(config_of("--max_seq_length", "128"), base)
     with pytest.raises(UserError, match="max_seq_length: 129 exceeds the model's 128 positions"):
         check_length(config_of("--max_seq_length", "129"), base)
     with pytest.raises(UserError, match="exceeds the model's 128 positions"):
         check_length(config_of("--max_seq_length", "129"), tiny_models.gpt2().config)
+    check_length(config_of("--max_seq_length", "4096"), XLNetConfig(n_layer=1))  # any length
 
 
 @pytest.mark.parametrize(("task", "labels"), [("rte", 2), ("stsb", 1)])
