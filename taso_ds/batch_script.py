@@ -13,7 +13,7 @@ from pathlib import Path
 
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, parse_groups, remaining_flags
+from taso_ds.flags import arg, check_new_file, parse_groups, remaining_flags
 
 _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
 _WORD = re.compile(r"[\w.,:-]+")
@@ -52,6 +52,7 @@ class SlurmArguments:
                 raise UserError(f"{name}: {value!r} is not a word of letters, digits and .,:_-")
         if not _TIME.fullmatch(self.time):
             raise UserError(f"time: {self.time!r} is not a time limit of Slurm, like 24:00:00 or 2-12")
+        check_new_file("write", self.write)
         if (self.sweep_tasks is None) != (self.sweep_seeds is None):
             raise UserError("sweep_tasks and sweep_seeds make a job array together: pass both")
 

@@ -79,6 +79,12 @@ def require(condition: bool, name: str, value: Any, valid: str) -> None:
         raise UserError(f"{name}: {value!r} is not {valid}")
 
 
+def check_new_file(name: str, path: str | None) -> None:
+    """Refuse to write over a file; UserError."""
+    if path is not None and Path(path).is_file():
+        raise UserError(f"{name}: {path} exists already; move it away, or choose another name")
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a configuration file; UserError when it is missing or malformed, or names another one."""
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn, get_args, get_type_hints
 
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, expanded
+from taso_ds.flags import arg, check_new_file, expanded
 
 _OTHERS = "Every flag of launch/train.py is understood too: pass those of the job that is to be queued."
 
@@ -34,6 +34,7 @@ class DoctorArguments:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= high:
                 raise UserError(f"{name}: {value} is not in [1, {high}]")
+        check_new_file("json", None if self.json == "-" else self.json)
 
 
 class _Parser(argparse.ArgumentParser):

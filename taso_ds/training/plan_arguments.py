@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, given_names, parse_groups, require
+from taso_ds.flags import arg, check_new_file, given_names, parse_groups, require
 from taso_ds.planning.devices import DEVICES, NETWORKS, Device, Network, get_device, get_network
 from taso_ds.planning.plan import Hardware
 
@@ -49,6 +49,8 @@ class PlanArguments:
         require(self.reserve is None or 0.0 <= self.reserve < 1.0, "reserve", self.reserve, "in [0, 1)")
         if self.device_tflops is not None and self.efficiency is not None:
             raise UserError("efficiency: device_tflops is what was measured, and needs none; drop one of them")
+        check_new_file("json", self.json)
+        check_new_file("plot", self.plot)
         self.hardware()
 
     def hardware(self) -> Hardware:
