@@ -17,7 +17,7 @@ def _train() -> str:
     if config.run.dry_run:
         from taso_ds.training.dry_run import describe
 
-        return describe(config, environment.world_size()) if environment.rank() == 0 else ""
+        return describe(config, environment.world_size(), goes_on=True) if environment.rank() == 0 else ""
     from taso_ds.training.build import join
     from taso_ds.training.run import train
 

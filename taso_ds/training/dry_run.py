@@ -13,19 +13,22 @@ from taso_ds.training import prepare
 from taso_ds.training.base_model import meta_model, read_config, without_weights
 from taso_ds.training.model_class import wants_head
 from taso_ds.training.optim import describe_groups, learning_rate_table, make_groups, make_schedule, total_steps
+from taso_ds.training.output_folder import choose_folder
 from taso_ds.training.regions import read_regions
-from taso_ds.training.run_folder import choose_folder
 
 
-def describe(config: RunConfig, world_size: int) -> str:
+def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
     """Return the resolved configuration, DeepSpeed JSON, counts, learning rates and batch numbers as text.
+
+    Args:
+        goes_on: without a name, the run folder may be that of an unfinished run.
 
     Raises:
         UserError: for everything a run would refuse before loading weights, data apart when ``max_steps`` is set.
     """
     assert config.data.task is not None
     task = get_task(config.data.task)
-    folder = choose_folder(config)
+    folder = choose_folder(config, goes_on=goes_on)
     ds_config, sizes = prepare.resolve_deepspeed(config, world_size)
     base_config = read_config(config.model)
     prepare.check_length(config, base_config)

@@ -16,10 +16,12 @@ from taso_ds.training import export
 from taso_ds.training.base_model import BaseModel, meta_model
 from taso_ds.training.build import Setup, load_base, set_up
 from taso_ds.training.disk_tensors import DiskTensors
+from taso_ds.training.output_folder import check_no_model
 from taso_ds.training.prove import probe_logits
 from taso_ds.training.quantized_base import quantization_of
 from taso_ds.training.run import prove
 from taso_ds.training.run_folder import MODEL, RunFolder
+from taso_ds.training.run_lock import locked
 from taso_ds.training.saved import SavedAdapter, is_model, read_adapter, saved_folder
 
 log = logging.getLogger(__name__)
@@ -83,7 +85,8 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
     """Prove what a run left again or, with ``merge``, write base plus adapter as a plain model. One process.
 
     Raises:
-        UserError: when the files do not say what was trained, or there is nothing to merge.
+        UserError: when the files do not say what was trained, or there is nothing to merge, or a model
+            stands where the merged one would go.
     """
     if comm.world_size() > 1:
         raise UserError("export: runs in one process; start it with plain python")
@@ -91,7 +94,11 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
     if merge and is_model(config.adapter.method):
         raise UserError(f"merge: {path} is a plain model already; use it as it is")
     whole = dataclasses.replace(config, run=dataclasses.replace(config.run, ds_config="zero0.json"))  # no partitions
-    return _merge(whole, run) if merge else _prove(whole, run, path)
+    if not merge:
+        return _prove(whole, run, path)
+    check_no_model(Path(run), config)
+    with locked(Path(run)):
+        return _merge(whole, run)
 
 
 def _prove(config: RunConfig, run: str, path: Path) -> Path:

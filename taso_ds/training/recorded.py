@@ -11,7 +11,7 @@ from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
 from taso_ds.flags import LENGTH, SCHEDULE, START, Flag, flags_of, typed
 from taso_ds.json_text import parse_json
-from taso_ds.training.run_folder import RUN
+from taso_ds.training.run_folder import RESULTS, RUN
 
 SCHEMA = 2  # of run.json and progress.json. 1, which they do not name: paths are as given, wherever that was
 
@@ -30,6 +30,29 @@ def read_run(path: Path) -> dict[str, Any]:
     if not isinstance(run.get("started_in", ""), str):
         raise UserError(f"{file}: started_in is not a text")
     return run
+
+
+def is_calibration(run: Mapping[str, Any]) -> bool:
+    """Say whether a ``run.json`` is of core regions alone, for which nothing was trained in batches."""
+    return "batch" not in run
+
+
+def is_finished(folder: Path, run: Mapping[str, Any]) -> bool:
+    """Say whether a training run has results of all its steps: while it is extended, those of fewer stay."""
+    file = folder / RESULTS
+    if not file.is_file():
+        return False
+    try:
+        results = parse_json(file.read_text(encoding="utf-8"), str(file), constants=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable results ({error})") from error
+    return isinstance(results, dict) and results.get("steps") == run.get("steps")
+
+
+def length_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags of a record that say how long the run is to be."""
+    flags = flags_of(GROUPS)
+    return {name: value for name, value in run["config"].items() if name in flags and flags[name].effect == LENGTH}
 
 
 def check_schema(record: Mapping[str, Any], file: Path) -> None:

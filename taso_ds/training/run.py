@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from taso_ds.data.encode import pad_token_id
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import without_secrets
-from taso_ds.errors import Interrupted, UserError
+from taso_ds.errors import UserError
 from taso_ds.training import export, prepare, regions
 from taso_ds.training.base_model import (
     BaseModel,
@@ -33,12 +33,21 @@ from taso_ds.training.optim import (
     make_schedule,
     total_steps,
 )
+from taso_ds.training.output_folder import take_folder
 from taso_ds.training.prove import Proof, probe_logits, prove_export
 from taso_ds.training.quantized_base import num_parameters
 from taso_ds.training.recorded import SCHEMA
-from taso_ds.training.recoverable import RecoverableTraining
-from taso_ds.training.resume import Start, check_base, check_data, check_same_run, find_start
-from taso_ds.training.run_folder import ADAPTER, RESULTS, RUN, RunFolder, give_back, take_folder, versions
+from taso_ds.training.recoverable import ROLLBACK_FACTOR, RecoverableTraining
+from taso_ds.training.resume import (
+    Progress,
+    Start,
+    check_base,
+    check_data,
+    check_length,
+    find_calibration,
+    find_start,
+)
+from taso_ds.training.run_folder import ADAPTER, RESULTS, RUN, RunFolder, versions
 from taso_ds.training.saved import is_model, saved_folder
 
 log = logging.getLogger(__name__)
@@ -51,7 +60,7 @@ def train(config: RunConfig) -> Path:
         UserError: on every rank; before training nothing is left behind.
         Interrupted: a signal asked the run to stop; started again, it goes on.
     """
-    with Interrupts() as interrupts, _folder_of(config) as (config, path):
+    with Interrupts() as interrupts, _folder_of(config, goes_on=True) as (config, path):
         start = comm.on_main(lambda: find_start(config, path))
         if start.is_new and config.run.resume == "auto" and not config.run.overwrite_output_dir:
             check_no_run_elsewhere(path)
@@ -62,31 +71,37 @@ def train(config: RunConfig) -> Path:
 
 
 @contextmanager
-def _folder_of(config: RunConfig) -> Iterator[tuple[RunConfig, Path]]:
-    """Yield the configuration with its run folder named, and that folder; it goes if nothing came of it."""
-    path = comm.on_main(lambda: take_folder(config))
-    try:
+def _folder_of(config: RunConfig, *, goes_on: bool) -> Iterator[tuple[RunConfig, Path]]:
+    """Yield the configuration with its run folder named, and that folder, which no other run has meanwhile.
+
+    It goes if nothing came of it.
+
+    Args:
+        goes_on: without a name, it may be that of an unfinished run.
+    """
+    with ExitStack() as held:
+        path = comm.on_main(lambda: take_folder(config, held, goes_on=goes_on))
         yield dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path))), path
-    except (UserError, Interrupted):
-        if comm.is_main():
-            give_back(config, path)
-        raise
 
 
 def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrupts) -> Path:
     config = start.adapt(asked)
     setup = comm.together(lambda: set_up(config))
+    steps = total_steps(config.training, setup.plan.steps_per_epoch)
     if start.progress is not None:
         comm.on_main(lambda: check_data(setup.data_digest, start))
+        comm.on_main(lambda: check_length(steps, start))
     base, targets, shapes = load_base(setup)
     taso = config.adapter.method == "taso"
     found = find_regions(setup, base, targets, shapes, earlier=start.regions) if taso else None
     fingerprint = base_fingerprint(setup, base, targets) if found is None else found.file.fingerprint
     comm.on_main(lambda: check_base(fingerprint, start))
     trained = attach(setup, base, shapes, found)
-    schedule = make_schedule(config.training, total_steps(config.training, setup.plan.steps_per_epoch))
+    schedule = make_schedule(config.training, steps)
     record = run_record(asked, setup, base.model, trained.groups, schedule)
     comm.on_main(lambda: _start(folder, config, record, found, start))
+    if start.progress is not None and start.progress.total_steps != steps:
+        log.info(describe_extension(start.progress, trained.groups[0], schedule))
     say_who_sees(folder.path)
     engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.ds_config)
     evaluate = partial(setup.evaluator, engine.module)
@@ -174,6 +189,17 @@ def describe_record(record: dict[str, Any]) -> str:
     )
 
 
+def describe_extension(progress: Progress, group: Group, schedule: Schedule) -> str:
+    """Return one line about the schedule of a run that is to be longer than it was."""
+    peak = group.peak * ROLLBACK_FACTOR**progress.rollbacks
+    next_rate, last_rate = peak * schedule(progress.step), peak * schedule(schedule.total_steps - 1)
+    return (
+        f"extended: {schedule.total_steps} steps in place of {progress.total_steps}; the {schedule.kind} schedule is"
+        f" now that of {schedule.total_steps} steps: learning rate {next_rate:.3e} at step {progress.step + 1},"
+        f" {last_rate:.3e} at the last"
+    )
+
+
 def _in_words(scores: Mapping[str, float]) -> str:
     return ", ".join(
         f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in scores.items()
@@ -225,9 +251,11 @@ def calibrate(config: RunConfig) -> Path:
     """
     if config.calibration.core_regions is not None or config.adapter.method != "taso":
         raise UserError("calibrate: makes core regions; drop --core_regions and --method")
-    with _folder_of(config) as (config, path):
-        comm.on_main(lambda: check_same_run(config, path))
-        _calibrate(config, RunFolder(path))
+    with _folder_of(config, goes_on=False) as (config, path):
+        if comm.on_main(lambda: find_calibration(config, path)):
+            log.info("%s holds these core regions; --resume none scores again", path)
+        else:
+            _calibrate(config, RunFolder(path))
         return path
 
 
@@ -242,9 +270,9 @@ def _calibrate(config: RunConfig, folder: RunFolder) -> None:
 
     def write() -> None:
         folder.start()
+        folder.write_json(RUN, record)  # first: it makes the folder ours
         log.info(regions.describe_regions(found, config))
         regions.write_regions(folder, config, found)
-        folder.write_json(RUN, record)
 
     comm.on_main(write)
 

@@ -1,10 +1,9 @@
-"""The run folder: what a run leaves behind, written atomically by rank 0, and who may write where.
+"""The run folder: what a run leaves behind, written atomically by rank 0.
 
 ``run.json``, ``calibration.jsonl``, ``core_regions.safetensors``, ``core_regions.png``, ``adapter/`` (``model/`` for
 full fine-tuning), ``metrics.jsonl``, ``results.json``.
 """
 
-import contextlib
 import errno
 import importlib.metadata
 import json
@@ -18,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.adapters.files import open_to_umask, replacing, write_json, writing
-from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
-from taso_ds.errors import UserError
-from taso_ds.training.checkpoint import CHECKPOINTS, resolve_checkpoint
+from taso_ds.training.checkpoint import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +27,7 @@ CALIBRATION, REGIONS, PICTURE = "calibration.jsonl", "core_regions.safetensors",
 PARTIAL = "core_regions.partial.safetensors"  # scores of the finished passes; gone when scoring is done
 ADAPTER, MODEL = "adapter", "model"
 # The record last: a folder without one is taken for somebody else's.
-_ENTRIES = (RESULTS, METRICS, CALIBRATION, REGIONS, PICTURE, PARTIAL, ADAPTER, MODEL, CHECKPOINTS, RUN)
+ENTRIES = (RESULTS, METRICS, CALIBRATION, REGIONS, PICTURE, PARTIAL, ADAPTER, MODEL, CHECKPOINTS, RUN)
 _VERSIONS = ("taso_ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "bitsandbytes")
 
 
@@ -41,10 +38,13 @@ class RunFolder:
     path: Path
 
     def start(self) -> None:
-        """Create the folder and remove what an earlier run left."""
+        """Create the folder and remove what an earlier run left, aloud."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in _ENTRIES:
+            old = [name for name in ENTRIES if os.path.lexists(self.path / name)]
+            if old and old != [PARTIAL]:
+                log.info("output_dir: %s: removes %s", self.path, ", ".join(old))
+            for name in old:
                 entry = self.path / name
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
@@ -116,93 +116,6 @@ class RunFolder:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         return final
-
-
-def choose_folder(config: RunConfig) -> Path:
-    """Return the folder of this run: the one asked for, that of the checkpoint to resume from, or the first free
-    ``runs/<method>-<task>[-N]``.
-
-    Raises:
-        UserError: when it cannot be written, or holds something else than a run.
-    """
-    if _is_ours_to_name(config):
-        first = Path("runs") / f"{config.adapter.method}-{config.data.task}"
-        number = 1
-        path = first
-        while path.exists():
-            number += 1
-            path = first.with_name(f"{first.name}-{number}")
-    elif config.run.output_dir is None:
-        path = resolve_checkpoint(Path(config.run.resume)).parent.parent
-    else:
-        path = Path(config.run.output_dir)
-        _check_apart(path, config)
-        _check_content(path, config)
-    _check_writable(path)
-    return path
-
-
-def _check_apart(path: Path, config: RunConfig) -> None:
-    """Refuse to write over the base: into its folder, or into a run whose ``model/`` or ``adapter/`` it is."""
-    base = Path(str(config.model.model_name_or_path))
-    if not base.is_dir():
-        return
-    own, above = path.resolve(), (base.resolve(), *base.resolve().parents)
-    if own == above[0] or any(own / name in above for name in _ENTRIES):
-        raise UserError(f"output_dir: {path} is where the base {base} lies: choose another --output_dir")
-
-
-def take_folder(config: RunConfig) -> Path:
-    """Return the folder of this run and, where its name is ours to choose, create it.
-
-    So of two runs that start at the same moment each has its own.
-
-    Raises:
-        UserError: as ``choose_folder``.
-    """
-    while True:
-        path = choose_folder(config)
-        if not _is_ours_to_name(config):
-            return path
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:  # another run was faster
-            continue
-
-
-def give_back(config: RunConfig, path: Path) -> None:
-    """Remove what ``take_folder`` created, if nothing has been written there."""
-    if _is_ours_to_name(config):
-        with contextlib.suppress(OSError):
-            path.rmdir()
-
-
-def _is_ours_to_name(config: RunConfig) -> bool:
-    return config.run.output_dir is None and config.run.resume in ("auto", "none")
-
-
-def _check_content(path: Path, config: RunConfig) -> None:
-    if not path.exists() or config.run.overwrite_output_dir:
-        return
-    if not path.is_dir():
-        raise UserError(f"output_dir: {path} is a file")
-    if (path / RUN).is_file() or all(_is_ours_before_start(entry) for entry in path.iterdir()):
-        return
-    raise UserError(
-        f"output_dir: {path} is not empty and holds no run; choose another --output_dir, or pass --overwrite_output_dir"
-    )
-
-
-def _is_ours_before_start(entry: Path) -> bool:
-    """Say whether a run that was cut short before its first record may have left this."""
-    return entry.name == PARTIAL or (entry.name.startswith(".") and entry.name.endswith(".tmp"))
-
-
-def _check_writable(path: Path) -> None:
-    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir: cannot write {path}: {existing} is not a writable folder")
 
 
 def versions() -> dict[str, str]:

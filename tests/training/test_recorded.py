@@ -110,6 +110,13 @@ def test_a_schema_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     assert read_run(write(tmp_path / "first", record_of()))["config"]["task"] == "rte"
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"config": 3}', ""])
+def test_a_damaged_run_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / RUN).write_text(content)
+    with pytest.raises(UserError, match=r"run\.json: (not a readable run|has no config)"):
+        read_run(tmp_path)
+
+
 # Paths ----------------------------------------------------------------------------------------------------------------
 
 PATHS = ("--train_file", "rows/train.jsonl", "--data_dir", "embedded", "--ds_config", "zero2.json")

@@ -17,7 +17,8 @@ from taso_ds.errors import UserError
 from taso_ds.training import regions, scoring_pass
 from taso_ds.training.calibrate import split_passes
 from taso_ds.training.loss import loss_sum
-from taso_ds.training.run_folder import PARTIAL, choose_folder
+from taso_ds.training.output_folder import choose_folder
+from taso_ds.training.run_folder import PARTIAL
 
 PASSES, STAGE_0 = 3, {"zero_optimization": {"stage": 0}}
 
@@ -71,7 +72,7 @@ def test_an_interrupted_scoring_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     config = config_of(tmp_path / "run")
     whole = score(config_of(tmp_path / "other"), frozen_llama())
     interrupt(monkeypatch, config)
-    assert choose_folder(config) == tmp_path / "run", "a folder with the first passes only may be used"
+    assert choose_folder(config, goes_on=True) == tmp_path / "run", "a folder with the first passes only may be used"
     model, forwards = frozen_llama(), []
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
     found = score(config, model)

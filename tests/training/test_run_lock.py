@@ -5,53 +5,20 @@ import fcntl
 import json
 import logging
 import os
-import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from other_process import holding
 
 from taso_ds.errors import UserError
 from taso_ds.training.run_lock import LOCK, InUse, holder, locked
 
-# Holds the lock of argv[1] until it is killed, or for ever.
-_HOLD = """
-import os, sys, time
-from pathlib import Path
-from taso_ds.training.run_lock import locked
-with locked(Path(sys.argv[1])):
-    forks = "fork" in sys.argv
-    if not forks or os.fork():
-        print("locked", flush=True)
-        if forks:
-            os._exit(0)  # the child lives on
-    time.sleep(600)
-"""
-
-
-@contextmanager
-def other_process(folder: Path, *words: str) -> Iterator["subprocess.Popen[str]"]:
-    """A process that has the lock."""
-    command = [sys.executable, "-c", _HOLD, str(folder), *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "locked\n"
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
 
 def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with other_process(run) as process:
+    with holding(run) as process:
         words = rf"{run} is in use by process {process.pid} on {socket.gethostname()} since 20.*choose another"
         with pytest.raises(InUse, match=words), locked(run):
             pytest.fail("two have it")
@@ -66,7 +33,7 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path:
 
 
 def test_a_forked_child_does_not_keep_it(tmp_path: Path) -> None:
-    with other_process(tmp_path, "fork") as process:
+    with holding(tmp_path, "fork") as process:
         process.wait()  # its child sleeps
         with locked(tmp_path):
             pass
