@@ -130,7 +130,8 @@ def test_every_flag_that_names_a_place_is_a_path() -> None:
 @pytest.mark.parametrize("name", PATH_FLAGS)
 def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, name: str) -> None:
     group = next(group for group in ALL_GROUPS if name in flags_of([group]))
-    (tmp_path / "x").write_text("rank: 2\n")
+    if name == "config":
+        (tmp_path / "x").write_text("rank: 2\n")
     (tmp_path / "run.yaml").write_text(f"{name}: ~/x\n")
     sources = [[f"--{name}=~/x"], [f"--{name}", "~/x"], *([] if name == "config" else [["--config", "~/run.yaml"]])]
     for argv in sources:
@@ -147,3 +148,14 @@ def test_nothing_else_is_expanded() -> None:
     assert parse_run_config(["--task", "~/x"]).data.task == "~/x"
     assert parse_run_config(["--train_file", "a/~"]).data.train_file == "a/~"
     assert parse_run_config(["--train_file", "~nobody-here/x"]).data.train_file == "~nobody-here/x"
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(PlanArguments, "json"), (PlanArguments, "plot"), (SlurmArguments, "write"), (DoctorArguments, "json")],
+)
+def test_a_file_that_a_flag_names_is_not_written_over(tmp_path: Path, group: Any, name: str) -> None:
+    group(**{name: str(tmp_path / "new")})
+    (tmp_path / "old").touch()
+    with pytest.raises(UserError, match=f"{name}: .*/old exists already; move it away, or choose another name"):
+        group(**{name: str(tmp_path / "old")})

@@ -107,7 +107,8 @@ def _acquire(folder: Path) -> int:
                 error.strerror,
             )
         if _is_at(path, descriptor):
-            _name_owner(descriptor, path)
+            with suppress(OSError):  # a full disk: the lock holds all the same, namelessly
+                _name_owner(descriptor)
             return descriptor
         os.close(descriptor)  # its owner has removed the file between opening and locking
 
@@ -119,13 +120,12 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _name_owner(descriptor: int, path: Path) -> None:
+def _name_owner(descriptor: int) -> None:
     started = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     text = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "started": started}) + "\n"
-    with writing(path):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode(), 0)
-        os.fsync(descriptor)  # so that other nodes can read it
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)
+    os.fsync(descriptor)  # so that other nodes can read it
 
 
 def _owner(descriptor: int) -> str:
