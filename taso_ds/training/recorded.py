@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.config import GROUPS, RunConfig
-from taso_ds.errors import UserError
+from taso_ds.errors import UserError, nearest
 from taso_ds.flags import LENGTH, SCHEDULE, START, Flag, flags_of, typed
 from taso_ds.json_text import parse_json
 from taso_ds.training.run_folder import RESULTS, RUN
@@ -76,11 +76,12 @@ def recorded_flags(record: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """
     given, started_in = record["config"], record.get("started_in") or ""
     flags = {name: flag for name, flag in flags_of(GROUPS).items() if flag.effect != START}
-    unknown = sorted(given.keys() - flags_of(GROUPS).keys())
+    known = list(flags_of(GROUPS))
+    unknown = sorted(given.keys() - known)
     if unknown:
         raise UserError(
-            f"{file}: was written by a newer taso_ds: this one does not know its flag {unknown[0]!r}; install that"
-            " version"
+            f"{file}: was written by a newer taso_ds: this one does not know its flag"
+            f" {unknown[0]!r}{nearest(unknown[0], known)}; install that version"
         )
     values = {name: flag.before for name, flag in flags.items()} | {
         name: value for name, value in typed(given, GROUPS, str(file)).items() if name in flags

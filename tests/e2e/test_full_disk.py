@@ -76,7 +76,8 @@ def test_no_room_for_a_file(size: int, flags: str, file: str, llama_folder: Path
         finished = train(llama_folder, flags)
     assert_one_line(finished, "cannot write", "run", file)
     assert_whole(desk / "run")
-    assert {path.name for path in desk.iterdir()} == {"train.jsonl", "eval.jsonl", "run"}
+    left = {"run"} if size > 500 else set()  # what stays empty goes
+    assert {path.name for path in desk.iterdir()} == {"train.jsonl", "eval.jsonl", *left}
 
 
 @pytest.mark.parametrize(("size", "file"), [(5_000, "bytes"), (100_000, "run/model")])
