@@ -113,6 +113,12 @@ OWN: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 
+# Here nothing can be lost, and a whole run would begin: once with each program is enough.
+_BEGINS = {("empty", verb) for verb in ("train lora", "train full", "train anew", "train otherwise", "calibrate anew")}
+_BEGINS |= {("killed before its record", verb) for _, verb in _BEGINS}
+CASES = [(verb, kind) for verb in VERBS for kind in KINDS if (kind, verb) not in _BEGINS]
+
+
 def call(desk: Desk, verb: str, folder: Path) -> Finished:
     script, flags = VERBS[verb]
     words = [word.format(folder=folder) for word in flags.split() if word != "{run}"]
@@ -129,8 +135,7 @@ def here(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return here
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(("verb", "kind"), CASES)
 def test_nothing_is_lost(desk: Desk, here: Path, verb: str, kind: str) -> None:
     folder = here / "folder"
     KINDS[kind](folder)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny_models
 from forked import ForkServer
+from other_process import holding
 from sample_rows import write_rows, write_sentences
 
 from taso_ds.training.checkpoint import checkpoint_name
@@ -237,6 +238,16 @@ def test_a_run_is_not_replaced_by_one_that_goes_on_from_elsewhere(
     assert refused.codes == [2]
     assert "holds a run already" in refused.errors[0]
     assert (alone.run / "results.json").is_file()
+
+
+def test_a_folder_in_use_is_refused_on_all_ranks(desk: Desk) -> None:
+    with holding(desk.path / "used") as process:
+        refused = desk.start("used")
+        assert refused.codes == [2, 2]
+        (line,) = refused.errors
+        assert f"used is in use by process {process.pid} on " in line
+        assert not (refused.log / "rank1.err").read_text()
+        assert [path.name for path in refused.run.iterdir()] == [".lock"]
 
 
 def test_a_signal_in_the_last_step_saves_and_leaves(desk: Desk, alone: Outcome) -> None:
