@@ -85,8 +85,7 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
     """Prove what a run left again or, with ``merge``, write base plus adapter as a plain model. One process.
 
     Raises:
-        UserError: when the files do not say what was trained, or there is nothing to merge, or a model
-            stands where the merged one would go.
+        UserError: when the files do not say what was trained, there is nothing to merge, or a model stands there.
     """
     if comm.world_size() > 1:
         raise UserError("export: runs in one process; start it with plain python")
@@ -96,7 +95,7 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
     whole = dataclasses.replace(config, run=dataclasses.replace(config.run, ds_config="zero0.json"))  # no partitions
     if not merge:
         return _prove(whole, run, path)
-    check_no_model(Path(run), config)
+    check_no_model(Path(run))
     with locked(Path(run)):
         return _merge(whole, run)
 

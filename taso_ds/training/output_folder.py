@@ -62,12 +62,10 @@ def choose_folder(config: RunConfig, *, goes_on: bool) -> Path:
     return path
 
 
-def check_no_model(run: Path, config: RunConfig) -> None:
+def check_no_model(run: Path) -> None:
     """Refuse to merge where a model stands; UserError."""
-    if (run / MODEL).exists() and not config.run.overwrite_output_dir:
-        raise UserError(f"merge: {run / MODEL} exists; move it away, or pass --overwrite_output_dir to replace it")
     if (run / MODEL).exists():
-        log.info("merge: replaces %s", run / MODEL)
+        raise UserError(f"merge: {run / MODEL} exists already; move it away, or delete it")
 
 
 def _is_ours_to_name(config: RunConfig) -> bool:
