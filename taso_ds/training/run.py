@@ -15,14 +15,14 @@ from taso_ds.data.encode import pad_token_id
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import without_secrets
-from taso_ds.errors import Interrupted, UserError
+from taso_ds.errors import Unforeseen, UserError
+from taso_ds.interrupts import Interrupts
 from taso_ds.training import export, prepare, regions
 from taso_ds.training.base_model import (
     BaseModel,
 )
 from taso_ds.training.build import Setup, Trained, attach, base_fingerprint, find_regions, load_base, set_up
 from taso_ds.training.divergence import Diverged
-from taso_ds.training.interrupts import Interrupts
 from taso_ds.training.nodes import check_no_run_elsewhere, say_who_sees
 from taso_ds.training.optim import (
     Group,
@@ -44,14 +44,14 @@ from taso_ds.training.saved import is_model, saved_folder
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, interrupts: Interrupts) -> Path:
     """Run everything, or what an interrupted run has left to do, and return the run folder.
 
     Raises:
         UserError: on every rank; before training nothing is left behind.
         Interrupted: a signal asked the run to stop; started again, it goes on.
     """
-    with Interrupts() as interrupts, _folder_of(config) as (config, path):
+    with _folder_of(config) as (config, path), reports_in(path):
         start = comm.on_main(lambda: find_start(config, path))
         if start.is_new and config.run.resume == "auto" and not config.run.overwrite_output_dir:
             check_no_run_elsewhere(path)
@@ -67,10 +67,24 @@ def _folder_of(config: RunConfig) -> Iterator[tuple[RunConfig, Path]]:
     path = comm.on_main(lambda: take_folder(config))
     try:
         yield dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path))), path
-    except (UserError, Interrupted):
+    except BaseException:
         if comm.is_main():
             give_back(config, path)
         raise
+
+
+@contextmanager
+def reports_in(path: Path) -> Iterator[None]:
+    """Let the traceback of what nobody foresaw lie in the folder of the run that it ended.
+
+    Not before the run's record is there: without one, a folder that is not empty is taken for somebody else's.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise Unforeseen(path if (path / RUN).is_file() else None) from error
 
 
 def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrupts) -> Path:
@@ -199,10 +213,10 @@ def save(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, liv
 
 
 def prove(setup: Setup, folder: RunFolder, base: BaseModel, rows: Sequence[list[int]], live: Sequence[Tensor]) -> Proof:
-    """Open the run's adapter with peft, or its model with transformers, in a fresh process and compare logits."""
+    """Open the run's adapter with peft, or its model with transformers, in a fresh process; say how logits differ."""
     config = setup.config
     method = config.adapter.method
-    return prove_export(
+    proof = prove_export(
         saved_folder(method, folder.path),
         source=None if is_model(method) else setup.source,
         revision=config.model.model_revision,
@@ -215,6 +229,8 @@ def prove(setup: Setup, folder: RunFolder, base: BaseModel, rows: Sequence[list[
         rows=rows,
         live=live,
     )
+    log.info("opened with %s: %s", "transformers" if is_model(method) else "peft", proof)
+    return proof
 
 
 def calibrate(config: RunConfig) -> Path:
@@ -225,7 +241,7 @@ def calibrate(config: RunConfig) -> Path:
     """
     if config.calibration.core_regions is not None or config.adapter.method != "taso":
         raise UserError("calibrate: makes core regions; drop --core_regions and --method")
-    with _folder_of(config) as (config, path):
+    with _folder_of(config) as (config, path), reports_in(path):
         comm.on_main(lambda: check_same_run(config, path))
         _calibrate(config, RunFolder(path))
         return path
