@@ -48,7 +48,8 @@ def run_script(action: Callable[[Interrupts], str | None], *, resumes: bool = Fa
             raise
         except BaseException as error:
             interrupts.ignore()
-            _end(interrupts.reason() or error, debug=debug)
+            # A library may have made another exception of the interrupt.
+            _end(error if isinstance(error, Interrupted) else interrupts.reason() or error, debug=debug)
 
 
 def _prepare() -> bool:
