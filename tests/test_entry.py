@@ -169,9 +169,16 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(line: str, words: str, tmp_p
     assert "taso_ds 0" in text
 
 
-def test_debug_shows_the_traceback_too(tmp_path: Path) -> None:
-    done = run(program("raise RuntimeError('the cat')"), tmp_path, "--debug")
-    assert done.stderr.startswith("Traceback")
+@pytest.mark.parametrize(
+    ("flags", "shown"), [(["--debug"], True), (["--config", "on.yaml"], True), (["--debug", "False"], False)]
+)
+def test_debug_shows_the_traceback_too(
+    flags: list[str], shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("on.yaml").write_text("debug: true")
+    done = run(program("raise RuntimeError('the cat')"), tmp_path, *flags)
+    assert done.stderr.startswith("Traceback") == shown
     assert done.stderr.splitlines()[-1].startswith("error: RuntimeError: the cat: not foreseen")
 
 
