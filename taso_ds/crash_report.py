@@ -34,13 +34,12 @@ def describe(error: BaseException, report: Path | None) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     what = f"{type(error).__name__}: {first}"
     what = what if len(what) <= _LONGEST_MESSAGE else f"{what[:_LONGEST_MESSAGE]} …"
-    where = "there is no room for its traceback, --debug shows it" if report is None else f"traceback: {report}"
+    where = "traceback: with --debug, there is no room for a file" if report is None else f"traceback: {report}"
     if _is_out_of_memory(error):
         remedy = "lower --per_device_train_batch_size, or let launch/plan.py say what fits"
         return f"out of memory ({what.removesuffix(': ')}); {remedy}; {where}"
     whose = "not foreseen, so a bug of taso_ds or of a library below it"
-    file = "it" if report is None else "that file"
-    return f"{what.removesuffix(': ')}: {whose}; {where}; please report it with {file} (and run.json, if there is one)"
+    return f"{what.removesuffix(': ')}: {whose}; {where}; please report it with that, and with run.json if there is one"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -31,6 +31,15 @@ def meet(timeout_minutes: float) -> Any:
     Raises:
         UserError: the address means nothing here, the port is another's, or not all came in time.
     """
+    try:
+        return _meet(timeout_minutes)
+    except UserError as error:
+        if environment.rank() != 0 and environment.local_rank() == 0:
+            log.error("error: %s", error)  # rank 0, which speaks for all, cannot be told
+        raise
+
+
+def _meet(timeout_minutes: float) -> Any:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     wait = _Wait(60.0 * timeout_minutes, f"{host}:{port}")
     _check_resolves(host)

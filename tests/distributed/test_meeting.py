@@ -31,7 +31,11 @@ def be(rank: int, monkeypatch: pytest.MonkeyPatch, *, size: int = 2, address: st
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_name_without_an_address_is_refused(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_without_an_address_is_refused(
+    rank: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 speaks for all; a rank that cannot reach it speaks for its own node."""
+
     def unknown(*_args: object) -> NoReturn:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -42,6 +46,7 @@ def test_a_name_without_an_address_is_refused(rank: int, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match=wanted):
         meeting.meet(30.0)
     assert time.monotonic() - started < 3.0
+    assert len(caplog.messages) == rank
 
 
 def test_a_name_that_comes_with_its_host_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +82,9 @@ def test_a_rank_says_that_rank_0_does_not_answer_and_gives_up(
         meeting.meet(2.5 / 60)
     here = f"rank 1 on {socket.gethostname()}"
     said = f"environment: {here} waits at {where}: rank 0 does not answer (Connection refused)"
-    assert set(caplog.messages) == {said}
+    *waiting, last = caplog.messages
+    assert set(waiting) == {said}
+    assert last.startswith("error: environment: cannot meet at ")
 
 
 def test_rank_0_says_how_many_have_come_and_gives_up(

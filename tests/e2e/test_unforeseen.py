@@ -14,7 +14,7 @@ POINTS = {
     "train": "taso_ds.training.run.set_up",
     "train --dry_run": "taso_ds.training.dry_run.describe",
     "calibrate": "taso_ds.training.run.set_up",
-    "plan": "taso_ds.training.forecast.make_forecast",
+    "plan": "taso_ds.training.proposal.describe_forecast",
     "slurm": "taso_ds.batch_script.batch_script",
     "doctor": "taso_ds.doctor.examine.examine",
     "demo": "subprocess.run",
