@@ -24,7 +24,7 @@ _NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_B
 _LONGEST_LINE = 560
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+class _Handler(logging.StreamHandler):
     """Writes to stdout until nobody reads it, as behind ``| head``; the run goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
