@@ -200,7 +200,7 @@ def debug_is_on(argv: Sequence[str]) -> bool:
     parser.add_argument("--debug", nargs="?", const="true")
     try:
         given, file = parser.parse_known_args(argv)[0].debug, _config_file(argv)
-        if given is None and file is not None:
+        if given is None and file is not None and Path(file).is_file():  # a pipe can be read once only
             given = str(read_yaml(file).get("debug"))
     except UserError:
         return False
