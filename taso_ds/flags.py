@@ -201,7 +201,7 @@ def debug_is_on(argv: Sequence[str]) -> bool:
     try:
         given, file = parser.parse_known_args(argv)[0].debug, _config_file(argv)
         if given is None and file is not None and Path(file).is_file():  # a pipe can be read once only
-            given = str(read_yaml(file).get("debug"))
+            return read_yaml(file).get("debug") is True
     except UserError:
         return False
     return given is not None and given.lower() in ("true", "t", "yes", "y", "1")
