@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from taso_ds.console import QUIET
 from taso_ds.entry import ENVIRONMENT
 
 RANKS = 2
@@ -36,7 +37,7 @@ def launch(
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count), str(worker)]
         process = subprocess.Popen(
             [*command, "--result", str(result), *flags],
-            stdout=sys.stderr, env=ENVIRONMENT | os.environ | dict(environment or {}), start_new_session=True,
+            stdout=sys.stderr, env=ENVIRONMENT | QUIET | os.environ | dict(environment or {}), start_new_session=True,
         )  # fmt: skip
         while process.poll() is None:
             if psutil.virtual_memory().available < _LEAST_FREE:

@@ -5,9 +5,10 @@ deepspeed launch/train.py --core_regions runs/regions/core_regions.safetensors
 """
 
 from taso_ds.entry import run_script
+from taso_ds.interrupts import Interrupts
 
 
-def _calibrate() -> str:
+def _calibrate(_: Interrupts) -> str:
     from taso_ds.config import parse_run_config
     from taso_ds.training.prepare import with_defaults
 
@@ -27,7 +28,7 @@ def _calibrate() -> str:
 
 def main() -> None:
     """Console entry point ``taso-calibrate``."""
-    run_script(_calibrate)
+    run_script(_calibrate, resumes=True)
 
 
 if __name__ == "__main__":

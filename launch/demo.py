@@ -13,6 +13,7 @@ from pathlib import Path
 
 from taso_ds.entry import run_script
 from taso_ds.errors import UserError
+from taso_ds.interrupts import Interrupts
 
 _TRAIN = Path(__file__).with_name("train.py")
 _LAUNCH = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", str(_TRAIN)]
@@ -23,7 +24,7 @@ _RUNS = {
 }
 
 
-def _demo() -> str:
+def _demo(_: Interrupts) -> str:
     for title, (folder, flags) in _RUNS.items():
         command = [*_LAUNCH, *_FLAGS, *flags, "--output_dir", folder]
         print(f"\n=== {title}: deepspeed --num_gpus 2 launch/train.py {' '.join(command[6:])}\n", flush=True)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from taso_ds.entry import run_script
+from taso_ds.interrupts import Interrupts
 
 
-def _doctor() -> NoReturn:
+def _doctor(_: Interrupts) -> NoReturn:
     from taso_ds.doctor.arguments import parse_doctor
     from taso_ds.doctor.finding import as_json, has_failed, table
 
@@ -28,11 +29,11 @@ def _doctor() -> NoReturn:
         findings = examine(arguments, flags)
     report = json.dumps(as_json(findings), indent=1, ensure_ascii=False) + "\n"
     if arguments.json == "-":
-        sys.stdout.write(report)
+        print(report, end="", flush=True)
     else:
         if arguments.json is not None:
             _write(Path(arguments.json), report)
-        print(table(findings))
+        print(table(findings), flush=True)
     # Not a return: the usual way out needs torch, and that may be what is broken.
     sys.exit(1 if has_failed(findings) else 0)
 

@@ -8,9 +8,10 @@ deepspeed launch/evaluate.py --model_name_or_path Qwen/Qwen2.5-3B-Instruct --tas
 import json
 
 from taso_ds.entry import run_script
+from taso_ds.interrupts import Interrupts
 
 
-def _evaluate() -> str:
+def _evaluate(_: Interrupts) -> str:
     from taso_ds.training.build import join
     from taso_ds.training.finished import evaluate
     from taso_ds.training.finished_arguments import EVALUATE, parse_over_run

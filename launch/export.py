@@ -5,9 +5,10 @@ python launch/export.py --run runs/taso-sst2 --merge
 """
 
 from taso_ds.entry import run_script
+from taso_ds.interrupts import Interrupts
 
 
-def _export() -> str:
+def _export(_: Interrupts) -> str:
     from taso_ds.training.build import join
     from taso_ds.training.finished import export_run
     from taso_ds.training.finished_arguments import EXPORT, parse_over_run

@@ -5,9 +5,10 @@ python launch/plan.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --device_mem
 """
 
 from taso_ds.entry import run_script
+from taso_ds.interrupts import Interrupts
 
 
-def _plan() -> str:
+def _plan(_: Interrupts) -> str:
     from taso_ds.training.forecast import make_forecast
     from taso_ds.training.plan_arguments import parse_plan
     from taso_ds.training.proposal import describe_forecast, write_forecast

@@ -8,9 +8,10 @@ sbatch gsm8k.sbatch
 import sys
 
 from taso_ds.entry import run_script
+from taso_ds.interrupts import Interrupts
 
 
-def _slurm() -> str:
+def _slurm(_: Interrupts) -> str:
     from taso_ds.batch_script import batch_script, parse_job, write_script
     from taso_ds.flags import given_names
     from taso_ds.training.plan_arguments import PlanArguments

@@ -5,9 +5,10 @@ deepspeed launch/train.py --ds_config zero3.json --model_name_or_path Qwen/Qwen2
 """
 
 from taso_ds.entry import run_script
+from taso_ds.interrupts import Interrupts
 
 
-def _train() -> str:
+def _train(interrupts: Interrupts) -> str:
     from taso_ds.config import parse_run_config
     from taso_ds.training.prepare import with_defaults
 
@@ -22,12 +23,12 @@ def _train() -> str:
     from taso_ds.training.run import train
 
     join(config)
-    return f"RUN {train(config)}"
+    return f"RUN {train(config, interrupts)}"
 
 
 def main() -> None:
     """Console entry point ``taso-train``."""
-    run_script(_train)
+    run_script(_train, resumes=True)
 
 
 if __name__ == "__main__":

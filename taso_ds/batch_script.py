@@ -177,7 +177,7 @@ def _start(job: SlurmArguments, flags: Sequence[str]) -> str:
     )
 
 
-# 138 = 128 + SIGUSR1: a rank that was still loading its libraries.
+# 138 = 128 + SIGUSR1: a rank whose Python had not started yet.
 _REQUEUE = """\
 # Stopped by a signal, and saved (75) or not begun yet (138): the same command goes on from there.
 if [[ $status == 75 || $status == 138 ]]; then

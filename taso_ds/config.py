@@ -244,7 +244,7 @@ class RunArguments:
     verify_export: bool = arg(True, "Re-open the exported adapter in a fresh process and compare logits.", effect=START)
     dry_run: bool = arg(False, "Print what would be done, without loading weights, and exit.", effect=START)
     force: bool = arg(False, "Start even where the plan says that host memory is too small.", effect=START)
-    debug: bool = arg(False, "Print tracebacks of errors.", effect=START)
+    debug: bool = arg(False, "Print tracebacks of errors, and warnings of libraries.", effect=START)
     config: str | None = arg(None, "YAML file of these arguments; flags override it.", effect=START, path=True)
     local_rank: int = arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.", effect=START)
 

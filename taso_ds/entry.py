@@ -1,25 +1,22 @@
-"""How every launch script starts and ends: logs on rank 0, one line for a user's mistake, one exit code."""
+"""How every launch script starts and ends: logs on rank 0, one line for what went wrong, one exit code."""
 
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from taso_ds import console, crash_report
 from taso_ds.distributed import slurm
-from taso_ds.errors import Interrupted, UserError, speaks_for_all
+from taso_ds.errors import Interrupted, Unforeseen, UserError, speaks_for_all
+from taso_ds.interrupts import Interrupts
 
 CRASH, USER_ERROR = 1, 2
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not an error, start me again
+NOT_READ = 141  # what a shell says of a program whose output nobody reads
 
 # What a launch script sets unless the user did.
 ENVIRONMENT = {
-    "DS_LOG_LEVEL": "warning",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # or a lost connection fills the screen
-    "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     # Host tensors from 2 MB on lie in huge pages, where the system has them (https://github.com/pytorch/pytorch/pull/93888):
     # one page fault in place of 512 whenever a parameter is gathered. torch looks when it makes its first tensor.
@@ -29,78 +26,105 @@ ENVIRONMENT = {
 # Seconds in which the death of another rank is noticed, if that is what broke a collective.
 _LOOK_AROUND = 4.0
 
-log = logging.getLogger("taso_ds")
 
-
-def run_script(action: Callable[[], str | None]) -> None:
+def run_script(action: Callable[[Interrupts], str | None], *, resumes: bool = False) -> None:
     """Run ``action``; print what it returns as the last line of rank 0.
 
-    A ``UserError`` becomes one line ``error: …`` and exit code 2, ``--debug`` shows its traceback; ``Interrupted``
-    becomes exit code 75; anything else is a bug, with traceback and exit code 1. In each case no rank is left waiting.
+    A ``UserError`` becomes one line ``error: …`` and exit code 2, a signal one line and ``Interrupted``'s exit code.
+    Anything else is a bug: one line that says so, a file with the traceback, and exit code 1. ``--debug`` shows
+    tracebacks. In each case no rank is left waiting.
+
+    Args:
+        action: loads what is heavy itself: signals count from here on.
+        resumes: the same command goes on where a signal has stopped this one.
     """
+    with Interrupts(_leave_at_once, resumes=resumes) as interrupts:
+        debug = False
+        try:
+            debug = _prepare()
+            last_line = action(interrupts)
+            _say_and_leave(last_line)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            interrupts.ignore()
+            # A library may have made another exception of the interrupt.
+            _end(error if isinstance(error, Interrupted) else interrupts.reason() or error, debug=debug)
+
+
+def _prepare() -> bool:
+    """Set up environment and console; says whether ``--debug`` was given."""
+    from taso_ds.flags import debug_is_on
+
     slurm.adopt_ranks(os.environ)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    _set_up_logging()
+    debug = debug_is_on(sys.argv[1:])
+    console.set_up(os.environ, debug=debug)
     _leave_script_folder()
-    try:
-        last_line = action()
-    except UserError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        _leave(f"error: {_printable(str(error))}", USER_ERROR)
-    except Interrupted as reason:
-        _blame_another(wait=0.0)  # a launcher stops the ranks that a failed one leaves behind
-        _leave(str(reason), INTERRUPTED)
-    except Exception as error:
-        _blame_another(wait=_LOOK_AROUND)
-        traceback.print_exc()
-        _leave(f"error: {type(error).__name__}: {_printable(str(error))}", CRASH)
-    from taso_ds.distributed import comm, process_group
-
-    if last_line is not None and comm.is_main():
-        print(last_line, flush=True)
-    process_group.leave()
+    return debug
 
 
-def _blame_another(*, wait: float) -> None:
-    """Leave with another rank's failure, if there is one: a collective fails on all when one is gone."""
+def _say_and_leave(last_line: str | None) -> None:
+    if last_line is not None and speaks_for_all():
+        try:
+            print(last_line, flush=True)
+        except BrokenPipeError:
+            console.drop_output()
+    if process_group := sys.modules.get("taso_ds.distributed.process_group"):
+        process_group.leave()
+
+
+def _end(error: BaseException, *, debug: bool) -> NoReturn:
+    """Leave with the line and the exit code that belong to ``error``."""
+    folder = error.folder if isinstance(error, Unforeseen) else None
+    error = error.__cause__ or error if isinstance(error, Unforeseen) else error
+    if isinstance(error, Interrupted):
+        _blame_another(wait=0.0, stops=False)  # a launcher stops the ranks that a failed one leaves behind
+        _give_up(str(error), error.code)
+    if not isinstance(error, UserError):
+        _blame_another(wait=_LOOK_AROUND, stops=True)
+    if isinstance(error, BrokenPipeError) and console.drop_output():
+        _give_up("stopped: nobody reads what it prints", NOT_READ)
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, UserError):
+        _give_up(f"error: {console.printable(str(error))}", USER_ERROR)
+    report = crash_report.write_report(error, folder)
+    _give_up(f"error: {console.printable(crash_report.describe(error, report))}", CRASH)
+
+
+def _blame_another(*, wait: float, stops: bool) -> None:
+    """Leave with another rank's failure, if there is one: a collective fails on all when one is gone.
+
+    Args:
+        stops: that it was told to stop counts too.
+    """
     process_group = sys.modules.get("taso_ds.distributed.process_group")
     failure = process_group.cause_elsewhere(wait) if process_group else None
-    if process_group and failure and failure.code != INTERRUPTED:
-        process_group.give_up(f"error: {failure.message}", failure.code, failure)
+    if process_group and failure and (stops or not failure.is_stop):
+        process_group.give_up(failure.line, failure.code, failure)
 
 
-def _leave(line: str, code: int) -> NoReturn:
+def _give_up(line: str, code: int) -> NoReturn:
     """Say the line on rank 0 and leave; the others leave too."""
-    if process_group := sys.modules.get("taso_ds.distributed.process_group"):
-        process_group.give_up(line, code)
+    give_up = getattr(sys.modules.get("taso_ds.distributed.process_group"), "give_up", None)
+    if give_up is not None:
+        give_up(line, code)
     if speaks_for_all():
         print(line, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _set_up_logging() -> None:
-    # A single script, many ranks: what all of them know is said once.
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
-    log.setLevel(logging.INFO if speaks_for_all() else logging.ERROR)
-    # Names that newer torch versions prefer inside DeepSpeed; nothing a user of this program can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+def _leave_at_once(line: str, code: int) -> NoReturn:
+    """Leave from a thread, whatever the main one waits for."""
+    try:
+        _give_up(line, code)
+    finally:
+        os._exit(code)
 
 
 def _leave_script_folder() -> None:
     """Take the script's own folder off the import path, where ``evaluate.py`` would hide the library of that name."""
     folder = Path(sys.argv[0]).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
-
-
-_LONGEST_LINE = 560
-
-
-def _printable(message: str) -> str:
-    """Return one line of bounded length in which nothing a file held can move the cursor or turn the text around."""
-    line = " ".join(message.split())
-    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
-    if len(line) <= _LONGEST_LINE:
-        return line
-    return f"{line[: _LONGEST_LINE - 153]} … {line[-150:]}"  # what is wrong at the start, the remedy at the end

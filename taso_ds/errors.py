@@ -1,14 +1,33 @@
-"""The one exception a user is meant to read: it names the thing at fault and the remedy, in one line."""
+"""How a script ends other than well: the one exception a user is meant to read, and those that are about the run."""
 
 import os
+from pathlib import Path
 
 
 class UserError(ValueError):
     """Something the user can fix: a flag, a file, a folder or a row. Launch scripts print it without a traceback."""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, by a signal say, and is saved. Started again, it goes on."""
+class Interrupted(BaseException):
+    """The run was asked to stop, by a signal say, and is saved. Started again, it goes on.
+
+    It is no ``Exception``, or a library that tries to import another one could swallow it.
+
+    Attributes:
+        code: exit code of the process. 75 is EX_TEMPFAIL of sysexits.h: not an error, start me again.
+    """
+
+    def __init__(self, reason: str, code: int = 75) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Unforeseen(Exception):
+    """Brings what nobody foresaw, its cause, out of a run, with the folder for the traceback, if there is one."""
+
+    def __init__(self, folder: Path | None) -> None:
+        super().__init__(folder)
+        self.folder = folder
 
 
 def speaks_for_all() -> bool:

@@ -200,6 +200,19 @@ def given_names(argv: Sequence[str]) -> frozenset[str]:
     return frozenset({*names, *(name.removeprefix("no_") for name in names)})
 
 
+def debug_is_on(argv: Sequence[str]) -> bool:
+    """Say whether a command line, or the file of its ``--config``, asks for ``--debug``; the parse finds mistakes."""
+    parser = _RaisingParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--debug", nargs="?", const="true")
+    try:
+        given, file = parser.parse_known_args(argv)[0].debug, _config_file(argv)
+        if given is None and file is not None and Path(file).is_file():  # a pipe can be read once only
+            return read_yaml(file).get("debug") is True
+    except UserError:
+        return False
+    return given is not None and given.lower() in ("true", "t", "yes", "y", "1")
+
+
 def typed(values: Mapping[str, Any], groups: Sequence[Any], source: str) -> dict[str, Any]:
     """Return values read from a file as what the fields of ``groups`` hold.
 

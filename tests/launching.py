@@ -39,10 +39,7 @@ class Finished:
 
 
 def call_main(script: str, flags: Sequence[str | Path]) -> Finished:
-    """Run ``main()`` of ``launch/<script>.py`` in this process; the process is afterwards as it was before.
-
-    Exceptions other than the script's own exit are let through: they are tracebacks.
-    """
+    """Run ``main()`` of ``launch/<script>.py`` in this process; the process is afterwards as it was before."""
     main = importlib.import_module(f"taso_ds.launch.{script}").main
     root, ours = logging.getLogger(), logging.getLogger("taso_ds")
     handlers, level, path, argv = root.handlers[:], ours.level, sys.path[:], sys.argv
@@ -55,6 +52,7 @@ def call_main(script: str, flags: Sequence[str | Path]) -> Finished:
     except SystemExit as left:
         code = int(left.code or 0)
     finally:
+        logging.captureWarnings(False)
         root.handlers, sys.path[:], sys.argv = handlers, path, argv
         ours.setLevel(level)
     return Finished(code, out.getvalue(), err.getvalue())

@@ -15,6 +15,9 @@ MODULES = sorted([*(ROOT / "taso_ds").rglob("*.py"), *(ROOT / "launch").rglob("*
 ALLOWED: dict[str, set[str]] = {
     "taso_ds": set(),
     "errors": set(),
+    "interrupts": {"errors"},
+    "crash_report": set(),
+    "console": {"errors"},
     "json_text": {"errors"},
     "yaml_text": {"errors"},
     "adapters": {"errors", "json_text"},
@@ -24,11 +27,11 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "flags", "adapters", "data"},
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
     "planning": {"errors", "adapters"},
-    "training": {"errors", "json_text", "adapters", "data", "distributed", "flags", "config", "planning"},
+    "training": {"errors", "interrupts", "json_text", "adapters", "data", "distributed", "flags", "config", "planning"},
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
     "doctor": {"errors", "flags", "config", "distributed", "training"},
     "batch_script": {"errors", "flags", "config"},
-    "entry": {"errors", "distributed"},
+    "entry": {"errors", "interrupts", "console", "crash_report", "flags", "distributed"},
     "launch": {
         "errors",
         "adapters",
@@ -40,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "doctor",
         "batch_script",
         "entry",
+        "interrupts",
         "taso_ds",
     },
 }

@@ -14,10 +14,10 @@ from taso_ds.distributed import comm
 
 
 def quiet_deepspeed() -> None:
-    """Keep DeepSpeed's own log to warnings; ours says what a user needs."""
+    """Keep DeepSpeed's own log to warnings, of rank 0; ours says what a user needs."""
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.WARNING if comm.is_main() else logging.ERROR)
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:

@@ -1,21 +1,26 @@
 """How a process meets the other ranks, joins them, and leaves; alone, it is a group of one."""
 
 import atexit
+import contextlib
 import datetime
+import io
+import logging
 import os
-import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from taso_ds.distributed import environment, launcher, network
+from taso_ds.distributed import environment, launcher, meeting, network
 from taso_ds.distributed.extensions import warn_of_locks
 from taso_ds.distributed.watch import Failure, Watch
 from taso_ds.errors import UserError, speaks_for_all
+
+log = logging.getLogger(__name__)
 
 # Like the process group they belong to they are the process's own: none, or one of each.
 _stores: list[Any] = []
@@ -39,21 +44,10 @@ def meet(timeout_minutes: float = 30.0) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
     os.environ["MASTER_PORT"] = launcher.own_port(launcher.processes_above()) or os.environ["MASTER_PORT"]
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=timeout_minutes)))
-    except dist.DistError as error:
-        first = str(error).splitlines()[0]
-        is_taken = "EADDRINUSE" in first or "address already in use" in first.lower()
-        remedy = (
-            "another run has this port; choose another --master_port (srun: MASTER_PORT)"
-            if is_taken
-            else "are all nodes started?"
-        )
-        raise UserError(f"environment: cannot meet at {where}: {first}; {remedy}") from error
+    store = meeting.meet(timeout_minutes)
     _stores.append(store)
-    if world_size > 1:
-        _watches.append(Watch(store, rank, world_size))
+    if environment.world_size() > 1:
+        _watches.append(Watch(store, environment.rank(), environment.world_size()))
 
 
 def init(timeout_minutes: float = 30.0) -> None:
@@ -79,9 +73,10 @@ def init(timeout_minutes: float = 30.0) -> None:
     warn_of_locks()
     try:
         # Through DeepSpeed, which binds devices as each version of torch needs it; it finds the same meeting point.
-        deepspeed.init_distributed(
-            dist_backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False
-        )
+        with _hushed():
+            deepspeed.init_distributed(
+                dist_backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False
+            )
     except RuntimeError as error:
         if cause_elsewhere(_GRACE) is not None:
             raise  # a rank that gave up is no trouble of the network
@@ -101,6 +96,18 @@ def _unlink_shared_buffers() -> None:
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
     (SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Show only with ``--debug`` what DeepSpeed prints, on each rank, of the parts that it has compiled."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    finally:
+        for line in said.getvalue().splitlines():
+            log.debug("%s", line)
 
 
 def _free_port() -> int:
@@ -152,8 +159,6 @@ def give_up(line: str, code: int, failure: Failure | None = None) -> NoReturn:
         if speaks_for_all():
             print(line, file=sys.stderr, flush=True)
         sys.exit(code)
-    for number in (signal.SIGTERM, signal.SIGINT):  # a launcher's, which ends what a failed rank leaves behind
-        signal.signal(number, signal.SIG_IGN)
     if failure is None:
         _watches[0].tell(line.removeprefix("error: "), code)
     if _watches[0].speaks(failure):

@@ -36,6 +36,16 @@ class Failure:
     code: int
     message: str
 
+    @property
+    def is_stop(self) -> bool:
+        """Say whether a signal had asked the rank to stop, which is no error."""
+        return self.code in (75, 130)
+
+    @property
+    def line(self) -> str:
+        """Return what the user is told."""
+        return self.message if self.is_stop else f"error: {self.message}"
+
 
 @dataclass
 class _Sign:
@@ -183,7 +193,7 @@ class Watch:
             with contextlib.suppress(*_STORE_IS_GONE):
                 self._store.set(_key("gone", self._rank), "")
         if self.speaks(failure):
-            print(f"\nerror: {failure.message}", file=sys.stderr, flush=True)
+            print(f"\n{failure.line}", file=sys.stderr, flush=True)
         os._exit(failure.code)
 
 

@@ -182,8 +182,10 @@ def resolve_checkpoint(path: Path) -> Path:
 def _disk_errors(folder: Path, staging: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         room = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         raise UserError(
             f"checkpoint: cannot write to {folder}: {error.strerror}{room} and start the same command again;"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from taso_ds.training.disk_tensors import DiskTensors
 from taso_ds.training.output_folder import check_no_model
 from taso_ds.training.prove import probe_logits
 from taso_ds.training.quantized_base import quantization_of
-from taso_ds.training.run import prove
+from taso_ds.training.run import prove, reports_in
 from taso_ds.training.run_folder import MODEL, RunFolder
 from taso_ds.training.run_lock import locked
 from taso_ds.training.saved import SavedAdapter, is_model, read_adapter, saved_folder
@@ -73,11 +74,12 @@ def _load(setup: Setup, saved: SavedAdapter | None) -> BaseModel:
 
 def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
     """Return the task's metrics of what a run trained, or of the base where no run is named."""
-    setup = comm.together(lambda: set_up(config, trains=False))
-    base = _load(setup, comm.together(lambda: _read(setup, run)))
-    base.model.requires_grad_(False)
-    with scoring_engine(base.model, setup.ds_config) as model:
-        scores = setup.evaluator(model)
+    with nullcontext() if run is None else reports_in(Path(run)):
+        setup = comm.together(lambda: set_up(config, trains=False))
+        base = _load(setup, comm.together(lambda: _read(setup, run)))
+        base.model.requires_grad_(False)
+        with scoring_engine(base.model, setup.ds_config) as model:
+            scores = setup.evaluator(model)
     return {"run": run, "task": setup.data.task.name, **scores}
 
 
@@ -93,11 +95,12 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
     if merge and is_model(config.adapter.method):
         raise UserError(f"merge: {path} is a plain model already; use it as it is")
     whole = dataclasses.replace(config, run=dataclasses.replace(config.run, ds_config="zero0.json"))  # no partitions
-    if not merge:
-        return _prove(whole, run, path)
-    check_no_model(Path(run))
-    with locked(Path(run)):
-        return _merge(whole, run)
+    with reports_in(Path(run)):
+        if not merge:
+            return _prove(whole, run, path)
+        check_no_model(Path(run))
+        with locked(Path(run)):
+            return _merge(whole, run)
 
 
 def _prove(config: RunConfig, run: str, path: Path) -> Path:
@@ -105,8 +108,7 @@ def _prove(config: RunConfig, run: str, path: Path) -> Path:
     base = _load(setup, _read(setup, run))
     base.model.eval()
     rows = export.probe_rows(setup.rows)
-    proof = prove(setup, RunFolder(Path(run)), base, rows, probe_logits(base.model, rows))
-    log.info("opened with %s: %s", "transformers" if is_model(config.adapter.method) else "peft", proof)
+    prove(setup, RunFolder(Path(run)), base, rows, probe_logits(base.model, rows))
     return path
 
 

@@ -1,22 +1,11 @@
-"""Scores, as `evaluate` metrics that need no network.
-
-`evaluate.load("accuracy")` downloads the metric's source from the Hub, which a compute node may not reach; the
-same few numbers from scikit-learn and scipy are defined here as metrics of our own.
-"""
+"""Scores of predictions, by the names of metrics; the metrics themselves are in `metric_classes`."""
 
 import re
 import tempfile
-import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
-
-import datasets
-import evaluate
-from scipy import stats
-from sklearn import metrics as sk
+from typing import Any
 
 from taso_ds.errors import UserError, nearest
-from taso_ds.training.rouge import rouge_l
 
 
 def compute_metrics(names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
@@ -30,6 +19,8 @@ def compute_metrics(names: Sequence[str], predictions: Sequence[Any], references
     Raises:
         UserError: A name is unknown or there is nothing to score.
     """
+    from taso_ds.training.metric_classes import METRICS
+
     for name in names:
         if name not in METRICS:
             raise UserError(f"unknown metric {name!r}{nearest(name, list(METRICS))}; known: {', '.join(METRICS)}")
@@ -71,115 +62,3 @@ def _canonical(number: str) -> str:
     if fraction := fraction.rstrip("0"):
         digits += f".{fraction}"
     return digits if digits == "0" else sign + digits
-
-
-class OfflineMetric(evaluate.Metric):
-    """A metric with one score per call: a subclass names its type of value and computes."""
-
-    value_type: ClassVar[str] = "int64"
-
-    def _info(self) -> evaluate.MetricInfo:
-        value = datasets.Value(self.value_type)
-        return evaluate.MetricInfo(
-            description=type(self).__doc__ or "",
-            citation="",
-            inputs_description="predictions and references, one value each per row",
-            features=datasets.Features({"predictions": value, "references": value}),
-        )
-
-    def values(self, column: Sequence[Any]) -> list[Any]:
-        """Return plain Python numbers: columns arrive as lists, arrays or tensors."""
-        cast = float if self.value_type == "float64" else int
-        return [cast(value) for value in column]
-
-
-class Accuracy(OfflineMetric):
-    """Share of equal labels."""
-
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        return {"accuracy": float(sk.accuracy_score(references, predictions))}
-
-
-class F1(OfflineMetric):
-    """Harmonic mean of precision and recall of label 1; 0.0 when label 1 is never right."""
-
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        return {"f1": float(sk.f1_score(references, predictions, zero_division=0.0))}
-
-
-class MatthewsCorrelation(OfflineMetric):
-    """Correlation of two labellings; 0.0 when either is constant, as a constant guess knows nothing."""
-
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        if _is_constant(predictions) or _is_constant(references):
-            return {"matthews_correlation": 0.0}
-        return {"matthews_correlation": float(sk.matthews_corrcoef(references, predictions))}
-
-
-class Pearson(OfflineMetric):
-    """Linear correlation of scores; 0.0 when either side is constant."""
-
-    value_type = "float64"
-
-    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
-        return {"pearson": _correlation(stats.pearsonr, predictions, references)}
-
-
-class Spearman(OfflineMetric):
-    """Correlation of ranks; 0.0 when either side is constant."""
-
-    value_type = "float64"
-
-    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
-        return {"spearman": _correlation(stats.spearmanr, predictions, references)}
-
-
-class ExactMatch(OfflineMetric):
-    """Share of equal texts, blanks around them aside. An empty text, as of an unreadable answer, is never right."""
-
-    value_type = "string"
-
-    def values(self, column: Sequence[Any]) -> list[str]:
-        return ["" if value is None else str(value).strip() for value in column]
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        pairs = list(zip(predictions, references, strict=True))
-        return {"exact_match": sum(ours == gold != "" for ours, gold in pairs) / len(pairs)}
-
-
-class RougeL(OfflineMetric):
-    """Mean ROUGE-L of texts; 0.0 for one without words, as of an empty answer."""
-
-    value_type = "string"
-
-    def values(self, column: Sequence[Any]) -> list[str]:
-        return ["" if value is None else str(value) for value in column]
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        scores = [rouge_l(ours, gold) for ours, gold in zip(predictions, references, strict=True)]
-        return {"rouge": sum(scores) / len(scores)}
-
-
-def _correlation(function: Any, predictions: list[float], references: list[float]) -> float:
-    # A model that has not learnt yet may answer the same everywhere; the correlation is then 0/0, and a nan would
-    # break the choice of the best checkpoint. Other nans (a diverged model's predictions) are let through.
-    if _is_constant(predictions) or _is_constant(references):
-        return 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-        return float(function(predictions, references).statistic)
-
-
-def _is_constant(values: Sequence[float]) -> bool:
-    return len(set(values)) <= 1
-
-
-METRICS: dict[str, type[OfflineMetric]] = {
-    "accuracy": Accuracy,
-    "f1": F1,
-    "matthews_correlation": MatthewsCorrelation,
-    "pearson": Pearson,
-    "spearman": Spearman,
-    "exact_match": ExactMatch,
-    "rouge": RougeL,
-}

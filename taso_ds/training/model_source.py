@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -87,10 +88,14 @@ def _convert_gguf(arguments: ModelArguments, folder: Path) -> None:
             name, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         ),
     )
-    model.save_pretrained(unfinished)
-    loading(f"{name}/{file}", lambda: AutoTokenizer.from_pretrained(name, gguf_file=file)).save_pretrained(unfinished)
-    open_to_umask(unfinished)
-    unfinished.rename(folder)
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer = loading(f"{name}/{file}", lambda: AutoTokenizer.from_pretrained(name, gguf_file=file))
+        tokenizer.save_pretrained(unfinished)
+        open_to_umask(unfinished)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def loading(what: str, load: Callable[[], Loaded], *, flag: str = "model_name_or_path") -> Loaded:

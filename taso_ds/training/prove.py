@@ -51,7 +51,7 @@ class Proof:
 
     def __str__(self) -> str:
         effect = "" if self.effect is None else f", the adapter moves them by {self.effect:.1e}"
-        return f"logits differ by {self.error:.1e}{effect}"
+        return f"logits differ by {self.error:.1e} (tolerance {self.tolerance:.1e}){effect}"
 
 
 def probe_logits(model: Any, rows: Sequence[list[int]]) -> list[Tensor]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from taso_ds.distributed import comm
 from taso_ds.distributed.engine import zero_stage
+from taso_ds.interrupts import Interrupts
 from taso_ds.training.build import Setup, Trained
 from taso_ds.training.checkpoint import CHECKPOINTS, Checkpoints
 from taso_ds.training.divergence import Diverged, LossWatch
 from taso_ds.training.feed import Feed
-from taso_ds.training.interrupts import Interrupts
 from taso_ds.training.optim import Schedule
 from taso_ds.training.recorded import SCHEMA
 from taso_ds.training.regions import Regions

@@ -15,14 +15,14 @@ from taso_ds.data.encode import pad_token_id
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import without_secrets
-from taso_ds.errors import UserError
+from taso_ds.errors import Unforeseen, UserError
+from taso_ds.interrupts import Interrupts
 from taso_ds.training import export, prepare, regions
 from taso_ds.training.base_model import (
     BaseModel,
 )
 from taso_ds.training.build import Setup, Trained, attach, base_fingerprint, find_regions, load_base, set_up
 from taso_ds.training.divergence import Diverged
-from taso_ds.training.interrupts import Interrupts
 from taso_ds.training.nodes import check_no_run_elsewhere, say_who_sees
 from taso_ds.training.optim import (
     Group,
@@ -53,14 +53,14 @@ from taso_ds.training.saved import is_model, saved_folder
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, interrupts: Interrupts) -> Path:
     """Run everything, or what an interrupted run has left to do, and return the run folder.
 
     Raises:
         UserError: on every rank; before training nothing is left behind.
         Interrupted: a signal asked the run to stop; started again, it goes on.
     """
-    with Interrupts() as interrupts, _folder_of(config, goes_on=True) as (config, path):
+    with _folder_of(config, goes_on=True) as (config, path), reports_in(path):
         start = comm.on_main(lambda: find_start(config, path))
         if start.is_new and config.run.resume == "auto" and not config.run.overwrite_output_dir:
             check_no_run_elsewhere(path)
@@ -82,6 +82,20 @@ def _folder_of(config: RunConfig, *, goes_on: bool) -> Iterator[tuple[RunConfig,
     with ExitStack() as held:
         path = comm.on_main(lambda: take_folder(config, held, goes_on=goes_on))
         yield dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(path))), path
+
+
+@contextmanager
+def reports_in(path: Path) -> Iterator[None]:
+    """Let the traceback of what nobody foresaw lie in the folder of the run that it ended.
+
+    Not before the run's record is there: without one, a folder that is not empty is taken for somebody else's.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise Unforeseen(path if (path / RUN).is_file() else None) from error
 
 
 def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrupts) -> Path:
@@ -225,10 +239,10 @@ def save(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, liv
 
 
 def prove(setup: Setup, folder: RunFolder, base: BaseModel, rows: Sequence[list[int]], live: Sequence[Tensor]) -> Proof:
-    """Open the run's adapter with peft, or its model with transformers, in a fresh process and compare logits."""
+    """Open the run's adapter with peft, or its model with transformers, in a fresh process; say how logits differ."""
     config = setup.config
     method = config.adapter.method
-    return prove_export(
+    proof = prove_export(
         saved_folder(method, folder.path),
         source=None if is_model(method) else setup.source,
         revision=config.model.model_revision,
@@ -241,6 +255,8 @@ def prove(setup: Setup, folder: RunFolder, base: BaseModel, rows: Sequence[list[
         rows=rows,
         live=live,
     )
+    log.info("opened with %s: %s", "transformers" if is_model(method) else "peft", proof)
+    return proof
 
 
 def calibrate(config: RunConfig) -> Path:
@@ -251,7 +267,7 @@ def calibrate(config: RunConfig) -> Path:
     """
     if config.calibration.core_regions is not None or config.adapter.method != "taso":
         raise UserError("calibrate: makes core regions; drop --core_regions and --method")
-    with _folder_of(config, goes_on=False) as (config, path):
+    with _folder_of(config, goes_on=False) as (config, path), reports_in(path):
         if comm.on_main(lambda: find_calibration(config, path)):
             log.info("%s holds these core regions; --resume none scores again", path)
         else:

@@ -307,10 +307,33 @@ def test_an_error_on_one_rank_is_the_last_line_of_the_job(desk: Desk) -> None:
     outcome = desk.start("cat", faults=[fault], timeout=40)
     assert not outcome.hung
     assert all(code == 1 for code in outcome.codes)
-    last = (outcome.log / "rank0.err").read_text().splitlines()[-1]
-    assert last.startswith("error: rank 1 on ")
-    assert last.endswith("RuntimeError: the cat ate rank one")
-    assert "Traceback" in (outcome.log / "rank1.err").read_text()
+    (line,) = outcome.errors
+    assert line.startswith("error: rank 1 on ")
+    assert "RuntimeError: the cat ate rank one: not foreseen, so a bug" in line
+    (file,) = outcome.run.glob("traceback-*")
+    assert file.name.endswith("-rank1.txt")
+    assert f"traceback: {file}" in line
+    assert "RuntimeError: the cat ate rank one" in file.read_text()
+    assert not [rank for rank in range(2) if "Traceback" in (outcome.log / f"rank{rank}.err").read_text()]
+
+
+def test_ctrl_c_saves_and_leaves(desk: Desk) -> None:
+    """A terminal sends it to all ranks at once, and a launcher SIGTERM after it."""
+    fault = {"rank": 0, "point": STEP, "call": 3, "when": "before", "all": True}
+    faults = [fault | {"signal": int(signal.SIGINT)}, fault | {"signal": int(signal.SIGTERM), "when": "after"}]
+    outcome = desk.start("ctrl-c", faults=faults)
+    assert outcome.codes == [75, 75]
+    assert outcome.errors == ["stopped by SIGINT after step 3; the same command goes on from there"]
+    assert (outcome.run / "checkpoints" / checkpoint_name(3) / "COMPLETE").is_file()
+
+
+@pytest.mark.parametrize("point", ["taso_ds.training.run:set_up", "taso_ds.training.gradient_sum:GradientSum.add"])
+def test_ctrl_c_before_training_leaves_at_once(desk: Desk, point: str) -> None:
+    fault = {"rank": 0, "point": point, "call": 1, "when": "before", "all": True, "signal": int(signal.SIGINT)}
+    outcome = desk.start(f"ctrl-c-{point[-3:]}", faults=[fault])
+    assert outcome.codes == [75, 75]
+    assert outcome.errors == ["stopped by SIGINT; the same command goes on from what is saved"]
+    assert not outcome.run.exists()
 
 
 def test_a_rank_that_stands_still_is_noticed(desk: Desk) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm, process_group
+from taso_ds.interrupts import Interrupts
 from taso_ds.training.build import join
 from taso_ds.training.finished import evaluate
 from taso_ds.training.finished_arguments import EVALUATE, parse_over_run
@@ -26,7 +27,7 @@ def main(cases: str) -> None:
     for flags in flags_of["train"]:
         config = parse_run_config(flags)
         join(config)
-        train(config)
+        train(config, Interrupts(process_group.give_up, resumes=True))
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which DeepSpeed makes once in a process
         gc.collect()
     scores = []

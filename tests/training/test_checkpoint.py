@@ -57,6 +57,19 @@ def test_only_so_many_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {LATEST, checkpoint_name(3), checkpoint_name(4)}
 
 
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt])
+def test_nothing_half_written_stays_whatever_goes_wrong(error: type[BaseException], three: Checkpoints) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise error
+
+    before = set(three.folder.rglob("*"))
+    with pytest.raises(error):
+        three.write(8, {STATE: fail}, limit=9)
+    assert set(three.folder.rglob("*")) == before
+    assert three.newest().path == path_of(three, 6)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda path: os.truncate(path / STATE, 50), "50 bytes long, not 100"),
     "bit flipped": (lambda path: (path / STATE).write_bytes(b"\x07" + b"\x06" * 99), "is damaged"),
