@@ -75,6 +75,7 @@ def _folder_of(config: RunConfig) -> Iterator[tuple[RunConfig, Path]]:
 
 def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrupts) -> Path:
     config = start.adapt(asked)
+    comm.together(lambda: prepare.check_held_out(config))
     setup = comm.together(lambda: set_up(config))
     if start.progress is not None:
         comm.on_main(lambda: check_data(setup.data_digest, start))
