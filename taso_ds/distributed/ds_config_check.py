@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
+from taso_ds.distributed.accelerator import find_accelerator
 from taso_ds.errors import UserError
 
 # What a monitor imports when it is switched on, and how to get it.
@@ -42,6 +44,13 @@ def check_ds_config(resolved: dict[str, Any], source: str) -> None:
         _ask_deepspeed(resolved, source)
 
 
+def check_device(resolved: dict[str, Any], source: str) -> None:
+    """Refuse what DeepSpeed can do on GPUs only, where this rank has none; UserError."""
+    for name in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if resolved["zero_optimization"].get(name) and find_accelerator().is_host:
+            raise UserError(f"{source}: zero_optimization.{name} needs a GPU, and there is none here: remove it")
+
+
 def _is_on(resolved: dict[str, Any], name: str) -> bool:
     return bool(resolved.get(name, {}).get("enabled"))
 
@@ -54,16 +63,21 @@ def _check_folder(folder: Path, name: str) -> None:
 
 def _ask_deepspeed(resolved: dict[str, Any], source: str) -> None:
     """Let DeepSpeed read the dict, without the batch of all ranks: before they meet it counts one."""
-    from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it tells which accelerator it takes, and nothing runs here
     try:
+        from deepspeed.runtime.config import DeepSpeedConfig
+
         DeepSpeedConfig({key: value for key, value in resolved.items() if key != "train_batch_size"})
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or error.title
-        value = json.dumps(first["input"], default=str)
-        raise UserError(f"{source}: DeepSpeed refuses {key} {value[:200]}: {first['msg']}") from error
+        value = json.dumps(first["input"], default=str)[:200]
+        what = f"{'.'.join(map(str, first['loc']))} {value}" if first["loc"] else "it"  # one value, or several together
+        raise UserError(f"{source}: DeepSpeed refuses {what}: {first['msg']}") from error
     except Exception as error:
         # Its sections are read by assertions, look-ups and arithmetic: what is wrong with a value shows as any of them.
         raise UserError(f"{source}: DeepSpeed refuses it: {error or type(error).__name__}") from error
+    finally:
+        logging.disable(before)

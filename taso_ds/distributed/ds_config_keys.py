@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from taso_ds.distributed.ds_config_values import (
     BOOL,
+    BUCKET,
     DEPTH,
     FACTOR,
     INT,
@@ -197,10 +198,10 @@ ZERO: dict[str, Kind] = {
     "stage": INT,
     "contiguous_gradients": BOOL,
     "reduce_scatter": BOOL,
-    "reduce_bucket_size": POSITIVE,
+    "reduce_bucket_size": BUCKET,
     "use_multi_rank_bucket_allreduce": BOOL,
     "allgather_partitions": BOOL,
-    "allgather_bucket_size": POSITIVE,
+    "allgather_bucket_size": BUCKET,
     "overlap_comm": BOOL,
     "compute_grad_norm": BOOL,
     "load_from_fp32_weights": BOOL,
@@ -236,6 +237,10 @@ ZERO: dict[str, Kind] = {
 ZERO_FIXED: dict[str, tuple[object, str]] = {
     "compute_grad_norm": (True, "clipping and the log need the gradient norm"),
     "zenflow": (None, "it replaces the optimizer step"),
+    **dict.fromkeys(
+        ("module_granularity_threshold", "stage3_module_granularity_threshold"),
+        (0, "which modules are gathered as one is the run's to decide; beyond a size DeepSpeed takes the whole model"),
+    ),
     "legacy_stage1": (False, "DeepSpeed has it no more"),
     "zero_quantized_nontrainable_weights": (False, "the base is loaded as it is to stay; pass --load_in_4bit"),
     "cpu_offload": (False, 'write "offload_optimizer": {"device": "cpu"}'),

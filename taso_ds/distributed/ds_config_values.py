@@ -50,9 +50,11 @@ def _compiles(pattern: str) -> bool:
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 INT = Kind("a whole number of 0 or more", lambda value: _is_whole(value, 0))
 POSITIVE = Kind("a whole number of 1 or more", lambda value: _is_whole(value, 1))
+# Reserved in full before the first step: 10^10 fp32 numbers are 40 GB.
+BUCKET = Kind("a whole number from 1 to 10000000000", lambda value: _is_whole(value, 1) and value <= 10**10)
 # The flops profiler stops at a depth that a model does not have; -1 is the deepest.
 DEPTH = Kind("a whole number from -1 to 3", lambda value: _is_whole(value, -1) and value <= 3)
-_WHOLE = (INT, POSITIVE, DEPTH)
+_WHOLE = (INT, POSITIVE, BUCKET, DEPTH)
 FACTOR = Kind("a number of 0 or more", lambda value: _is_number(value) and 0 <= value < _LARGEST)
 SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 TEXT = Kind("a text", lambda value: isinstance(value, str) and "\0" not in value)

@@ -22,6 +22,7 @@ from taso_ds.data.encode import EncodedRow, pad_token_id
 from taso_ds.data.plan import BatchPlan
 from taso_ds.distributed import comm, environment, placement, process_group, zero
 from taso_ds.distributed import engine as engines
+from taso_ds.distributed.ds_config_check import check_device
 from taso_ds.distributed.quantized import quiet_bitsandbytes
 from taso_ds.training import prepare, regions
 from taso_ds.training.base_model import (
@@ -139,6 +140,7 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     """
     ds_config, sizes = prepare.resolve_deepspeed(config, comm.world_size())
     placement.check_nvme(ds_config)
+    check_device(ds_config, config.run.ds_config)
     data = prepare.load_task_data(config)
     source = model_source(config.model)
     base_config = load_config(config.model, source)

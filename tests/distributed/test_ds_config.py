@@ -398,7 +398,7 @@ def test_section_keys_are_deepspeeds_fields() -> None:
     assert set(keys.OFFLOAD_PARAM) == names(DeepSpeedZeroOffloadParamConfig)
     assert set(keys.BF16) == names(DeepSpeedBF16Config)
     for key, field in DeepSpeedZeroConfig.model_fields.items():
-        kinds = {bool: (keys.BOOL,), int: (keys.INT, keys.POSITIVE)}
+        kinds = {bool: (keys.BOOL,), int: (keys.INT, keys.BUCKET)}
         types = [kind for kind in (*typing.get_args(field.annotation), field.annotation) if kind in kinds]
         expected = kinds[types[0]] if types else (keys.INT,) if key == "stage" else (keys.SECTION,)
         assert keys.ZERO[key] in expected, key

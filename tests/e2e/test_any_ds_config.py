@@ -18,7 +18,7 @@ import torch.distributed as dist
 from taso_ds.distributed import ds_config_keys as keys
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import resolve_ds_config
-from taso_ds.distributed.ds_config_check import check_ds_config
+from taso_ds.distributed.ds_config_check import check_device, check_ds_config
 from taso_ds.distributed.ds_config_values import Kind, Table
 from taso_ds.errors import UserError
 
@@ -114,6 +114,7 @@ def outcome(path: Path_, value: Any, stage: int) -> str:
             max_grad_norm=1.0, nvme_path="/disk",
         )  # fmt: skip
         check_ds_config(resolved, "ds.json")
+        check_device(resolved, "ds.json")
     except UserError as error:
         return "refused" if "\n" not in str(error) else f"not one line: {error}"
     try:

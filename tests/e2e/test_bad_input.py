@@ -100,16 +100,19 @@ add_json("misspelt monitor", '{"wandb": {"projekt": "a"}}', "'wandb.projekt'", "
 add_json("monitor as text", '{"tensorboard": {"enabled": "yes"}}', 'tensorboard.enabled is "yes"', "true or false")
 add_json(
     "monitor nowhere",
-    '{"csv_monitor": {"enabled": true, "output_path": "/proc/x"}}',
+    '{"csv_monitor": {"enabled": true, "output_path": "train.jsonl/x"}}',
     "csv_monitor.output_path",
-    "/proc",
+    "train.jsonl is not a writable folder",
 )
 add_json("checkpoint", '{"checkpoint": {"writer": {"type": "fast"}}}', "checkpoint is not supported", "remove it")
 add_json(
     "DeepSpeed's own",
     '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
-    "DeepSpeed refuses zero_optimization",
+    "DeepSpeed refuses it",
     "Partial offloading only supported for ZeRO Stage 3",
+)
+add_json(
+    "GPUs only", '{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}', "zero_quantized_weights", "GPU"
 )
 for library in ("wandb", "comet_ml"):
     section = library.removesuffix("_ml")
