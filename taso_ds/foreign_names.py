@@ -9,6 +9,7 @@ _SAME: dict[str, tuple[str, ...]] = {
     "model_name_or_path": ("model", "model_name", "model_path", "base_model", "pretrained_model_name_or_path"),
     "tokenizer_name": ("tokenizer", "tokenizer_path", "tokenizer_name_or_path"),
     "train_file": ("train_data", "train_data_file", "train_path"),
+    "eval_fraction": ("validation_split", "val_size", "val_set_size", "test_size", "eval_split"),
     "eval_file": ("validation_file", "eval_data", "val_file", "valid_file", "test_file"),
     "data_dir": ("dataset_dir", "data_path"),
     "max_seq_length": ("max_length", "cutoff_len", "sequence_len", "max_seq_len", "seq_length", "block_size"),

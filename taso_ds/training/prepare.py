@@ -98,7 +98,8 @@ def check_held_out(config: RunConfig) -> None:
     train, evaluation = config.data.train_file, config.data.eval_file
     if train is not None and evaluation is not None and os.path.realpath(train) == os.path.realpath(evaluation):
         raise UserError(
-            f"eval_file: {evaluation} is train_file: the run would be judged on rows that it has seen; name other rows"
+            f"eval_file: {evaluation} is train_file: the run would be judged on rows that it has seen; name other rows,"
+            " or hold some out with --eval_fraction 0.05 in place of --eval_file"
         )
 
 
