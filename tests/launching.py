@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,11 @@ def call_main(script: str, flags: Sequence[str | Path]) -> Finished:
 
     Exceptions other than the script's own exit are let through: they are tracebacks.
     """
-    main = importlib.import_module(f"taso_ds.launch.{script}").main
+    return call(importlib.import_module(f"taso_ds.launch.{script}").main, script, flags)
+
+
+def call(main: Callable[[], None], script: str, flags: Sequence[str | Path]) -> Finished:
+    """Run ``main`` as the script of this name would."""
     root, ours = logging.getLogger(), logging.getLogger("taso_ds")
     handlers, level, path, argv = root.handlers[:], ours.level, sys.path[:], sys.argv
     out, err, code = io.StringIO(), io.StringIO(), 0
