@@ -26,7 +26,7 @@ from taso_ds.batch_script import SlurmArguments, parse_job
 from taso_ds.config import GROUPS, parse_run_config
 from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.entry import run_script
-from taso_ds.training.finished import FinishedArguments, parse_over_run
+from taso_ds.training.finished_arguments import EVALUATE, EXPORT, FinishedArguments, parse_over_run
 from taso_ds.training.plan_arguments import PlanArguments
 
 # What is on the command line already: mostly a run that works, for a check that comes late must be reached. Without a
@@ -74,8 +74,10 @@ SCRIPTS: dict[str, Script] = {
         partial(_parses, "slurm", partial(parse_job, description="")),
         ("--output_dir", "run"),
     ),
-    "evaluate": Script((*GROUPS, FinishedArguments), partial(_parses, "evaluate", parse_over_run)),
-    "export": Script((*GROUPS, FinishedArguments), partial(_parses, "export", parse_over_run)),
+    "evaluate": Script(
+        (*GROUPS, FinishedArguments), partial(_parses, "evaluate", partial(parse_over_run, verb=EVALUATE))
+    ),
+    "export": Script((*GROUPS, FinishedArguments), partial(_parses, "export", partial(parse_over_run, verb=EXPORT))),
     "doctor": Script((*GROUPS, DoctorArguments), partial(_parses, "doctor", _doctor)),
 }
 # Most of the runs go where most of the code is.

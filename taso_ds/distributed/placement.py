@@ -25,6 +25,11 @@ def resolve_offload(zero: dict[str, Any], nvme_path: str | None, source: str) ->
         if name not in zero:
             continue
         section = zero[name] = checked(zero[name], known, path, source)
+        for key, value in (("ratio", 1), ("super_offload", False)) if name == "offload_optimizer" else ():
+            if section.get(key, value) not in (value, AUTO):
+                raise UserError(
+                    f"{source}: {path}{key} needs DeepSpeed's own Adam, and the optimizer is torch's AdamW: remove it"
+                )
         device = section.get("device", "none")
         if device in ("cpu", "nvme") and zero["stage"] not in stages:
             raise UserError(

@@ -106,10 +106,16 @@ add_json(
 )
 add_json("checkpoint", '{"checkpoint": {"writer": {"type": "fast"}}}', "checkpoint is not supported", "remove it")
 add_json(
+    "part of the optimizer",
+    '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
+    "offload_optimizer.ratio",
+    "torch's AdamW",
+)
+add_json(
     "DeepSpeed's own",
-    '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
+    '{"aio": {"use_gds": true}}',
     "DeepSpeed refuses it",
-    "Partial offloading only supported for ZeRO Stage 3",
+    "GDS currently only supported for CUDA",
 )
 add_json(
     "GPUs only", '{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}', "zero_quantized_weights", "GPU"
