@@ -140,7 +140,6 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     """
     ds_config, sizes = prepare.resolve_deepspeed(config, comm.world_size())
     placement.check_nvme(ds_config)
-    check_device(ds_config, config.run.ds_config)
     data = prepare.load_task_data(config)
     source = model_source(config.model)
     base_config = load_config(config.model, source)
@@ -154,6 +153,7 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     shapes = prepare.target_shapes(config, model)
     prepare.check_checkpointing(config, model)
     prepare.check_quantization(config, base_config, ds_config, model)
+    check_device(ds_config, config.run.ds_config)
     region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
     prepare.check_accumulation(sizes, rows)

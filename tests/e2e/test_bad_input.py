@@ -94,7 +94,10 @@ add_json("bf16 against --no_bf16", '{"bf16": {"enabled": true}}', "bf16.enabled"
 add_json("printing never", '{"steps_per_print": 0}', "steps_per_print is 0", "a whole number of 1 or more")
 add_json("printing often", '{"steps_per_print": "often"}', 'steps_per_print is "often"', "a whole number of 1 or more")
 add_json(
-    "empty bucket", '{"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}', "reduce_bucket_size is 0", "1 or"
+    "empty bucket",
+    '{"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}',
+    "reduce_bucket_size is 0",
+    "from 1 to",
 )
 add_json("misspelt monitor", '{"wandb": {"projekt": "a"}}', "'wandb.projekt'", "nearest: 'project'")
 add_json("monitor as text", '{"tensorboard": {"enabled": "yes"}}', 'tensorboard.enabled is "yes"', "true or false")
