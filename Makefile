@@ -15,7 +15,7 @@ demo test test-all bench: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_
 demo test test-all bench: export TASO_CACHE := $(CURDIR)/.cache/taso_ds
 demo test test-all: export HF_HUB_OFFLINE := 1
 
-# Mutated files for each reader that `make fuzz` tries.
+# Mutated files for each reader, and calls of scripts with any flags, that `make fuzz` tries.
 RUNS ?= 20000
 
 # Files in their order, so that the long ones do not come last.
@@ -31,7 +31,7 @@ help:
 	@echo "make check      format, lint and types"
 	@echo "make format     format and fix what can be fixed"
 	@echo "make bench      time training steps"
-	@echo "make fuzz       throw mutated files at everything that reads files; RUNS=$(RUNS) for each reader"
+	@echo "make fuzz       throw mutated files at all readers and any flags at all scripts; RUNS=$(RUNS) of each"
 	@echo "make demo-data  only the packages that the demo and the tests read"
 	@echo "make clean      remove caches and what builds leave; .venv and runs stay"
 
@@ -75,6 +75,7 @@ bench: .venv/.ready .venv/.demo-data
 fuzz: .venv/.ready
 	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) -e ".[fuzz]"
 	.venv/bin/python tests/fuzz/fuzz_readers.py all -runs=$(RUNS) -timeout=20
+	.venv/bin/python tests/fuzz/fuzz_flags.py $(RUNS)
 
 clean:
 	rm -rf build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache

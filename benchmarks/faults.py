@@ -35,7 +35,7 @@ KINDS = {
 def flags(desk: Path, run: Path) -> list[str]:
     return [
         *("--model_name_or_path", str(desk / "llama-tiny"), "--task", "completion", "--output_dir", str(run)),
-        *("--train_file", str(desk / "rows.jsonl"), "--eval_file", str(desk / "rows.jsonl"), "--max_seq_length", "32"),
+        *("--train_file", str(desk / "rows.jsonl"), "--eval_file", str(desk / "eval.jsonl"), "--max_seq_length", "32"),
         *("--ds_config", "zero3.json", "--global_batch_size", "4", "--per_device_train_batch_size", "1"),
         *("--calibration_samples", "8", "--calibration_passes", "2", "--learning_rate", "1e-2", "--max_steps", "6"),
         *("--save_steps", "2", "--no_verify_export"),
@@ -118,7 +118,8 @@ def main() -> None:
     desk = Path(tempfile.mkdtemp(prefix="taso_faults_"))
     shapes.write_model(desk, "tiny")
     rows = [json.dumps({"prompt": f"row {number}:", "completion": f" {number % 7}"}) for number in range(24)]
-    (desk / "rows.jsonl").write_text("\n".join(rows))
+    for name in ("rows", "eval"):
+        (desk / f"{name}.jsonl").write_text("\n".join(rows))
     with ForkServer() as server:
         found = inject(server, desk, arguments.n, arguments.seed)
     good = found["recovered_identical"] == found["injected"] and not found["hung"]

@@ -34,7 +34,8 @@ SCORING_BATCHES = 4
 
 def run_flags(model: Path, rows: Path, stage: int, arguments: argparse.Namespace) -> list[str]:
     flags = [
-        "--model_name_or_path", str(model), "--task", "completion", "--train_file", str(rows), "--eval_file", str(rows),
+        "--model_name_or_path", str(model), "--task", "completion", "--train_file", str(rows), "--eval_file",
+        str(rows.with_name("eval.jsonl")),
         "--max_seq_length", str(arguments.length), "--ds_config", f"zero{stage}.json",
         "--per_device_train_batch_size", str(arguments.rows), "--max_steps", str(arguments.steps),
         "--calibration_samples", str(SCORING_BATCHES * ranks.RANKS * arguments.rows), "--no_verify_export",
@@ -79,7 +80,8 @@ def compare(size: str, stage: int, arguments: argparse.Namespace) -> dict[str, A
     model = shapes.write_model(arguments.folder, size)
     with tempfile.TemporaryDirectory(prefix="taso_plan_") as name:
         rows = Path(name) / "rows.jsonl"
-        shapes.write_rows(rows, arguments.length)
+        for file in (rows, rows.with_name("eval.jsonl")):
+            shapes.write_rows(file, arguments.length)
         flags = run_flags(model, rows, stage, arguments)
         plan = predict(parse_run_config(flags), AutoConfig.from_pretrained(model), stage)
         found = measure(flags, keep_heap=arguments.keep_heap)

@@ -53,11 +53,13 @@ def run_size(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_flags(model: Path, folder: Path, arguments: argparse.Namespace) -> list[str]:
-    rows, config = folder / "rows.jsonl", folder / "zero3.json"
-    shapes.write_rows(rows, arguments.length)
+    rows, held_out, config = folder / "rows.jsonl", folder / "eval.jsonl", folder / "zero3.json"
+    for file in (rows, held_out):
+        shapes.write_rows(file, arguments.length)
     config.write_text(json.dumps(zero3()))
     return [
-        "--model_name_or_path", str(model), "--task", "completion", "--train_file", str(rows), "--eval_file", str(rows),
+        "--model_name_or_path", str(model), "--task", "completion", "--train_file", str(rows),
+        "--eval_file", str(held_out),
         "--max_seq_length", str(arguments.length), "--ds_config", str(config), "--max_steps", str(arguments.steps),
         "--per_device_train_batch_size", "1", "--calibration_samples", str(ranks.RANKS),
         "--calibration_batch_size", "1",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, check_new_file, parse_groups, remaining_flags
+from taso_ds.flags import arg, check_new_file, given_names, parse_groups, remaining_flags
 
 _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
 _WORD = re.compile(r"[\w.,:-]+")
@@ -68,7 +68,7 @@ def parse_job(argv: Sequence[str], *, description: str = "") -> tuple[SlurmArgum
         UserError: unknown flag, a value that cannot work, or no run folder to go on in.
     """
     *groups, job = parse_groups((*GROUPS, SlurmArguments), argv, description=description)
-    config = RunConfig(*groups)
+    config = RunConfig(*groups, given=given_names(argv))
     flags = remaining_flags([SlurmArguments], argv)
     given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
     if job.sweep_tasks is not None:

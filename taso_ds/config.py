@@ -7,6 +7,7 @@ Names are Hugging Face's where one exists. Every group is a frozen dataclass; a 
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from taso_ds.adapters.compensation import parse_rho
 from taso_ds.adapters.importance import REDUCTIONS, SCORES
 from taso_ds.adapters.structure import STRUCTURES
 from taso_ds.errors import UserError, nearest
-from taso_ds.flags import LENGTH, SCHEDULE, START, arg, flags_of, parse_groups, require
+from taso_ds.flags import LENGTH, SCHEDULE, START, arg, flags_of, given_names, parse_groups, require
 
 METHODS = ("taso", "lora", "full")
 IMPORTANCE_WEIGHTS = ("loaded", "original")
@@ -264,9 +265,21 @@ GROUPS: tuple[Any, ...] = (
 )
 
 
+# How core regions are scored: with --core_regions it is the file that says so, not these.
+SCORING = (
+    "calibration_samples",
+    "calibration_batch_size",
+    "calibration_reduction",
+    "calibration_passes",
+    "calibration_offload",
+    "importance",
+    "importance_weights",
+)
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    """All argument groups of one run."""
+    """All argument groups of one run, and the names of the arguments that the user gave, be they the defaults."""
 
     model: ModelArguments
     data: DataArguments
@@ -274,6 +287,7 @@ class RunConfig:
     adapter: AdapterArguments
     training: TrainArguments
     run: RunArguments
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         quantizes = self.model.load_in_4bit or self.model.load_in_8bit
@@ -281,11 +295,11 @@ class RunConfig:
             raise UserError("importance_weights: original is for --load_in_4bit and --load_in_8bit; drop it")
 
     def flags(self) -> dict[str, Any]:
-        """Return every argument under its flag's name, those that only say how the run was started left out."""
+        """Return every argument under its flag's name, without those that say how the run was started or do nothing."""
         groups = (self.model, self.data, self.calibration, self.adapter, self.training, self.run)
         merged = {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
-        meanings = flags_of(groups)
-        return {key: value for key, value in merged.items() if meanings[key].effect != START}
+        meanings, idle = flags_of(groups), SCORING if self.calibration.core_regions is not None else ()
+        return {key: value for key, value in merged.items() if meanings[key].effect != START and key not in idle}
 
 
 @dataclass(frozen=True)
@@ -337,7 +351,8 @@ def parse_run_config(argv: Sequence[str] | None = None, *, description: str = ""
     Raises:
         UserError: unknown flag or key, or a value that cannot work.
     """
-    return RunConfig(*parse_groups(GROUPS, argv, description=description))
+    groups = parse_groups(GROUPS, argv, description=description)
+    return RunConfig(*groups, given=given_names(sys.argv[1:] if argv is None else argv))
 
 
 def cache_dir() -> Path:

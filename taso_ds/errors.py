@@ -46,3 +46,17 @@ def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
     longer = [name for name in known if len(word) > 2 and name.startswith(word)]
     match = longer or difflib.get_close_matches(word, list(known), n=1)
     return f" (nearest: {match[0]!r})" if match else ""
+
+
+def dangling(path: "str | os.PathLike[str]") -> str | None:
+    """Say where a link leads whose end does not exist; None for any other path."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"a link to {os.readlink(path)}, which does not exist"
+    return None
+
+
+def reason(error: Exception) -> str:
+    """Return why a file cannot be read, without Python's error numbers and quotes; of a link, where it leads."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return dangling(str(error.filename)) or error.strerror or str(error)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
-from taso_ds.errors import UserError, nearest
+from taso_ds.errors import UserError, dangling, nearest, reason
+from taso_ds.foreign_names import in_our_words
 from taso_ds.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
@@ -87,25 +88,33 @@ def check_new_file(name: str, path: str | None) -> None:
 
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a configuration file; UserError when it is missing or malformed, or names another one."""
+    _check_text("config", path)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config: cannot read {path}: {error}") from error
+        raise UserError(f"config: cannot read {path}: {reason(error)}") from error
     values = parse_yaml(text, f"config: {path}")
     if "config" in values:
         raise UserError(f"config: {path} names another configuration file: put all arguments into one")
     return values
 
 
-class _RaisingParser(argparse.ArgumentParser):
+class RaisingParser(argparse.ArgumentParser):
     """Leaves what to say, and how to end, to the caller."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse ``--name=--``, of which argparse makes an empty list, whatever the flag's type."""
+        for word in args or ():
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"{word[2:-3]}: '--' is not a value")
+        return super().parse_known_args(args, namespace)
+
 
 def _config_file(argv: Sequence[str]) -> str | None:
-    parser = _RaisingParser(add_help=False, allow_abbrev=False)
+    parser = RaisingParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=os.path.expanduser)
     file: str | None = parser.parse_known_args(argv)[0].config
     return file
@@ -118,7 +127,7 @@ def _names(groups: Sequence[Any]) -> list[str]:
 def _make_parser(groups: Sequence[Any], **options: Any) -> "HfArgumentParser":
     from transformers import HfArgumentParser
 
-    class Parser(_RaisingParser, HfArgumentParser):
+    class Parser(RaisingParser, HfArgumentParser):
         def add_argument(self, *names: Any, flag: Flag | None = None, **settings: Any) -> argparse.Action:
             """Keep what is not argparse's business from it."""
             return super().add_argument(*names, **settings)
@@ -132,6 +141,11 @@ def expanded(group: Any) -> Any:
     paths = {name: getattr(group, name) for name, flag in flags.items() if flag.is_path}
     changed = {name: os.path.expanduser(value) for name, value in paths.items() if value and value.startswith("~")}
     return dataclasses.replace(group, **changed) if changed else group
+
+
+def _instead_of(name: str, groups: Sequence[Any]) -> str:
+    """Say which name was meant: of a name that other trainers have, ours; otherwise the nearest."""
+    return in_our_words(name) or nearest(name, _names(groups))
 
 
 def parse_groups(
@@ -159,16 +173,24 @@ def parse_groups(
     *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     if unknown and not partial:
         name = unknown[0].lstrip("-").split("=")[0]
-        raise UserError(f"unknown flag {unknown[0]!r}{nearest(name, _names(groups))}; --help lists them")
+        raise UserError(f"unknown flag {unknown[0]!r}{_instead_of(name, groups)}; --help lists them")
     parsed = [expanded(group) for group in parsed]
     for group in parsed:
-        for entry in dataclasses.fields(group):
-            _check_representable(entry.name, getattr(group, entry.name))
+        check_values(group)
     return parsed
 
 
 _LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1  # of the types that tensors and counters have
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
+
+
+def check_values(group: Any) -> None:
+    """Refuse what no flag can be, whichever it is: numbers out of range, empty texts, links that lead nowhere."""
+    for name, flag in flags_of([group]).items():
+        value = getattr(group, name)
+        _check_representable(name, value)
+        if flag.is_path and value is not None and (found := dangling(value)) is not None:
+            raise UserError(f"{name}: {value} is {found}: correct the link, or name another path")
 
 
 def _check_representable(name: str, value: Any) -> None:
@@ -178,11 +200,20 @@ def _check_representable(name: str, value: Any) -> None:
     elif isinstance(value, int):
         require(abs(value) <= _LARGEST_INT, name, value, "within 64 bits")
     elif isinstance(value, str):
-        whole = "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
-        require(whole, name, value, "UTF-8 text without null characters")
-        longest = max(len(part.encode()) for part in value.split("/"))
-        fits = longest <= _LONGEST_NAME and len(value.encode()) <= _LONGEST_PATH
-        require(fits, name, value, f"short enough for a path ({_LONGEST_NAME} bytes a name, {_LONGEST_PATH} in all)")
+        _check_text(name, value)
+    elif isinstance(value, list):
+        for entry in value:
+            _check_representable(name, entry)
+
+
+def _check_text(name: str, value: str) -> None:
+    if not value.strip():
+        raise UserError(f"{name}: {value!r} is empty: write what it is, or leave {name} out")
+    whole = "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+    require(whole, name, value, "UTF-8 text without null characters")
+    longest = max(len(part.encode()) for part in value.split("/"))
+    fits = longest <= _LONGEST_NAME and len(value.encode()) <= _LONGEST_PATH
+    require(fits, name, value, f"short enough for a path ({_LONGEST_NAME} bytes a name, {_LONGEST_PATH} in all)")
 
 
 def remaining_flags(groups: Sequence[Any], argv: Sequence[str]) -> list[str]:
@@ -221,7 +252,7 @@ def typed(values: Mapping[str, Any], groups: Sequence[Any], source: str) -> dict
     """
     for key in values:
         if key not in _names(groups):
-            raise UserError(f"{source} has the unknown key {key!r}{nearest(str(key), _names(groups))}")
+            raise UserError(f"{source} has the unknown key {key!r}{_instead_of(str(key), groups)}")
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     found: dict[str, Any] = {}
     for key, value in values.items():

@@ -27,6 +27,8 @@ def parse_yaml(text: str, source: str) -> dict[Any, Any]:
     except (ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
         # The library meets dates, numbers and tags it cannot make sense of with errors of Python's own.
         raise UserError(f"{source}: not readable YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        raise UserError(f"{source} is empty: write one `name: value` a line, or leave it out")
     if not isinstance(values, dict):
         raise UserError(f"{source} is not a mapping of names to values")
     return values

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,11 @@ class Finished:
 
 def call_main(script: str, flags: Sequence[str | Path]) -> Finished:
     """Run ``main()`` of ``launch/<script>.py`` in this process; the process is afterwards as it was before."""
-    main = importlib.import_module(f"taso_ds.launch.{script}").main
+    return call(importlib.import_module(f"taso_ds.launch.{script}").main, script, flags)
+
+
+def call(main: Callable[[], None], script: str, flags: Sequence[str | Path]) -> Finished:
+    """Run ``main`` as the script of this name would."""
     root, ours = logging.getLogger(), logging.getLogger("taso_ds")
     handlers, level, path, argv = root.handlers[:], ours.level, sys.path[:], sys.argv
     out, err, code = io.StringIO(), io.StringIO(), 0

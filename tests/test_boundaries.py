@@ -20,10 +20,11 @@ ALLOWED: dict[str, set[str]] = {
     "console": {"errors"},
     "json_text": {"errors"},
     "yaml_text": {"errors"},
+    "foreign_names": set(),
     "adapters": {"errors", "json_text"},
     "data": {"errors", "json_text"},
     "distributed": {"errors", "json_text"},
-    "flags": {"errors", "yaml_text"},
+    "flags": {"errors", "yaml_text", "foreign_names"},
     "config": {"errors", "flags", "adapters", "data"},
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
     "planning": {"errors", "adapters"},

@@ -12,16 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taso_ds.batch_script import SlurmArguments
-from taso_ds.config import GROUPS, RunConfig, parse_run_config
+from taso_ds.config import GROUPS, SCORING, RunConfig, parse_run_config
 from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.errors import UserError
 from taso_ds.flags import flags_of, parse_groups, typed
 from taso_ds.training.finished_arguments import FinishedArguments
 from taso_ds.training.plan_arguments import PlanArguments
+from taso_ds.training.recorded import differences
 
 # U+0085 is a line break that PyYAML writes as it is and reads as a space.
 words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\x85"), max_size=20)
-names = words.filter(lambda text: not text.startswith(("-", "~")))  # which are a flag to argparse, and a home folder
+# A dash at the start is a flag to argparse, "~" a home folder, and an empty text nothing that could be meant.
+names = words.filter(lambda text: text.strip() and not text.startswith(("-", "~")))
 shares = st.floats(1e-6, 1.0)
 ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
     "model_name_or_path": names,
@@ -55,6 +57,10 @@ def as_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
+def groups_of(config: RunConfig) -> list[dict[str, Any]]:
+    return [group for group in dataclasses.asdict(config).values() if isinstance(group, dict)]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.fixed_dictionaries({}, optional=ARGUMENTS))
 def test_flags_yaml_and_a_recorded_run_say_the_same(tmp_path: Path, values: dict[str, Any]) -> None:
@@ -64,7 +70,7 @@ def test_flags_yaml_and_a_recorded_run_say_the_same(tmp_path: Path, values: dict
     assert parse_run_config(["--config", str(path)] if values else []) == dataclasses.replace(
         from_flags, run=dataclasses.replace(from_flags.run, config=str(path) if values else None)
     )
-    parsed = {name: value for group in dataclasses.asdict(from_flags).values() for name, value in group.items()}
+    parsed = {name: value for group in groups_of(from_flags) for name, value in group.items()}
     assert {name: parsed[name] for name in values} == values
     recorded = json.loads(json.dumps(from_flags.flags()))
     again = RunConfig(*parse_groups(GROUPS, [], description="", defaults=typed(recorded, GROUPS, "run.json")))
@@ -159,3 +165,17 @@ def test_a_file_that_a_flag_names_is_not_written_over(tmp_path: Path, group: Any
     (tmp_path / "old").touch()
     with pytest.raises(UserError, match=f"{name}: .*/old exists already; move it away, or choose another name"):
         group(**{name: str(tmp_path / "old")})
+
+
+def test_with_a_region_file_nothing_is_recorded_that_it_says() -> None:
+    scored, read = (parse_run_config(["--importance", "random", *more]) for more in ([], ["--core_regions", "F"]))
+    assert scored.flags().keys() - read.flags().keys() == set(SCORING)
+    assert scored.flags()["importance"] == "random"
+    assert differences({"config": read.flags() | {"importance": "importance"}}, read, Path("run.json")) == []
+
+
+def test_what_was_given_is_known_whether_it_is_the_default_or_not(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("rank: 1")
+    config = parse_run_config(["--config", str(tmp_path / "run.yaml"), "--importance=importance", "--no_bf16"])
+    assert {"rank", "importance", "bf16"} <= config.given
+    assert "seed" not in config.given

@@ -29,7 +29,8 @@ def test_what_yaml_writes_is_read(values: dict[str, Any]) -> None:
         ("a: !!timestamp today", "^x: not readable YAML: "),
         ("a: 2024-13-01", "^x: not readable YAML: month must be in 1..12"),
         ("- a", "^x is not a mapping"),
-        ("", "^x is not a mapping"),
+        ("", "^x is empty: write one `name: value` a line"),
+        ("# rank: 2", "^x is empty"),
     ],
 )
 def test_every_fault_is_one_line(text: str, message: str) -> None:

@@ -29,8 +29,15 @@ def pruned_share(rho: str | float, *, core_fraction: float, num_trainable: int, 
 
     ``mask`` (our default; the paper does not say which ρ it uses) is the share of rows and columns outside the region,
     ``1 − p``. ``parameters`` is the share of the dense branches' entries that is pruned.
+
+    Raises:
+        UserError: p is so small that ρ is 1, and the learning rate infinite.
     """
     if rho == "mask":
+        if 1.0 - core_fraction == 1.0:
+            raise UserError(
+                f"core_fraction: {core_fraction} cannot be told from 0: keep a share of the rows, like 0.01"
+            )
         return 1.0 - core_fraction
     if rho == "parameters":
         return 1.0 - num_trainable / num_dense

@@ -28,6 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:

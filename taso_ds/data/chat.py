@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from taso_ds.data.chat_template import render
 from taso_ds.errors import UserError
 
 _QUESTION, _ANSWER = "probe question", "probe answer"
@@ -83,19 +84,12 @@ def read_chat(tokenizer: Any) -> Chat:
 
 def chat_prompt(tokenizer: Any, prompt: str) -> str:
     """Return the text a server makes of one user's message."""
-    return _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    return render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
 
 
 def _conversation(tokenizer: Any, prompt: str, content: str) -> str:
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": content}]
-    return _render(tokenizer, messages, add_generation_prompt=False)
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template: drop use_chat_template or use an instruction model")
-    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-    return text
+    return render(tokenizer, messages, add_generation_prompt=False)
 
 
 def _first_marker(tokenizer: Any, text: str) -> int | None:

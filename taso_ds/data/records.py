@@ -4,6 +4,7 @@ Every set of records carries its source in words, because a score says nothing w
 """
 
 import gzip
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import datasets
 import torch
 
 from taso_ds.data.tasks import Example, Task
-from taso_ds.errors import UserError
+from taso_ds.errors import UserError, reason
 from taso_ds.json_text import parse_json
 
 # Names a split goes by: many local copies call the validation split dev, and some publish only a test split.
@@ -113,7 +114,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}: is compressed: give it the name {path.name}.gz, or unpack it") from error
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
     except (OSError, EOFError) as error:  # EOFError: a gzip file that ends too early
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from error
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
@@ -133,6 +134,8 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     line = line.removeprefix("\ufeff")  # files with byte order marks, one behind the other
     if number == 1 and line.strip() in ("[", "{"):
         raise UserError(f"{path}: is one JSON document over many lines; write one object a line, as in JSON Lines")
+    if not line.strip():
+        raise UserError(f"{path}:{number}: the line is empty; delete it (only the end of the file may be empty lines)")
     row = parse_json(line, f"{path}:{number}", constants=True)
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: expected a JSON object with named fields, found {line.strip()[:60]}")
@@ -141,12 +144,12 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
 
 def _from_folder(task: Task, names: tuple[str, ...], folder: Path) -> Records:
     if not folder.is_dir():
-        raise UserError(f"--data_dir {folder}: no such folder")
+        raise UserError(f"--data_dir {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     for place in _places(task, folder):
         for name in names:
             for suffix in _SUFFIXES:
                 path = place / f"{name}{suffix}"
-                if path.exists():
+                if os.path.lexists(path):  # a link that leads nowhere is told, not passed over
                     return Records(read_jsonl(path), str(path))
             saved = _saved_split(place, name)
             if saved is not None:
@@ -184,8 +187,8 @@ def _saved(folder: Path) -> Any:
         return datasets.load_from_disk(str(folder))
     except Exception as error:
         # As with the Hub: damage shows as whatever the library and Arrow stumble over first.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--data_dir: {folder} is not a readable saved data set ({reason}): save it again") from error
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--data_dir: {folder} is not a readable saved data set ({first}): save it again") from error
 
 
 def _from_hub(task: Task, names: tuple[str, ...], cache_dir: str | None) -> Records:
@@ -199,8 +202,8 @@ def _from_hub(task: Task, names: tuple[str, ...], cache_dir: str | None) -> Reco
     except Exception as error:
         # The library raises a dozen unrelated types (HTTP, cache, offline mode, moved data set): whichever it is,
         # the user's way out is the same.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load {title} from the Hugging Face Hub ({reason}): {remedy}") from error
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load {title} from the Hugging Face Hub ({first}): {remedy}") from error
     for name in names:
         if name in splits:
             return Records(splits[name].to_list(), f"Hugging Face Hub {title}, {name} split")

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.distributed import ds_config_keys as keys
+from taso_ds.distributed.ds_config_values import AUTO, SECTION, check_known, checked
 from taso_ds.distributed.placement import resolve_offload, resolve_secondary_shards
-from taso_ds.errors import UserError, nearest
+from taso_ds.errors import UserError, nearest, reason
 from taso_ds.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
-AUTO = keys.AUTO
 # The loop logs; DeepSpeed's own progress line would only repeat it.
 NEVER = 1_000_000_000
-_LARGEST = 1 << 63
 _SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
 # torch's AdamW is what runs: an optimizer section that says so decides nothing.
 ADAMW_BY_TORCH = (("torch_adam", True), ("adam_w_mode", True))
@@ -44,7 +43,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"ds_config: cannot read {path}: {error}") from error
+        raise UserError(f"ds_config: cannot read {path}: {reason(error)}") from error
     raw = parse_json(text, f"ds_config: {path}")
     if not isinstance(raw, dict):
         raise UserError(f"ds_config: {path} holds {_json_kind(raw)}, not an object in braces")
@@ -95,11 +94,12 @@ def resolve_ds_config(
         assert count > 0, f"not positive: {count}"
     assert max_grad_norm >= 0.0, f"negative max_grad_norm: {max_grad_norm}"
 
-    keys.check_known(raw, keys.TOP_LEVEL, "", source)
+    check_known(raw, keys.TOP_LEVEL, "", source)
     _check_unsupported(raw, source)
     _check_optimizer(raw, source)
     _check_scheduler(raw, source)
-    resolved = {key: copy.deepcopy(value) for key, value in raw.items() if key in keys.PASSED_ON}
+    passed_on = {key: value for key, value in raw.items() if key in keys.PASSED_ON}
+    resolved = copy.deepcopy(checked(passed_on, keys.PASSED_ON, "", source))
     resolved |= _batch(raw, micro_batch_size, grad_accum_steps, world_size, source)
     resolved["gradient_clipping"] = _clipping(raw, max_grad_norm, source)
     resolved["bf16"] = _precision(raw, bf16, source)
@@ -135,7 +135,7 @@ def _section(parent: dict[str, Any], key: str, source: str, path: str = "") -> d
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{source}: {path}{key} is {json.dumps(value)}, not {keys.SECTION}")
+        raise UserError(f"{source}: {path}{key} is {json.dumps(value)}, not {SECTION.words}")
     return value
 
 
@@ -226,8 +226,7 @@ def _precision(raw: dict[str, Any], bf16: bool, source: str) -> dict[str, Any]:
     if "bf16" in raw and "bfloat16" in raw:
         raise UserError(f"{source}: bf16 and bfloat16 are two names of one section: keep bf16")
     name = "bfloat16" if "bfloat16" in raw else "bf16"
-    section = _section(raw, name, source)
-    keys.check_known(section, keys.BF16, f"{name}.", source)
+    section = checked(_section(raw, name, source), keys.BF16, f"{name}.", source)
     enabled = section.get("enabled", AUTO)
     if _section(raw, "fp16", source).get("enabled", False) not in (False, AUTO):
         both = " and bf16 are both enabled: fp16" if enabled is True else ""
@@ -247,7 +246,7 @@ def _zero(raw: dict[str, Any], source: str) -> dict[str, Any]:
     """Return the zero_optimization section with its stage and with numbers for ``"auto"``."""
     path = "zero_optimization."
     section = _section(raw, "zero_optimization", source) or {"stage": 0}
-    keys.check_known(section, tuple(keys.ZERO), path, source)
+    check_known(section, keys.ZERO, path, source)
     stage = section.get("stage")
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"{source}: {path}stage is {json.dumps(stage)}, not one of 0, 1, 2, 3")
@@ -256,24 +255,14 @@ def _zero(raw: dict[str, Any], source: str) -> dict[str, Any]:
             raise UserError(f"{source}: {path}{key} {json.dumps(section[key])} is not supported: {why}")
     automatic = {**keys.ZERO_AUTO, "overlap_comm": stage == 3}
     resolved: dict[str, Any] = {}
-    for key, value in section.items():
-        if key in keys.ZERO_FIXED or value is None:
+    for key, value in checked(section, keys.ZERO, path, source).items():
+        if key in keys.ZERO_FIXED:
             continue
-        if value != AUTO and not _has_kind(value, keys.ZERO[key]):
-            raise UserError(f"{source}: {path}{key} is {json.dumps(value)}, not {keys.ZERO[key]}")
         name = f"stage3_{key}" if f"stage3_{key}" in keys.ZERO else key
         if name in resolved:
             raise UserError(f"{source}: {path}{key} and {path}{name} are two names of one key: keep {name}")
         resolved[name] = automatic.get(name, AUTO) if value == AUTO else copy.deepcopy(value)
     return resolved
-
-
-def _has_kind(value: Any, kind: str) -> bool:
-    if kind == keys.SECTION:
-        return isinstance(value, dict)
-    if kind == keys.BOOL or isinstance(value, bool):
-        return kind == keys.BOOL and isinstance(value, bool)
-    return isinstance(value, (int, float)) and 0 <= value < _LARGEST and value == int(value)
 
 
 def _gradient_types(raw: dict[str, Any], stage: int, bf16: bool, grad_accum_steps: int, source: str) -> dict[str, Any]:
@@ -282,8 +271,7 @@ def _gradient_types(raw: dict[str, Any], stage: int, bf16: bool, grad_accum_step
     Both settings are needed: at stage 1 DeepSpeed rounds an fp32 sum to the communication type before reducing it.
     Stage 0 under bf16 can add micro-batches only in bf16.
     """
-    section = _section(raw, "data_types", source)
-    keys.check_known(section, keys.DATA_TYPES, "data_types.", source)
+    section = checked(_section(raw, "data_types", source), keys.DATA_TYPES, "data_types.", source)
     only_bf16 = bf16 and stage == 0
     allowed = ("bf16",) if only_bf16 else ("fp32", "bf16") if bf16 else ("fp32",)
     accumulate = section.get("grad_accum_dtype", AUTO)
@@ -301,13 +289,19 @@ def _gradient_types(raw: dict[str, Any], stage: int, bf16: bool, grad_accum_step
             f"{source}: data_types.grad_accum_dtype is {json.dumps(accumulate)}, but ZeRO stage {stage} in"
             f" {'bf16' if bf16 else 'fp32'} allows {' or '.join(allowed)}{remedy}"
         )
+    precision = "bf16" if bf16 else "fp32"
+    if section.get("param_dtype", precision) not in (precision, AUTO):
+        raise UserError(
+            f"{source}: data_types.param_dtype is {json.dumps(section['param_dtype'])}, but this run is in {precision}:"
+            f' write "{precision}", or remove it'
+        )
     communicate = raw.get("communication_data_type")
     if communicate not in (None, AUTO, "fp32", "bf16", "fp16"):
         raise UserError(f"{source}: communication_data_type is {json.dumps(communicate)}, not fp32, bf16 or fp16")
-    # "auto" is DeepSpeed's own word for the model's list in keep_in_fp32_modules, and its default.
-    kept = {
-        key: copy.deepcopy(value) for key, value in section.items() if (key, value) != ("keep_in_fp32_modules", AUTO)
-    }
+    # "auto" is DeepSpeed's own word for the model's list in keep_in_fp32_modules, and its default; the run's precision
+    # is that of param_dtype.
+    decided = ("keep_in_fp32_modules", "param_dtype")
+    kept = {key: copy.deepcopy(value) for key, value in section.items() if value != AUTO or key not in decided}
     return {
         "data_types": {**kept, "grad_accum_dtype": accumulate},
         "communication_data_type": "fp32" if communicate in (None, AUTO) else communicate,

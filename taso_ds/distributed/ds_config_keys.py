@@ -6,34 +6,67 @@ These tables let us refuse it, without importing DeepSpeed, so that a dry run ne
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from taso_ds.errors import UserError, nearest
+from taso_ds.distributed.ds_config_values import (
+    BOOL,
+    BUCKET,
+    DEPTH,
+    FACTOR,
+    INT,
+    NAME,
+    PATTERNS,
+    POSITIVE,
+    SECTION,
+    SHARE,
+    TEXT,
+    TEXTS,
+    Kind,
+    Table,
+    one_of,
+)
 
-AUTO = "auto"
+_MONITOR_FILES: Table = {"enabled": BOOL, "output_path": TEXT, "job_name": NAME}
 
 # Top-level keys that DeepSpeed acts on by itself and that leave the numbers of a run alone.
-PASSED_ON = frozenset(
-    {
-        "aio",
-        "checkpoint",
-        "comet",
-        "comms_logger",
-        "csv_monitor",
-        "disable_python_gc",
-        "dump_state",
-        "flops_profiler",
-        "log_level",
-        "memory_breakdown",
-        "steps_per_print",
-        "tensorboard",
-        "timers",
-        "vocabulary_size",
-        "wall_clock_breakdown",
-        "wandb",
-        "zero_allow_untested_optimizer",
-    }
-)
+PASSED_ON: Table = {
+    "aio": {
+        "block_size": POSITIVE,
+        "queue_depth": POSITIVE,
+        "intra_op_parallelism": POSITIVE,
+        "single_submit": BOOL,
+        "overlap_events": BOOL,
+        "use_gds": BOOL,
+    },
+    "comet": {
+        "enabled": BOOL,
+        "samples_log_interval": POSITIVE,
+        **dict.fromkeys(("project", "workspace", "api_key", "experiment_name", "experiment_key"), TEXT),
+        "online": BOOL,
+        "mode": one_of("get", "create", "get_or_create"),
+    },
+    "comms_logger": {"enabled": BOOL, "prof_all": BOOL, "prof_ops": TEXTS, "verbose": BOOL, "debug": BOOL},
+    "csv_monitor": _MONITOR_FILES,
+    "disable_python_gc": BOOL,
+    "dump_state": BOOL,
+    "flops_profiler": {
+        "enabled": BOOL,
+        "recompute_fwd_factor": FACTOR,
+        "profile_step": POSITIVE,
+        "module_depth": DEPTH,
+        "top_modules": POSITIVE,
+        "detailed": BOOL,
+        "output_file": NAME,
+    },
+    "log_level": one_of("debug", "info", "warning", "error", "critical"),
+    "memory_breakdown": BOOL,
+    "steps_per_print": POSITIVE,
+    "tensorboard": _MONITOR_FILES,
+    "timers": {"throughput": {"enabled": BOOL, "synchronized": BOOL}},
+    "vocabulary_size": INT,
+    "wall_clock_breakdown": BOOL,
+    "wandb": {"enabled": BOOL, "group": TEXT, "team": TEXT, "project": TEXT},
+    "zero_allow_untested_optimizer": BOOL,
+}
 
 # Top-level keys that resolve_ds_config computes or checks against the run.
 RESOLVED = frozenset(
@@ -78,6 +111,7 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "activation_checkpointing": Unsupported(remedy="use --gradient_checkpointing"),
     "amp": Unsupported("enabled", remedy="use --bf16"),
     "autotuning": _SECTION,
+    "checkpoint": Unsupported(remedy="checkpoints are not DeepSpeed's: remove it"),
     "compile": Unsupported("deepcompile"),
     "compression_training": _FLAG,
     "curriculum_learning": _SECTION,
@@ -109,32 +143,43 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "weight_quantization": Unsupported(remedy="a frozen base is quantized by its own loader"),
 }
 
-TOP_LEVEL = tuple(sorted(PASSED_ON | RESOLVED | set(UNSUPPORTED)))
+TOP_LEVEL = dict.fromkeys(sorted({*PASSED_ON, *RESOLVED, *UNSUPPORTED}))
 
-BF16 = (
-    "enabled",
-    "immediate_grad_update",
-    "check_grad_overflow",
-    "bf16_master_weights_and_grads",
-    "bf16_optimizer_states",
-)
-DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
+BF16: Table = {
+    "enabled": BOOL,
+    "immediate_grad_update": BOOL,
+    "check_grad_overflow": BOOL,
+    "bf16_master_weights_and_grads": BOOL,
+    "bf16_optimizer_states": BOOL,
+}
+DATA_TYPES: Table = {
+    "grad_accum_dtype": TEXT,  # which of them, and of the next, depends on the run
+    "param_dtype": TEXT,
+    "buffer_dtype": one_of("fp32", "bf16", "fp16"),
+    "keep_in_fp32_modules": PATTERNS,
+}
 
-OFFLOAD_OPTIMIZER = (
-    "device",
-    "nvme_path",
-    "buffer_count",
-    "pin_memory",
-    "pipeline_read",
-    "pipeline_write",
-    "fast_init",
-    "ratio",
-    "super_offload",
-    "cpuadam_cores_perc",
-)
-OFFLOAD_PARAM = ("device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory")
-
-BOOL, INT, SECTION = "true or false", "a whole number of 0 or more", "an object in braces"
+_DEVICE = one_of("none", "cpu", "nvme")
+OFFLOAD_OPTIMIZER: Table = {
+    "device": _DEVICE,
+    "nvme_path": TEXT,
+    "buffer_count": POSITIVE,
+    "pin_memory": BOOL,
+    "pipeline_read": BOOL,
+    "pipeline_write": BOOL,
+    "fast_init": BOOL,
+    "ratio": SHARE,
+    "super_offload": BOOL,
+    "cpuadam_cores_perc": SHARE,
+}
+OFFLOAD_PARAM: Table = {
+    "device": _DEVICE,
+    "nvme_path": TEXT,
+    "buffer_count": POSITIVE,
+    "buffer_size": POSITIVE,
+    "max_in_cpu": INT,
+    "pin_memory": BOOL,
+}
 
 # DeepSpeed spells these with the prefix in a JSON and without it in Python, and accepts both.
 _STAGE3_ALIASED = {
@@ -149,14 +194,14 @@ _STAGE3_ALIASED = {
     "allgather_sequential": BOOL,
 }
 # Every key of "zero_optimization" and what its value must be.
-ZERO: dict[str, str] = {
+ZERO: dict[str, Kind] = {
     "stage": INT,
     "contiguous_gradients": BOOL,
     "reduce_scatter": BOOL,
-    "reduce_bucket_size": INT,
+    "reduce_bucket_size": BUCKET,
     "use_multi_rank_bucket_allreduce": BOOL,
     "allgather_partitions": BOOL,
-    "allgather_bucket_size": INT,
+    "allgather_bucket_size": BUCKET,
     "overlap_comm": BOOL,
     "compute_grad_norm": BOOL,
     "load_from_fp32_weights": BOOL,
@@ -192,6 +237,11 @@ ZERO: dict[str, str] = {
 ZERO_FIXED: dict[str, tuple[object, str]] = {
     "compute_grad_norm": (True, "clipping and the log need the gradient norm"),
     "zenflow": (None, "it replaces the optimizer step"),
+    **dict.fromkeys(
+        ("module_granularity_threshold", "stage3_module_granularity_threshold"),
+        (0, "which modules are gathered as one is the run's to decide; beyond a size DeepSpeed takes the whole model"),
+    ),
+    "legacy_stage1": (False, "DeepSpeed has it no more"),
     "zero_quantized_nontrainable_weights": (False, "the base is loaded as it is to stay; pass --load_in_4bit"),
     "cpu_offload": (False, 'write "offload_optimizer": {"device": "cpu"}'),
     "cpu_offload_param": (False, 'write "offload_param": {"device": "cpu"}'),
@@ -220,10 +270,3 @@ ZERO_AUTO: dict[str, bool | int] = {
     "round_robin_gradients": False,
 }
 # "overlap_comm" is the one automatic value that depends on the stage: only stage 3 has base weights to fetch ahead.
-
-
-def check_known(section: dict[str, Any], known: tuple[str, ...], path: str, source: str) -> None:
-    """Refuse a key that is not among ``known``, with the nearest one that is."""
-    for key in section:
-        if key not in known:
-            raise UserError(f"{source}: unknown key {path + key!r}{nearest(key, known)}")

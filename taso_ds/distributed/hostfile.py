@@ -1,6 +1,6 @@
 """The hostfile of the ``deepspeed`` launcher, read by the launcher's own rules."""
 
-from taso_ds.errors import UserError
+from taso_ds.errors import UserError, dangling, reason
 
 
 def read_hostfile(path: str) -> dict[str, int]:
@@ -14,7 +14,7 @@ def read_hostfile(path: str) -> dict[str, int]:
     try:
         hosts = fetch_hostfile(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"hostfile: {path}: {error}") from error
+        raise UserError(f"hostfile: {path}: {reason(error)}") from error
     if hosts is None:
-        raise UserError(f"hostfile: {path}: no such file")
+        raise UserError(f"hostfile: {path}: {dangling(path) or 'no such file'}")
     return dict(hosts)

@@ -1,6 +1,5 @@
 """Where ZeRO-3 keeps partitions besides the device: CPU, NVMe, and a second copy inside each node (ZeRO++ hpZ)."""
 
-import json
 import os
 import uuid
 from pathlib import Path
@@ -8,9 +7,8 @@ from typing import Any
 
 from taso_ds.distributed import ds_config_keys as keys
 from taso_ds.distributed.accelerator import can_build_async_io
+from taso_ds.distributed.ds_config_values import AUTO, checked
 from taso_ds.errors import UserError
-
-_DEVICES = ("none", "cpu", "nvme")
 
 
 def resolve_offload(zero: dict[str, Any], nvme_path: str | None, source: str) -> None:
@@ -24,11 +22,15 @@ def resolve_offload(zero: dict[str, Any], nvme_path: str | None, source: str) ->
         ("offload_param", keys.OFFLOAD_PARAM, (3,)),
     ):
         path = f"zero_optimization.{name}."
-        section = zero.get(name, {})
-        keys.check_known(section, known, path, source)
+        if name not in zero:
+            continue
+        section = zero[name] = checked(zero[name], known, path, source)
+        for key, value in (("ratio", 1), ("super_offload", False)) if name == "offload_optimizer" else ():
+            if section.get(key, value) not in (value, AUTO):
+                raise UserError(
+                    f"{source}: {path}{key} needs DeepSpeed's own Adam, and the optimizer is torch's AdamW: remove it"
+                )
         device = section.get("device", "none")
-        if device not in (*_DEVICES, keys.AUTO):
-            raise UserError(f"{source}: {path}device is {json.dumps(device)}, not one of {', '.join(_DEVICES)}")
         if device in ("cpu", "nvme") and zero["stage"] not in stages:
             raise UserError(
                 f"{source}: zero_optimization.{name} needs stage {min(stages)} or more, not {zero['stage']}"
@@ -39,7 +41,7 @@ def resolve_offload(zero: dict[str, Any], nvme_path: str | None, source: str) ->
             raise UserError(f"{source}: {path}device nvme is not supported: an adapter's optimizer state is a few MB")
         if not isinstance(section.get("nvme_path"), str) or not section["nvme_path"]:
             raise UserError(f"{source}: {path}device nvme needs {path}nvme_path, a folder on a local disk")
-        if section["nvme_path"] == keys.AUTO:
+        if section["nvme_path"] == AUTO:
             if nvme_path is None:
                 raise UserError(f"{source}: {path}nvme_path is not known: pass --nvme_path, a folder on a local disk")
             section["nvme_path"] = nvme_path
@@ -58,7 +60,7 @@ def resolve_secondary_shards(zero: dict[str, Any], world_size: int, ranks_per_no
     name = "zero_hpz_partition_size"
     if name not in zero:
         return
-    if zero[name] == keys.AUTO:
+    if zero[name] == AUTO:
         zero[name] = ranks_per_node if ranks_per_node < world_size else 1
     size = zero[name]
     if size > 1 and zero["stage"] != 3:

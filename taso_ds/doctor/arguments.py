@@ -8,10 +8,10 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, check_new_file, expanded
+from taso_ds.flags import RaisingParser, arg, check_new_file, check_values, expanded
 
 _OTHERS = "Every flag of launch/train.py is understood too: pass those of the job that is to be queued."
 
@@ -37,11 +37,6 @@ class DoctorArguments:
         check_new_file("json", None if self.json == "-" else self.json)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse_doctor(argv: Sequence[str] | None = None, *, description: str = "") -> tuple[DoctorArguments, list[str]]:
     """Return the doctor's flags, and all others as they stand.
 
@@ -49,11 +44,13 @@ def parse_doctor(argv: Sequence[str] | None = None, *, description: str = "") ->
         UserError: a value that cannot work.
     """
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(description=description, epilog=_OTHERS, formatter_class=formatter, allow_abbrev=False)
+    parser = RaisingParser(description=description, epilog=_OTHERS, formatter_class=formatter, allow_abbrev=False)
     hints = get_type_hints(DoctorArguments)
     for entry in dataclasses.fields(DoctorArguments):
         kind = next((one for one in get_args(hints[entry.name]) if one is not type(None)), hints[entry.name])
         default = "" if entry.default is None else f" Default: {entry.default}."
         parser.add_argument(f"--{entry.name}", type=kind, default=entry.default, help=entry.metadata["help"] + default)
     known, others = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    return expanded(DoctorArguments(**vars(known))), others
+    arguments = expanded(DoctorArguments(**vars(known)))
+    check_values(arguments)
+    return arguments, others

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from taso_ds.distributed.ds_config_keys import AUTO
+from taso_ds.distributed.ds_config_values import AUTO
 from taso_ds.distributed.placement import check_direct_io
 from taso_ds.doctor.finding import Finding, fail, ok
 from taso_ds.doctor.folders import existing

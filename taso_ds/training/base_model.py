@@ -83,8 +83,8 @@ def load_config(arguments: ModelArguments, source: str) -> Any:
     from transformers import AutoConfig
 
     file = Path(source) / "config.json"
-    if file.is_file():  # of a key given twice transformers would keep the last
-        text = loading(source, partial(file.read_text, encoding="utf-8"))
+    if file.is_file() or file.is_symlink():  # of a key given twice transformers would keep the last
+        text = loading(str(file), partial(file.read_text, encoding="utf-8"))
         parse_json(text, f"model_name_or_path: {file}", constants=True)
     return loading(
         source,

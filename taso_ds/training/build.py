@@ -22,6 +22,7 @@ from taso_ds.data.encode import EncodedRow, pad_token_id
 from taso_ds.data.plan import BatchPlan
 from taso_ds.distributed import comm, environment, placement, process_group, zero
 from taso_ds.distributed import engine as engines
+from taso_ds.distributed.ds_config_check import check_device
 from taso_ds.distributed.quantized import quiet_bitsandbytes
 from taso_ds.training import prepare, regions
 from taso_ds.training.base_model import (
@@ -152,6 +153,7 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     shapes = prepare.target_shapes(config, model)
     prepare.check_checkpointing(config, model)
     prepare.check_quantization(config, base_config, ds_config, model)
+    check_device(ds_config, config.run.ds_config)
     region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
     prepare.check_accumulation(sizes, rows)

@@ -28,6 +28,7 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
     """
     assert config.data.task is not None
     task = get_task(config.data.task)
+    prepare.check_held_out(config)
     folder = choose_folder(config, goes_on=goes_on)
     ds_config, sizes = prepare.resolve_deepspeed(config, world_size)
     base_config = read_config(config.model)

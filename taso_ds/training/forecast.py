@@ -67,6 +67,7 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
     base_config = read_config(config.model)
     world_size = plan.nodes * plan.gpus_per_node
     prepare.check_world_size(config, world_size)
+    prepare.check_held_out(config)
     prepare.check_length(config, base_config)
     head = wants_head(config.model, base_config)
     if config.data.task is not None:

@@ -13,7 +13,7 @@ import torch
 from taso_ds.adapters.files import open_to_umask, writing
 from taso_ds.config import ModelArguments, cache_dir
 from taso_ds.distributed.safetensors_files import has_checkpoint
-from taso_ds.errors import UserError
+from taso_ds.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def loading(what: str, load: Callable[[], Loaded], *, flag: str = "model_name_or
         return load()
     except Exception as error:
         # transformers, tokenizers, safetensors and gguf raise a dozen unrelated types; --debug shows which and where.
-        first = " ".join(str(error).split())[:300] or type(error).__name__
+        first = " ".join(reason(error).split())[:300] or type(error).__name__
         if "trust_remote_code" in str(error):
             first = "code comes with it: read that code, then pass --trust_remote_code to run it"
         raise UserError(f"{flag}: cannot load {what}: {first}") from error

@@ -78,4 +78,5 @@ def parse_plan(
         UserError: unknown flag, or a value that cannot work.
     """
     *groups, plan = parse_groups((*GROUPS, PlanArguments), argv, description=description)
-    return RunConfig(*groups), plan, given_names(sys.argv[1:] if argv is None else argv)
+    given = given_names(sys.argv[1:] if argv is None else argv)
+    return RunConfig(*groups, given=given), plan, given

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from taso_ds.data.records import Records, build_examples, load_records, read_jso
 from taso_ds.data.tasks import Example, Task, get_task
 from taso_ds.distributed import environment, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.distributed.ds_config_check import check_ds_config
 from taso_ds.errors import UserError
 from taso_ds.training.model_class import choice_in_words
 from taso_ds.training.quantized_base import quantization_of
@@ -89,6 +91,16 @@ def check_flags(config: RunConfig, world_size: int) -> None:
     get_task(config.data.task)
     read_ds_config(config.run.ds_config)
     batch_sizes(config.training, world_size)
+
+
+def check_held_out(config: RunConfig) -> None:
+    """Refuse to evaluate on the rows that are trained on, by one name or two."""
+    train, evaluation = config.data.train_file, config.data.eval_file
+    if train is not None and evaluation is not None and os.path.realpath(train) == os.path.realpath(evaluation):
+        raise UserError(
+            f"eval_file: {evaluation} is train_file: the run would be judged on rows that it has seen; name other rows,"
+            " or hold some out with --eval_fraction 0.05 in place of --eval_file"
+        )
 
 
 def check_world_size(config: RunConfig, world_size: int) -> None:
@@ -289,6 +301,7 @@ def resolve_deepspeed(
         nvme_path=config.run.nvme_path,
         source=config.run.ds_config,
     )
+    check_ds_config(resolved, config.run.ds_config)
     return resolved, sizes
 
 
@@ -326,11 +339,17 @@ class AdapterCount:
     rho: float
 
 
+def _check_countable(number: int, rank: int) -> None:
+    if number >= 2**63:
+        raise UserError(f"rank: {rank} makes {number:,} parameters, more than a tensor can have: lower it")
+
+
 def count_adapter(config: RunConfig, shapes: dict[str, MatrixShape]) -> AdapterCount:
     """Count what ``--method taso`` or ``lora`` trains on these matrices."""
     adapter, p = config.adapter, config.calibration.core_fraction
     if adapter.method == "lora":
         number = sum(adapter.rank * (shape.out_features + shape.in_features) for shape in shapes.values())
+        _check_countable(number, adapter.rank)
         return AdapterCount(number, number, 0.0)
     trainable = sum(
         count_parameters(
@@ -342,6 +361,7 @@ def count_adapter(config: RunConfig, shapes: dict[str, MatrixShape]) -> AdapterC
         )
         for shape in shapes.values()
     )
+    _check_countable(trainable, adapter.rank)
     dense = sum(
         count_dense(
             adapter.structure, out_features=shape.out_features, in_features=shape.in_features, rank=adapter.rank

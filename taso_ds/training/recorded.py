@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.config import GROUPS, RunConfig
-from taso_ds.errors import UserError, nearest
+from taso_ds.errors import UserError, nearest, reason
 from taso_ds.flags import LENGTH, SCHEDULE, START, Flag, flags_of, typed
 from taso_ds.json_text import parse_json
 from taso_ds.training.run_folder import RESULTS, RUN
@@ -22,7 +22,7 @@ def read_run(path: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a readable run ({error})") from error
+        raise UserError(f"{file}: not a readable run ({reason(error)})") from error
     run = parse_json(text, f"{file}: not a readable run")
     if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
         raise UserError(f"{file}: has no config")

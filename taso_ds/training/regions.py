@@ -22,7 +22,7 @@ from taso_ds.adapters.region_file import (
 )
 from taso_ds.adapters.selection import CoreRegion, RegionScores, concentration, ladder_with
 from taso_ds.adapters.targets import MatrixShape, Target
-from taso_ds.config import RunConfig
+from taso_ds.config import SCORING, RunConfig
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed.engine import scoring_engine
@@ -101,8 +101,22 @@ def read_regions(config: RunConfig, shapes: Mapping[str, MatrixShape]) -> Region
         raise UserError(f"core_regions: --method {config.adapter.method} has none; drop --core_regions")
     file = load_region_file(Path(path))
     check_region_shapes(file, shapes, source=path)
+    _check_agrees(config, file, path)
     _cut(config, file, path)
     return file
+
+
+def _check_agrees(config: RunConfig, file: RegionFile, path: str) -> None:
+    """Refuse flags that would have scored otherwise than the file was; what it does not say cannot contradict it."""
+    for name in SCORING:
+        asked, made = getattr(config.calibration, name), file.settings.get(name)
+        if name not in config.given or asked in (None, made) or made is None:
+            continue
+        if name == "calibration_samples" and asked > made:
+            continue  # all rows there were
+        raise UserError(
+            f"{name}: {path} was scored with {made}, not {asked}; drop --{name}, or --core_regions to score again"
+        )
 
 
 def reuse_regions(

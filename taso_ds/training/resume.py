@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from taso_ds.config import RunConfig
-from taso_ds.errors import UserError
+from taso_ds.errors import UserError, reason
 from taso_ds.json_text import parse_json
 from taso_ds.training.checkpoint import CHECKPOINTS, PROGRESS, Checkpoints, resolve_checkpoint
 from taso_ds.training.recorded import (
@@ -72,12 +72,12 @@ def read_progress(checkpoint: Path) -> Progress:
     try:
         values = parse_json(file.read_text(encoding="utf-8"), PROGRESS, constants=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not the record of a checkpoint ({error})") from error
+        raise UserError(f"{file}: not the record of a checkpoint ({reason(error)})") from error
     try:
         check_schema(values, file)
         found = Progress(**values)
     except (AttributeError, TypeError) as error:
-        raise UserError(f"{file}: not the record of a checkpoint ({error})") from error
+        raise UserError(f"{file}: not the record of a checkpoint ({reason(error)})") from error
     for name, kind in get_type_hints(Progress).items():
         if not isinstance(getattr(found, name), get_origin(kind) or kind):
             raise UserError(f"{file}: {name} is not of type {kind}")

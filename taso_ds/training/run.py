@@ -100,6 +100,7 @@ def reports_in(path: Path) -> Iterator[None]:
 
 def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrupts) -> Path:
     config = start.adapt(asked)
+    comm.together(lambda: prepare.check_held_out(config))
     setup = comm.together(lambda: set_up(config))
     steps = total_steps(config.training, setup.plan.steps_per_epoch)
     if start.progress is not None:

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taso_ds.distributed import ds_config_keys as keys
-from taso_ds.distributed.ds_config import AUTO, read_ds_config, resolve_ds_config, shipped_ds_configs, without_secrets
+from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config, shipped_ds_configs, without_secrets
+from taso_ds.distributed.ds_config_values import AUTO, Kind
 from taso_ds.errors import UserError
 
 BATCH = {
@@ -305,7 +306,17 @@ def test_unsupported_keys_are_refused_when_they_are_on(key: str) -> None:
             {},
             'zero_optimization.offload_param.buffer_size is "auto", but the run does not decide it',
         ),
-        ({"aio": {"queue": [{"depth": AUTO}]}}, {}, 'aio.queue.0.depth is "auto"'),
+        ({"aio": {"queue_depth": AUTO}}, {}, 'aio.queue_depth is "auto"'),
+        ({"comms_logger": {"prof_ops": [AUTO]}}, {}, 'comms_logger.prof_ops.0 is "auto"'),
+        ({"data_types": {"param_dtype": "fp32"}}, {}, 'param_dtype is "fp32", but this run is in bf16'),
+        ({"data_types": {"keep_in_fp32_modules": ["("]}}, {}, "not a list of name patterns"),
+        ({"timers": {"throughput": {"enabled": 1}}}, {}, "timers.throughput.enabled is 1, not true or false"),
+        (
+            {"flops_profiler": {"top_modules": 0}},
+            {},
+            "flops_profiler.top_modules is 0, not a whole number of 1 or more",
+        ),
+        ({"log_level": "verbose"}, {}, 'log_level is "verbose", not one of debug, info'),
         (
             {"data_types": {"grad_accum_dtype": "fp32"}},
             {},
@@ -387,10 +398,28 @@ def test_section_keys_are_deepspeeds_fields() -> None:
     assert set(keys.OFFLOAD_PARAM) == names(DeepSpeedZeroOffloadParamConfig)
     assert set(keys.BF16) == names(DeepSpeedBF16Config)
     for key, field in DeepSpeedZeroConfig.model_fields.items():
-        kinds = {bool: keys.BOOL, int: keys.INT}
+        kinds = {bool: (keys.BOOL,), int: (keys.INT, keys.BUCKET)}
         types = [kind for kind in (*typing.get_args(field.annotation), field.annotation) if kind in kinds]
-        expected = kinds[types[0]] if types else keys.INT if key == "stage" else keys.SECTION
-        assert keys.ZERO[key] == expected, key
+        expected = kinds[types[0]] if types else (keys.INT,) if key == "stage" else (keys.SECTION,)
+        assert keys.ZERO[key] in expected, key
+
+
+def test_sections_that_are_passed_on_have_deepspeeds_keys() -> None:
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import DeepSpeedMonitorConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    theirs = {name: field.annotation.model_fields for name, field in DeepSpeedMonitorConfig.model_fields.items()}
+    theirs |= {"comms_logger": CommsLoggerConfig.model_fields, "aio": AIO_DEFAULT_DICT}
+    theirs |= {"flops_profiler": vars(DeepSpeedFlopsProfilerConfig({}))}
+    sections = {name: table for name, table in keys.PASSED_ON.items() if not isinstance(table, Kind)}
+    throughput = sections.pop("timers")["throughput"]
+    assert {name: set(table) for name, table in sections.items()} == {
+        name: set(table) for name, table in theirs.items()
+    }
+    assert set(throughput) == set(DeepSpeedThroughputTimerConfig.model_fields)
 
 
 def test_data_types_are_those_deepspeed_asks_for() -> None:

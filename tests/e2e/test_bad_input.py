@@ -91,6 +91,42 @@ add_json(
     "fp16 and bf16", '{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "fp16 and bf16 are both", "--no_bf16"
 )
 add_json("bf16 against --no_bf16", '{"bf16": {"enabled": true}}', "bf16.enabled", "--no_bf16", '"auto"')
+add_json("printing never", '{"steps_per_print": 0}', "steps_per_print is 0", "a whole number of 1 or more")
+add_json("printing often", '{"steps_per_print": "often"}', 'steps_per_print is "often"', "a whole number of 1 or more")
+add_json(
+    "empty bucket",
+    '{"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}',
+    "reduce_bucket_size is 0",
+    "from 1 to",
+)
+add_json("misspelt monitor", '{"wandb": {"projekt": "a"}}', "'wandb.projekt'", "nearest: 'project'")
+add_json("monitor as text", '{"tensorboard": {"enabled": "yes"}}', 'tensorboard.enabled is "yes"', "true or false")
+add_json(
+    "monitor nowhere",
+    '{"csv_monitor": {"enabled": true, "output_path": "train.jsonl/x"}}',
+    "csv_monitor.output_path",
+    "train.jsonl is not a writable folder",
+)
+add_json("checkpoint", '{"checkpoint": {"writer": {"type": "fast"}}}', "checkpoint is not supported", "remove it")
+add_json(
+    "part of the optimizer",
+    '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
+    "offload_optimizer.ratio",
+    "torch's AdamW",
+)
+add_json(
+    "DeepSpeed's own",
+    '{"aio": {"use_gds": true}}',
+    "DeepSpeed refuses it",
+    "GDS currently only supported for CUDA",
+)
+add_json(
+    "GPUs only", '{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}', "zero_quantized_weights", "GPU"
+)
+for library in ("wandb", "comet_ml"):
+    section = library.removesuffix("_ml")
+    if importlib.util.find_spec(library) is None:
+        add_json(f"{section} without its library", f'{{"{section}": {{"enabled": true}}}}', library, "pip install")
 add_json("fp32 against --bf16", '{"bf16": {"enabled": false}}', "bf16.enabled", "--bf16", flags="--bf16")
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -118,6 +154,8 @@ for flags, words in {
     "--global_batch_size 7": ("global_batch_size", "not a multiple"),
 }.items():
     add(f"plan {flags}", flags, *words, script="plan")
+for flag in ("--json", "--plot"):
+    add(f"plan writes {flag} into a folder", f"{flag} .", "cannot write .", "a folder", "name a file", script="plan")
 add("unknown task", "--task sst3", "task", "'sst3'", "nearest: 'sst2'", "known: ")
 for name, values in {
     "seed": ("-1", "18446744073709551616"),
@@ -151,6 +189,11 @@ for flags, words in {
     "--num_train_epochs 1e308": ("num_train_epochs", "1e+308", "fp32"),
     "--max_seq_length 1000000000000": ("max_seq_length", "1000000000000", "128 positions"),
     "--rank 1000000000000": ("host memory", "needs", "--force"),
+    f"--rank {2**63 - 1} --dry_run": ("rank", "more than a tensor can have"),
+    f"--rank {2**63 - 1} --method lora --dry_run": ("rank", "more than a tensor can have"),
+    "--core_fraction 1e-17 --dry_run": ("core_fraction", "1e-17", "cannot be told from 0"),
+    "--rank=--": ("rank", "'--' is not a value"),
+    "--task=--": ("task", "'--' is not a value"),
     "--gradient_accumulation_steps 1000000000000": ("gradient_accumulation_steps", "8 training rows"),
     "--global_batch_size 4000000000000": ("gradient_accumulation_steps", "8 training rows", "--global_batch_size"),
     "--seed 1000000000000": ("seed", "1000000000000", "2**32"),
@@ -388,6 +431,22 @@ add(
 )
 add("regions of other targets", f"{REGIONS}llama.safetensors --target_modules q_proj", "core_regions", "not a target")
 add("regions off the ladder", f"{REGIONS}llama.safetensors --element_fraction 0.03", "element_fraction", "0.05", "0.03")
+for flags, asked, made in (
+    ("--importance random", "random", "importance"),
+    ("--calibration_reduction per_batch_abs", "per_batch_abs", "signed_mean"),
+    ("--calibration_samples 3", "3", "4"),
+    ("--importance_weights original --load_in_4bit", "original", "loaded"),
+):
+    for script in ("train", "plan"):
+        words = (flags.split()[0].strip("-"), "llama.safetensors", f"scored with {made}, not {asked}", "--core_regions")
+        add(f"{script}: regions and {flags}", f"{REGIONS}llama.safetensors {flags}", *words, script=script)
+add(
+    "regions and scoring in YAML",
+    f"{REGIONS}llama.safetensors --config run.yaml",
+    "importance: ",
+    "not magnitude",
+    files={"run.yaml": "importance: magnitude"},
+)
 add(
     "regions of other weights",
     f"{REGIONS}seed1.safetensors",

@@ -96,7 +96,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     tiny_models.save(tiny_models.bert(), path / "bert")
     write_rows(path / "train.jsonl", 21)
     write_rows(path / "eval.jsonl", 5)
-    write_sentences(path / "sentences.jsonl", 21)
+    for name in ("sentences", "held_out"):
+        write_sentences(path / f"{name}.jsonl", 21)
     with ForkServer() as server:
         yield Desk(path, server)
 
@@ -109,7 +110,7 @@ WAYS = {
     "full-zero1-bf16": ("--method", "full", "--ds_config", "zero1.json", "--learning_rate", "1e-3"),
     # Dropout: random numbers, and a task head that is trained beside the adapter.
     "head-zero3-bf16": ("--model_name_or_path", "../bert", "--task", "sst2", "--train_file", "../sentences.jsonl",
-                        "--eval_file", "../sentences.jsonl"),
+                        "--eval_file", "../held_out.jsonl"),
 }  # fmt: skip
 
 

@@ -1,0 +1,51 @@
+"""A chat template is a program that came with the tokenizer: it is run here, and its faults are told in one line."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from taso_ds.errors import UserError
+
+_FILE = "<template>"  # what jinja calls a template that is no file
+
+
+def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    """Return the text that the tokenizer's chat template makes of a conversation.
+
+    Raises:
+        UserError: There is no template, it does not parse or raises, or it leaves out what the user says.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: drop use_chat_template or use an instruction model")
+    asked = messages[0]["content"]
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except Exception as error:  # of jinja, or whatever the template's expressions run into
+        raise UserError(f"{_title(tokenizer)}, line {_line(error)}: {error} (at the prompt {_start(asked)})") from error
+    if _without_blanks(asked) not in _without_blanks(text):
+        raise UserError(f"{_title(tokenizer)} leaves out the prompt {_start(asked)}: correct it, or drop the flag")
+    return text
+
+
+def _title(tokenizer: Any) -> str:
+    return f"use_chat_template: the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+
+
+def _line(error: Exception) -> int | str:
+    """Return the line of the template at which an error arose: its own, where it does not parse."""
+    line: int | str = getattr(error, "lineno", None) or "unknown"
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == _FILE:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def _start(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}…")
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
