@@ -233,7 +233,7 @@ def given_names(argv: Sequence[str]) -> frozenset[str]:
 
 def debug_is_on(argv: Sequence[str]) -> bool:
     """Say whether a command line, or the file of its ``--config``, asks for ``--debug``; the parse finds mistakes."""
-    parser = _RaisingParser(add_help=False, allow_abbrev=False)
+    parser = RaisingParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--debug", nargs="?", const="true")
     try:
         given, file = parser.parse_known_args(argv)[0].debug, _config_file(argv)
