@@ -67,13 +67,14 @@ def matrix_shape(
 def is_linear_map(module: nn.Module) -> bool:
     """Say whether a linear computes ``x Wᵀ + b``, which adapters and scoring rely on.
 
-    A class with a ``forward`` of its own may say so (``is_linear_map``). Otherwise a copy of the module with a tiny
-    weight is tried, because its own weight may be partitioned or not there yet.
+    A class with a ``forward`` of its own may say so (``is_linear_map``), and bitsandbytes' are known to. Otherwise a
+    copy of the module with a tiny weight is tried, because its own weight may be partitioned or not there yet.
     """
     kind = type(module)
     if not isinstance(module, nn.Linear) or kind.forward is nn.Linear.forward:
         return True
-    return bool(getattr(kind, "is_linear_map", False)) or _computes_linear(module)
+    is_known = getattr(kind, "is_linear_map", False) or kind.__module__.startswith("bitsandbytes.")
+    return bool(is_known) or _computes_linear(module)
 
 
 def _computes_linear(module: nn.Linear) -> bool:

@@ -14,7 +14,7 @@ from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
 from taso_ds.training import export
-from taso_ds.training.base_model import BaseModel, meta_model
+from taso_ds.training.base_model import BaseModel, meta_model, without_weights
 from taso_ds.training.build import Setup, load_base, set_up
 from taso_ds.training.disk_tensors import DiskTensors
 from taso_ds.training.output_folder import check_no_model
@@ -44,7 +44,7 @@ def _check_fits(setup: Setup, saved: SavedAdapter, run: str) -> None:
     for name, shape in saved.shapes.items():
         if _shape_of(model, name) != shape:
             raise UserError(f"run: the adapter in {run} has {name}, which this base does not have in that shape")
-    head = BaseModel(model, setup.base_config, setup.head).head_parameters
+    head = without_weights(model, setup.base_config, setup.source, head=setup.head).head_parameters
     for name in sorted(head.keys() | saved.head.keys()):
         if name not in saved.head:
             raise UserError(f"run: the adapter in {run} has no {name}, which would be untrained: drop --head")
