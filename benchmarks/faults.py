@@ -82,7 +82,7 @@ def recover(server: ForkServer, desk: Path, run: Path, fault: dict[str, Any]) ->
 
 
 def inject(server: ForkServer, desk: Path, number: int, seed: int) -> dict[str, Any]:
-    server.run(flags(desk, desk / "whole"), desk / "whole.log", count=True)
+    server.run(flags(desk, desk / "whole"), desk / "whole.log", count=sum(POINTS.values(), ()))
     calls = [json.loads((desk / "whole.log" / f"calls{rank}.json").read_text()) for rank in range(2)]
     expected, random_numbers = content(desk / "whole"), random.Random(seed)
     injected, identical, hung, slowest = Counter[str](), Counter[str](), 0, 0.0

@@ -1,13 +1,14 @@
 """Ranks started by fork from a process that has imported everything: a two-rank run takes seconds, not half a minute.
 
-A job is a JSON object: ``argv`` (of launch/train.py), ``folder`` (for the ranks' output), ``ranks``, ``timeout`` in
-seconds, and perhaps ``faults`` (see ``faulty.py``), ``count`` or ``file_size``, a limit in bytes. The answer has each
-rank's exit code (negative: killed by that signal), whether a rank had to be killed because it ``hung``, and ``ended``,
-when the last one was gone.
+A job is a JSON object: ``argv``, ``folder`` (for the ranks' output), ``ranks``, ``timeout`` in seconds, and perhaps
+``script`` (of launch/, ``train`` unless it says otherwise), ``faults`` (see ``faulty.py``), ``count``, places whose calls
+are counted, or ``file_size``, a limit in bytes. The answer has each rank's exit code (negative: killed by that signal),
+whether a rank had to be killed because it ``hung``, and ``ended``, when the last one was gone.
 
 No launcher helps here: what ends the ranks that a failed one leaves behind is the program itself.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -57,10 +58,9 @@ class ForkServer:
 
 def _import_everything() -> None:
     """Load what a run loads; nothing of it may start a thread, which a fork would lose."""
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import taso_ds.training.build
-    import taso_ds.training.run  # noqa: F401
+    for name in ("deepspeed", "bitsandbytes", "peft", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
+    importlib.import_module("taso_ds.training.run")
 
 
 def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:
@@ -76,14 +76,15 @@ def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:
         file = os.open(folder / f"rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     os.chdir(folder)
-    sys.argv = ["train.py", *job["argv"]]
+    script = job.get("script", "train")
+    sys.argv = [f"{script}.py", *job["argv"]]
     if "file_size" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"],) * 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
     plant([fault for fault in job.get("faults", []) if fault["rank"] == rank], folder)
     if job.get("count"):
-        count_calls(folder / f"calls{rank}.json")
-    from taso_ds.launch.train import main
+        count_calls(folder / f"calls{rank}.json", job["count"])
+    main = importlib.import_module(f"taso_ds.launch.{script}").main
 
     code = 1
     try:

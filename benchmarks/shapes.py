@@ -78,7 +78,7 @@ def write_model(folder: Path, size: str) -> Path:
     (target / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
-    _byte_tokenizer().save_pretrained(target)
+    byte_tokenizer().save_pretrained(target)
     (target / "config.json").write_text(json.dumps(config_of(size), indent=1))
     return target
 
@@ -103,7 +103,7 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
 
 
-def _byte_tokenizer():  # type: ignore[no-untyped-def]
+def byte_tokenizer():  # type: ignore[no-untyped-def]
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
