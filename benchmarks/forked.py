@@ -66,6 +66,7 @@ def _import_everything() -> None:
 def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:
     """Become one rank of a job: does not return."""
     from faulty import count_calls, plant
+    from forked_proof import prove_in_fork
 
     folder = Path(job["folder"])
     os.environ.update(
@@ -78,6 +79,7 @@ def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:
     os.chdir(folder)
     script = job.get("script", "train")
     sys.argv = [f"{script}.py", *job["argv"]]
+    prove_in_fork()
     if "file_size" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"],) * 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
