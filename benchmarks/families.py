@@ -24,8 +24,8 @@ _SIZES: dict[int, str] = {
     " dense_intermediate_size intermediate_size_mlp shared_intermediate_size",
     32: "hidden_size d_model n_embd dim emb_dim word_embed_proj_dim embedding_size embedding_dim pooler_hidden_size"
     " input_embedding_size output_embedding_size moe_intermediate_size shared_expert_intermediate_size"
-    " moe_shared_expert_intermediate_size expert_ffn_hidden_size image_size"
-    " sliding_window attention_window_size window_size local_attention attention_chunk_size chunk_size mamba_chunk_size",
+    " moe_shared_expert_intermediate_size expert_ffn_hidden_size image_size sliding_window attention_window_size"
+    " window_size local_attention attention_chunk_size chunk_size mamba_chunk_size",
     16: "kv_lora_rank q_lora_rank o_lora_rank mamba_d_state ssm_state_size state_size global_head_dim patch_size"
     " true_hidden_size intra_bottleneck_size index_topk",
     8: "head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim linear_key_head_dim linear_value_head_dim mamba_head_dim"
@@ -48,25 +48,17 @@ class Family:
     """One row: a model type, and what it wants otherwise than the sizes above.
 
     Attributes:
+        name: the model type, and in brackets what tells several rows of a type apart.
         kind: ``text``, ``encoder`` (a classification head) or ``multimodal`` (used with text alone).
-        label: of the row, where a type has several.
     """
 
-    model_type: str
+    name: str
     changes: dict[str, Any]
     kind: str
-    label: str = ""
 
     @property
-    def name(self) -> str:
-        return self.label or self.model_type
-
-
-def tiny_config(model_type: str, changes: dict[str, Any]) -> Any:
-    """Return the configuration of a tiny model."""
-    from transformers import CONFIG_MAPPING
-
-    return _shrunk(CONFIG_MAPPING[model_type], changes)
+    def model_type(self) -> str:
+        return self.name.partition(" ")[0]
 
 
 def _shrunk(config_class: Any, changes: dict[str, Any]) -> Any:
@@ -79,17 +71,20 @@ def _shrunk(config_class: Any, changes: dict[str, Any]) -> Any:
     values |= {name: _PLACEHOLDER for name in known if name.endswith(("_token_id", "_token_index"))} | _TOKENS
     if "initializer_range" in known:
         values["initializer_range"] = 0.2
-    for name in config_class.sub_configs:
-        inner = getattr(default, name, None)
-        if inner is not None:
-            values[name] = _shrunk(type(inner), changes.get(name, {})).to_dict()
-    return config_class(**values | {name: value for name, value in changes.items() if name not in values or name not in config_class.sub_configs})
+    inner = {name: getattr(default, name, None) for name in config_class.sub_configs}
+    values |= {name: _shrunk(type(one), changes.get(name, {})).to_dict() for name, one in inner.items() if one}
+    return config_class(**values | {name: value for name, value in changes.items() if name not in inner})
 
 
 def build(family: Family, *, device: str = "cpu") -> Any:
     """Return the model of a family with random weights."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
 
     kinds: dict[str, Any] = {
         "text": AutoModelForCausalLM,
@@ -98,7 +93,11 @@ def build(family: Family, *, device: str = "cpu") -> Any:
     }
     torch.manual_seed(0)
     with torch.device(device):
-        return kinds[family.kind].from_config(tiny_config(family.model_type, family.changes)).eval()
+        model = kinds[family.kind].from_config(_shrunk(CONFIG_MAPPING[family.model_type], family.changes)).eval()
+    for parameter in model.parameters():
+        if device != "meta" and not parameter.any():  # as biases start, and scales behind which no gradient would reach
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def write(family: Family, folder: Path) -> Path:
@@ -141,6 +140,7 @@ _DENSE: dict[str, dict[str, Any]] = {
     "codegen": {},
     "bloom": {},
     "falcon": {},
+    "falcon (40B)": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "mpt": {},
     "stablelm": {},
     "starcoder2": {},
@@ -281,9 +281,16 @@ _MULTIMODAL: dict[str, dict[str, Any]] = {
     "mistral3": {},
 }
 
-FAMILIES = (
-    *(Family(name, changes, "text") for table in (_DENSE, _MIXTURES, _STATE_SPACE) for name, changes in table.items()),
-    Family("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "text", "falcon (40B)"),
-    *(Family(name, changes, "encoder") for name, changes in _ENCODERS.items()),
-    *(Family(name, changes, "multimodal") for name, changes in _MULTIMODAL.items()),
-)
+
+def _group(kind: str, table: dict[str, dict[str, Any]]) -> tuple[Family, ...]:
+    return tuple(Family(name, changes, kind) for name, changes in table.items())
+
+
+GROUPS: dict[str, tuple[Family, ...]] = {
+    "Dense decoders": _group("text", _DENSE),
+    "Mixtures of experts": _group("text", _MIXTURES),
+    "State-space, recurrent and hybrid decoders": _group("text", _STATE_SPACE),
+    "Encoders, with a classification head": _group("encoder", _ENCODERS),
+    "Models of images and text, used with text": _group("multimodal", _MULTIMODAL),
+}
+FAMILIES = tuple(family for group in GROUPS.values() for family in group)

@@ -1,9 +1,9 @@
 """Ranks started by fork from a process that has imported everything: a two-rank run takes seconds, not half a minute.
 
 A job is a JSON object: ``argv``, ``folder`` (for the ranks' output), ``ranks``, ``timeout`` in seconds, and perhaps
-``script`` (of launch/, ``train`` unless it says otherwise), ``faults`` (see ``faulty.py``), ``count``, places whose calls
-are counted, or ``file_size``, a limit in bytes. The answer has each rank's exit code (negative: killed by that signal),
-whether a rank had to be killed because it ``hung``, and ``ended``, when the last one was gone.
+``script`` (of launch/, ``train`` unless it says otherwise), ``faults`` (see ``faulty.py``), ``count`` (places whose
+calls are counted) or ``file_size``, a limit in bytes. The answer has each rank's exit code (negative: killed by that
+signal), whether a rank had to be killed because it ``hung``, and ``ended``, when the last one was gone.
 
 No launcher helps here: what ends the ranks that a failed one leaves behind is the program itself.
 """

@@ -1,4 +1,4 @@
-"""The proof of an export in a process that was forked before the run began: as fresh as a new one, without its imports."""
+"""The proof of an export in a process forked before its run began: as fresh as a new one, with all imports done."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ def prove_in_fork() -> None:
         os.close(asked)
         os.close(answered)
         try:
-            with open(requests) as lines, open(answers, "w") as out:
+            with os.fdopen(requests) as lines, os.fdopen(answers, "w") as out:
                 for line in lines:
                     out.write(json.dumps(_prove(line.strip())) + "\n")
                     out.flush()
@@ -28,12 +28,12 @@ def prove_in_fork() -> None:
             os._exit(0)
     os.close(requests)
     os.close(answers)
-    asking, answers_of = open(asked, "w"), open(answered)
+    asking, told = os.fdopen(asked, "w"), os.fdopen(answered)
 
     def run(command: list[str], **_options: Any) -> "subprocess.CompletedProcess[str]":
         asking.write(command[-1] + "\n")
         asking.flush()
-        return subprocess.CompletedProcess(command, **json.loads(answers_of.readline()))
+        return subprocess.CompletedProcess(command, **json.loads(told.readline()))
 
     prove.subprocess = SimpleNamespace(run=run)  # type: ignore[assignment]
 

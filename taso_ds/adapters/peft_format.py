@@ -73,7 +73,7 @@ def peft_config(
     *,
     base_model_name_or_path: str,
     task_type: str,
-    linear_names: Sequence[str],
+    module_names: Sequence[str],
     fan_in_fan_out: bool,
     modules_to_save: Sequence[str],
     experts: Sequence[str] = (),
@@ -82,7 +82,7 @@ def peft_config(
     """Return ``adapter_config.json``.
 
     Args:
-        linear_names: every linear of the model, to know whether the short names select exactly the adapted ones.
+        module_names: every module of the model, to know whether the short names select exactly the adapted ones.
         fan_in_fan_out: whether the targets store their weight transposed (GPT-2's ``Conv1D``).
         modules_to_save: modules trained in full (a task head).
         experts: every fused parameter with adapted experts.
@@ -100,7 +100,7 @@ def peft_config(
         "lora_alpha": total_rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": _short_names(by_name, linear_names),
+        "target_modules": _short_names(by_name, module_names),
         "target_parameters": [*experts, *(f"{name}.weight" for name in by_weight)] or None,
         "fan_in_fan_out": fan_in_fan_out,
         "modules_to_save": list(modules_to_save) or None,
@@ -108,10 +108,13 @@ def peft_config(
     }
 
 
-def _short_names(adapted: Sequence[str], linear_names: Sequence[str]) -> list[str]:
-    """Return the last path components if they select exactly the adapted modules, else the full paths."""
+def _short_names(adapted: Sequence[str], module_names: Sequence[str]) -> list[str]:
+    """Return the last path components if they select exactly the adapted modules, else the full paths.
+
+    PEFT looks for them among all modules: ``0`` would name a block as well as a linear in a list.
+    """
     short = {name.rsplit(".", 1)[-1] for name in adapted}
-    selected = {name for name in linear_names if name.rsplit(".", 1)[-1] in short}
+    selected = {name for name in module_names if name.rsplit(".", 1)[-1] in short}
     return sorted(short if selected == set(adapted) else adapted)
 
 

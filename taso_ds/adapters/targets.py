@@ -5,8 +5,8 @@ By default every linear of the transformer blocks: ``nn.Linear`` and its subclas
 experts (see ``experts``), unless those in fused parameters are asked for: then each of their slices is a target too.
 A subclass that does not compute ``x Wᵀ + b`` is no target, as some routers, which return the experts they chose; nor is
 what rows of text never pass (see ``towers``).
-The inner linears of Mamba's blocks are left alone as well: its kernels take their weights past the module, so an
-adapter would have no effect there, and peft refuses to open one of ``out_proj``.
+Linears whose weights a model takes past the module, as the kernels of Mamba's blocks do, are left alone as well: an
+adapter would have no effect there.
 """
 
 import copy
@@ -37,9 +37,13 @@ class MatrixShape:
         return self.out_features * self.in_features
 
 
-# The model types that peft (``tuners/tuners_utils.py``) names.
-_STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
-_TAKEN_BY_KERNELS = (".x_proj", ".dt_proj", ".out_proj")
+# By model type, the linears whose weights are taken past the module: on some devices, by some kernels or always.
+_TAKEN_PAST: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), (".x_proj", ".dt_proj", ".out_proj")),
+    **dict.fromkeys(("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), (".out_proj",)),
+    "jamba": (".dt_proj",),
+    "gemma3n_text": (".correction_coefs",),
+}
 
 
 # A linear, or what stands for one.
@@ -145,20 +149,24 @@ def find_targets(
 
 def _linears(model: nn.Module, *, experts: bool) -> dict[str, Target]:
     linears: dict[str, Target] = {}
-    has_kernels = getattr(getattr(model, "config", None), "model_type", None) in _STATE_SPACE
-    textless = textless_parts(model)
+    taken_past, textless = _taken_past(model), textless_parts(model)
     for name, module in model.named_modules():
         if inside(name, textless):
             continue
-        is_bypassed = has_kernels and name.endswith(_TAKEN_BY_KERNELS)
         is_linear = matrix_shape(module) is not None and is_linear_map(module)
-        if is_linear and not in_expert_list(name) and not is_bypassed:
+        if is_linear and not in_expert_list(name) and not name.endswith(taken_past):
             linears[name] = module
         if experts:
             linears |= {f"{name}.{inner}": matrix for inner, matrix in expert_matrices(module).items()}
     if experts and not any(isinstance(target, ExpertMatrix) for target in linears.values()):
         raise UserError(f"adapt_experts: {type(model).__name__} has no experts in fused parameters; drop the flag")
     return linears
+
+
+def _taken_past(model: nn.Module) -> tuple[str, ...]:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return _TAKEN_PAST.get(getattr(text, "model_type", ""), ())
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -28,10 +28,6 @@ def task_type(*, head: bool) -> str:
     return "SEQ_CLS" if head else "CAUSAL_LM"
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if matrix_shape(module) is not None]
-
-
 def head_modules(model: nn.Module, head: Mapping[str, nn.Parameter]) -> list[str]:
     """Return PEFT's ``modules_to_save`` for the head: top modules (``score``, ``classifier``), and a pooler below.
 
@@ -60,7 +56,7 @@ def save_taso(
         adapter,
         base_model_name_or_path=base_name,
         task_type=task_type(head=bool(head)),
-        linear_names=linear_names(model),
+        module_names=[name for name, _ in model.named_modules()],
         fan_in_fan_out=_any_transposed(model, list(adapter.regions)),
         modules_to_save=head_modules(model, head),
         experts=list(experts),

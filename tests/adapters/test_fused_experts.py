@@ -265,7 +265,7 @@ def opened_by_peft(model: Any, adapter: TasoAdapter, folder: Path) -> Any:
         adapter,
         base_model_name_or_path="base",
         task_type="CAUSAL_LM",
-        linear_names=[name for name, module in model.named_modules() if matrix_shape(module) is not None],
+        module_names=[name for name, _ in model.named_modules()],
         fan_in_fan_out=False,
         modules_to_save=[],
         experts=list(experts),

@@ -27,14 +27,13 @@ from taso_ds.adapters.peft_format import (
 )
 from taso_ds.adapters.selection import select_core_region
 from taso_ds.adapters.structure import STRUCTURES
-from taso_ds.adapters.targets import matrix_shape
 from taso_ds.errors import UserError
 
 BATCH = {key: value for key, value in tiny_models.token_batch().items() if key != "labels"}
 
 
-def linear_names(model: Any) -> list[str]:
-    return [name for name, module in model.named_modules() if matrix_shape(module) is not None]
+def module_names(model: Any) -> list[str]:
+    return [name for name, _ in model.named_modules()]
 
 
 def save(
@@ -43,7 +42,7 @@ def save(
     options: dict[str, Any] = {
         "base_model_name_or_path": "base",
         "task_type": "CAUSAL_LM",
-        "linear_names": linear_names(model),
+        "module_names": module_names(model),
         "fan_in_fan_out": False,
         "modules_to_save": [],
     }
@@ -220,7 +219,7 @@ def test_short_names_where_they_say_exactly_what_is_adapted() -> None:
             trained_adapter(model, targets),
             base_model_name_or_path="base",
             task_type="CAUSAL_LM",
-            linear_names=linear_names(model),
+            module_names=module_names(model),
             fan_in_fan_out=False,
             modules_to_save=[],
         )
@@ -231,6 +230,17 @@ def test_short_names_where_they_say_exactly_what_is_adapted() -> None:
     assert names(["v_proj", "q_proj"]) == ["q_proj", "v_proj"]
     # q_proj of one block of two: the short name would adapt both.
     assert names(["model.layers.1.self_attn.q_proj"]) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_linears_whose_name_a_block_has_too_are_found_by_peft(tmp_path: Path) -> None:
+    """As Gemma 3n's: a list of linears beside the list of blocks, so both hold a ``0``."""
+    model = tiny_models.llama()
+    model.model.extra = torch.nn.ModuleList([torch.nn.Linear(32, 32)])
+    adapter = trained_adapter(model, ["extra.0", "q_proj"])
+    save(tmp_path, model, adapter)
+    opened = opened_by_peft(model, tmp_path)
+    adapted = {name.split(".lora_")[0] for name, _ in opened.named_parameters() if ".lora_" in name}
+    assert adapted == {f"base_model.model.{name}" for name in adapter.regions}
 
 
 def test_peft_adapts_one_block_only_when_one_was_adapted(tmp_path: Path) -> None:

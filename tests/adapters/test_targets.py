@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from families import FAMILIES, build
 from torch import nn
 
 from taso_ds.adapters.targets import MatrixShape, find_targets, is_linear_map, matrix_shape
@@ -105,6 +106,24 @@ def test_shapes_are_out_by_in_whatever_the_storage() -> None:
         pass
 
     assert matrix_shape(Special(3, 5)) == MatrixShape(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("falcon_mamba", {"x_proj", "dt_proj", "out_proj"}),
+        ("jamba", {"dt_proj"}),
+        ("bamba", {"out_proj"}),
+        ("gemma3n_text", {"correction_coefs"}),
+    ],
+)
+def test_what_a_family_takes_past_its_module_is_no_target(name: str, left: set[str]) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    model = build(family, device="meta")
+    inside = {module.rpartition(".")[2] for module, found in model.named_modules() if matrix_shape(found) is not None}
+    targets = {target.rpartition(".")[2] for target in find_targets(model)}
+    assert left <= inside
+    assert not left & targets
 
 
 def test_what_kernels_take_past_its_module_is_no_target() -> None:
