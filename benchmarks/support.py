@@ -32,7 +32,7 @@ def main() -> None:
     unknown = [name for name in names if name not in by_name]
     if unknown:
         parser.error(f"no family {unknown[0]!r}; there are {', '.join(by_name)}")
-    waiting = iter(names or [name for name in by_name if not file_of[name].is_file()])
+    waiting = iter(names) if names else (name for name in by_name if not file_of[name].is_file())
 
     def work() -> None:
         with ForkServer() as server:

@@ -109,6 +109,12 @@ class Desk:
         return results | {"said": said}
 
 
+def _kind_of(name: str) -> str:
+    """Return the last part of a matrix's name, or ``list.*`` for one of a list."""
+    *_, owner, last = name.split(".")
+    return f"{owner}.*" if last.isdigit() else last
+
+
 class Trial:
     """The cells of one family, in their order; later ones compare with the first."""
 
@@ -148,7 +154,7 @@ class Trial:
 
         self._done()
         scores = load_region_file(self._desk.path / "fp32" / "core_regions.safetensors").scores
-        self.linears = list(dict.fromkeys(name.rpartition(".")[2] for name in scores))
+        self.linears = list(dict.fromkeys(_kind_of(name) for name in scores))
         silent = [name for name, entry in scores.items() if not float(entry.row_importance.sum()) > 0]
         if silent:
             raise Failed(f"no gradient reaches {silent[0]}")

@@ -7,6 +7,7 @@ here works for anyone.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -115,8 +116,7 @@ def prove_export(
             capture_output=True, text=True, env=environment, check=False,
         )  # fmt: skip
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"export: {folder} does not open with {library}: {last}")
+        raise UserError(f"export: {folder} does not open with {library}: {what_was_raised(done.stderr)}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     if found["different"]:
         raise UserError(f"export: {folder}: {library} did not take up {found['different'][0]} as it stands in the file")
@@ -132,6 +132,13 @@ def prove_export(
     if proof.effect == 0.0:
         raise UserError(f"export: {folder} changes nothing: its logits equal the base's")
     return proof
+
+
+def what_was_raised(stderr: str) -> str:
+    """Return what the last exception of a traceback said, all its lines."""
+    lines = stderr.strip().splitlines() or ["no output"]
+    starts = [number for number, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*: ", line)]
+    return " ".join(lines[starts[-1] :] if starts else lines[-1:])
 
 
 def _main(spec_file: str) -> None:

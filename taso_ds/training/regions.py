@@ -48,7 +48,7 @@ class Regions:
 
     @property
     def out_of_reach(self) -> list[str]:
-        """Matrices whose importance is zero everywhere: experts that no calibration token was sent to."""
+        """Matrices whose importance is zero everywhere: often experts that no calibration token was sent to."""
         found = [name for name, scores in self.file.scores.items() if not scores.row_importance.any()]
         return found if len(found) < len(self.cut) else []
 
@@ -293,9 +293,10 @@ def describe_regions(regions: Regions, config: RunConfig) -> str:
         f"core regions: {len(regions.cut)} matrices; the top {p:.0%} of rows hold {found['rows']:.0%} and the top"
         f" {p:.0%} of columns {found['cols']:.0%} of the core elements (a random region: {p:.0%})"
     )
-    if out_of_reach := len(regions.out_of_reach):
+    if out_of_reach := regions.out_of_reach:
         line += (
-            f"; no calibration token reached {out_of_reach} expert matrices, whose regions are their first rows and"
-            " columns: raise --calibration_samples"
+            f"; no gradient reached {len(out_of_reach)} of them (the first is {out_of_reach[0]}), whose regions are"
+            " their first rows and columns: raise --calibration_samples for experts, leave others out of"
+            " --target_modules"
         )
     return line

@@ -16,12 +16,13 @@ from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.region_file import RegionFile
 from taso_ds.adapters.selection import concentration, ladder_with, score_rows_and_cols
 from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
+from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.training.calibrate import score_regions, scoring_mode
 from taso_ds.training.gradient_sum import GradientSum
 from taso_ds.training.loss import loss_sum
-from taso_ds.training.regions import Regions, fingerprint
+from taso_ds.training.regions import Regions, describe_regions, fingerprint
 from taso_ds.training.scoring_pass import ScoringSettings, assign_owners
 
 LADDER = ladder_with(0.05)
@@ -141,6 +142,8 @@ def test_an_expert_no_token_reaches_has_zero_importance() -> None:
     assert (first.rows.tolist(), first.cols.tolist()) == (list(range(24)), list(range(8)))
     shares = [concentration(found[name], regions.cut[name], 0.05)[0] for name in found if name not in unreached]
     assert regions.mean_concentration(0.05)["rows"] == pytest.approx(sum(shares) / len(shares))
+    said = describe_regions(regions, parse_run_config(["--core_fraction", "0.25"]))
+    assert f"no gradient reached {len(unreached)} of them (the first is {unreached[0]})" in said
 
 
 def test_nothing_but_sums_lives_into_the_next_micro_batch() -> None:
