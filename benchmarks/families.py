@@ -49,7 +49,8 @@ class Family:
 
     Attributes:
         name: the model type, and in brackets what tells several rows of a type apart.
-        kind: ``text``, ``encoder`` (a classification head) or ``multimodal`` (used with text alone).
+        kind: ``text``, ``encoder`` (a classification head), ``multimodal`` (used with text alone), or ``seq2seq``,
+            ``speech`` and ``vision``, which are other models altogether.
     """
 
     name: str
@@ -82,14 +83,20 @@ def build(family: Family, *, device: str = "cpu") -> Any:
     from transformers import (
         CONFIG_MAPPING,
         AutoModelForCausalLM,
+        AutoModelForImageClassification,
         AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
+        AutoModelForSpeechSeq2Seq,
     )
 
     kinds: dict[str, Any] = {
         "text": AutoModelForCausalLM,
         "encoder": AutoModelForSequenceClassification,
         "multimodal": AutoModelForImageTextToText,
+        "seq2seq": AutoModelForSeq2SeqLM,
+        "speech": AutoModelForSpeechSeq2Seq,
+        "vision": AutoModelForImageClassification,
     }
     torch.manual_seed(0)
     with torch.device(device):
@@ -292,5 +299,6 @@ GROUPS: dict[str, tuple[Family, ...]] = {
     "State-space, recurrent and hybrid decoders": _group("text", _STATE_SPACE),
     "Encoders, with a classification head": _group("encoder", _ENCODERS),
     "Models of images and text, used with text": _group("multimodal", _MULTIMODAL),
+    "Other models": (Family("t5", {}, "seq2seq"), Family("whisper", {}, "speech"), Family("vit", {}, "vision")),
 }
 FAMILIES = tuple(family for group in GROUPS.values() for family in group)

@@ -29,6 +29,10 @@ class Failed(Exception):
     """A cell is no; says why in one line."""
 
 
+class Refused(Failed):
+    """A run was refused before it began."""
+
+
 class NotThere(Exception):
     """There is nothing to try in this cell."""
 
@@ -92,7 +96,8 @@ class Desk:
         if set(answer["codes"]) != {0}:
             errors = [line for file in sorted(log.glob("rank*.err")) for line in file.read_text().splitlines()]
             said = [line.removeprefix("error: ") for line in errors if line.startswith("error: ")]
-            raise Failed(said[-1].replace(str(self.path), "…") if said else f"exit codes {answer['codes']}")
+            kind = Refused if set(answer["codes"]) == {2} else Failed
+            raise kind(said[-1].replace(str(self.path), "…") if said else f"exit codes {answer['codes']}")
         return (log / "rank0.out").read_text()
 
     def train(self, name: str, *flags: str, ds_config: str = "zero0.json", **more: Any) -> dict[str, Any]:
@@ -130,10 +135,15 @@ class Trial:
             "checkpointing": self._recompute, "nf4": self._train_nf4, "experts": self._adapt_experts,
             "proof": self._prove, "merge": self._merge, "lora": self._train_lora,
         }  # fmt: skip
+        refused = False
         for name, attempt in attempts.items():
             try:
-                attempt()
-                cells[name] = None
+                if not refused or name == "lora":
+                    attempt()
+                    cells[name] = None
+            except Refused as error:
+                cells[name] = str(error)
+                refused |= name == "fp32"  # then so is all that begins like it
             except Failed as error:
                 cells[name] = str(error)
             except NotThere:

@@ -9,7 +9,7 @@ import pytest
 from families import FAMILIES, Family
 from forked import ForkServer
 from support_table import marks, put_into, read_marks, render
-from support_trial import Desk, Failed, try_family
+from support_trial import Desk, Failed, Trial, try_family
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "models.md"
@@ -103,3 +103,9 @@ def test_the_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert "- mixtral, fp32, bf16: it is large\n" in text
     assert "- mixtral: `--method lora` trains it" in text
     assert "old" not in text
+
+
+def test_what_is_refused_before_it_begins_is_not_tried_in_other_ways(tmp_path: Path) -> None:
+    server: Any = Server([2, 2], "error: model: it is a whale\n")
+    cells = Trial(Desk(server, tmp_path, FAMILIES[0])).run()
+    assert cells == {"fp32": "model: it is a whale", "lora": "model: it is a whale"}
