@@ -40,13 +40,17 @@ def collate_head(rows: Sequence[EncodedRow], *, pad_id: int, is_regression: bool
     return _inputs(rows, pad_id, max(len(row.input_ids) for row in rows)) | {"labels": labels}
 
 
+# Long enough for models that shorten sequences on the way (Funnel).
+_EMPTY_LENGTH = 16
+
+
 def empty_row(pad_id: int) -> EncodedRow:
     """Return a row that takes part in every collective and counts nothing.
 
     A rank without rows at the end of an epoch runs it. It is attended to like any text: a row whose whole
     attention mask is 0 turns softmax into nan, and nan times a weight of 0 is still nan.
     """
-    return EncodedRow([pad_id, pad_id], [IGNORED, IGNORED])
+    return EncodedRow([pad_id] * _EMPTY_LENGTH, [IGNORED] * _EMPTY_LENGTH)
 
 
 def _inputs(rows: Sequence[EncodedRow], pad_id: int, width: int) -> dict[str, Tensor]:
