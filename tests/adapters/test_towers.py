@@ -117,7 +117,7 @@ def test_peft_opens_what_is_adapted_and_nothing_of_the_tower() -> None:
         TasoAdapter(regions, structure="union", rank=1, scaling=1.0, seed=0, dtype=torch.float32),
         base_model_name_or_path="",
         task_type="CAUSAL_LM",
-        linear_names=[name for name, module in model.named_modules() if matrix_shape(module) is not None],
+        module_names=[name for name, _ in model.named_modules()],
         fan_in_fan_out=False,
         modules_to_save=[],
     )
