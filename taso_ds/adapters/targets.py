@@ -6,7 +6,7 @@ experts (see ``experts``), unless those in fused parameters are asked for: then 
 A subclass that does not compute ``x Wᵀ + b`` is no target, as some routers, which return the experts they chose; nor is
 what rows of text never pass (see ``towers``).
 Linears whose weights a model takes past the module, as the kernels of Mamba's blocks do, are left alone as well: an
-adapter would have no effect there.
+adapter would have no effect there; and so is what chooses tokens for sparse attention, which no gradient reaches.
 """
 
 import copy
@@ -37,12 +37,15 @@ class MatrixShape:
         return self.out_features * self.in_features
 
 
+# What chooses the tokens that sparse attention looks at: a choice passes no gradient.
+_CHOOSER = ".indexer."
 # By model type, the linears whose weights are taken past the module: on some devices, by some kernels or always.
 _TAKEN_PAST: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mamba", "falcon_mamba"), (".x_proj", ".dt_proj", ".out_proj")),
     **dict.fromkeys(("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), (".out_proj",)),
     "jamba": (".dt_proj",),
     "gemma3n_text": (".correction_coefs",),
+    "longcat_flash": (".router.classifier",),
 }
 
 
@@ -151,7 +154,7 @@ def _linears(model: nn.Module, *, experts: bool) -> dict[str, Target]:
     linears: dict[str, Target] = {}
     taken_past, textless = _taken_past(model), textless_parts(model)
     for name, module in model.named_modules():
-        if inside(name, textless):
+        if inside(name, textless) or _CHOOSER in name:
             continue
         is_linear = matrix_shape(module) is not None and is_linear_map(module)
         if is_linear and not in_expert_list(name) and not name.endswith(taken_past):

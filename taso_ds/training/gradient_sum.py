@@ -26,23 +26,24 @@ class GradientSum:
         self._device = torch.device("cpu") if offload else comm.device()
         # The two matrices beside the sums, reused for every gradient: thousands of new ones would fragment memory.
         self._largest = max(shape.numel for shape in shapes.values())
-        self._product: Tensor | None = None
-        self._travelling = torch.empty(0)
+        # By dtype: a router may compute in fp32 amid a model in bf16.
+        self._buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, inputs: Tensor, grad_output: Tensor) -> None:
         """Add one micro-batch's gradient of one matrix, a collective."""
         shape = self._shapes[name]
-        if self._product is None:
-            self._product = torch.empty(self._largest, dtype=grad_output.dtype, device=grad_output.device)
-            self._travelling = comm.reduction_buffer(self._product)
-        gradient = self._product[: shape.numel].view(shape.out_features, shape.in_features)
+        if grad_output.dtype not in self._buffers:
+            made = torch.empty(self._largest, dtype=grad_output.dtype, device=grad_output.device)
+            self._buffers[grad_output.dtype] = made, comm.reduction_buffer(made)
+        product, travelling = self._buffers[grad_output.dtype]
+        gradient = product[: shape.numel].view(shape.out_features, shape.in_features)
         weight_gradient(inputs, grad_output, out=gradient)
         if self._absolute:
             gradient.abs_()
         if self._owners[name] == comm.rank() and name not in self._sums:
             self._sums[name] = torch.zeros(shape.out_features, shape.in_features, device=self._device)
-        comm.add_on_owner(self._sums.get(name), gradient, self._owners[name], buffer=self._travelling)
+        comm.add_on_owner(self._sums.get(name), gradient, self._owners[name], buffer=travelling)
 
     def take(self, name: str) -> Tensor | None:
         """Hand the sum over to its owner, who forgets it; None on other ranks and where nothing was delivered."""
@@ -51,4 +52,4 @@ class GradientSum:
 
     def free_buffers(self) -> None:
         """Give back what only ``add`` needs; a later ``add`` makes it anew."""
-        self._product, self._travelling = None, torch.empty(0)
+        self._buffers.clear()

@@ -345,3 +345,14 @@ def test_the_fingerprint_knows_the_experts_it_adapts() -> None:
         experts[[0, 1]] = experts[[1, 0]]  # two experts change places
     assert fingerprint(find_targets(model)) == linears
     assert fingerprint(find_targets(model, experts=True)) != all_targets
+
+
+def test_a_linear_that_computes_in_fp32_amid_a_model_in_bf16() -> None:
+    """As some routers do: the buffer of one gradient does not fit the other's."""
+    shapes = {"one": MatrixShape(2, 3), "router": MatrixShape(2, 3)}
+    sums = GradientSum(shapes, dict.fromkeys(shapes, 0), absolute=False)
+    inputs, grads = torch.ones(4, 3), torch.ones(4, 2)
+    sums.add("one", inputs.bfloat16(), grads.bfloat16())
+    sums.add("router", inputs, grads)
+    for name in shapes:
+        assert torch.equal(sums.take(name), torch.full((2, 3), 4.0))
