@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-import torch.distributed as dist
 
 from taso_ds.distributed import ds_config_keys as keys
 from taso_ds.distributed import engine as engines
+from taso_ds.distributed import process_group
 from taso_ds.distributed.ds_config import resolve_ds_config
 from taso_ds.distributed.ds_config_check import check_device, check_ds_config
 from taso_ds.distributed.ds_config_values import Kind, Table
@@ -127,13 +127,8 @@ def outcome(path: Path_, value: Any, stage: int) -> str:
 @pytest.fixture
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank, met already, in a folder that monitors may write into."""
-    import deepspeed
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed("gloo")
+    process_group.init()  # with its rank variables, which scripts that run in this process later need
     engines.quiet_deepspeed()
 
 

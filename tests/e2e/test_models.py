@@ -22,8 +22,8 @@ def classifier(folder: Path) -> Path:
 
 
 def sentences(desk: Path) -> list[str]:
-    rows = str(write_sentences(desk / "sentences.jsonl", 8))
-    return ["--task", "sst2", "--train_file", rows, "--eval_file", rows]
+    train, evaluation = (str(write_sentences(desk / f"sentences_{split}.jsonl", 8)) for split in ("train", "eval"))
+    return ["--task", "sst2", "--train_file", train, "--eval_file", evaluation]
 
 
 def test_a_block_that_is_called_several_times_trains_and_is_proved(desk: Path) -> None:
