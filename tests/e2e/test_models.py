@@ -22,8 +22,8 @@ def classifier(folder: Path) -> Path:
 
 
 def sentences(desk: Path) -> list[str]:
-    rows = str(write_sentences(desk / "sentences.jsonl", 8))
-    return ["--task", "sst2", "--train_file", rows, "--eval_file", rows]
+    train, held_out = (str(write_sentences(desk / f"{name}.jsonl", 8)) for name in ("sentences", "held-out"))
+    return ["--task", "sst2", "--train_file", train, "--eval_file", held_out]
 
 
 def test_a_block_that_is_called_several_times_trains_and_is_proved(desk: Path) -> None:
