@@ -26,6 +26,7 @@ from taso_ds.batch_script import SlurmArguments, parse_job
 from taso_ds.config import GROUPS, parse_run_config
 from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.entry import run_script
+from taso_ds.interrupts import Interrupts
 from taso_ds.training.finished_arguments import EVALUATE, EXPORT, FinishedArguments, parse_over_run
 from taso_ds.training.plan_arguments import PlanArguments
 
@@ -44,7 +45,7 @@ _PYTHON = re.compile(r"\[Errno|Traceback|<class|object at 0x|Error\(")  # what n
 def _parses(script: str, parse: Callable[[Sequence[str]], object], flags: Sequence[str]) -> Finished:
     """Run a script that has no dry run as far as it only reads its flags."""
 
-    def action() -> None:
+    def action(_: Interrupts) -> None:
         parse(flags)
 
     return call(lambda: run_script(action), script, flags)
