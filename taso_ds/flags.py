@@ -89,6 +89,8 @@ def check_new_file(name: str, path: str | None) -> None:
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a configuration file; UserError when it is missing or malformed, or names another one."""
     _check_text("config", path)
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"config: {path} is a pipe or a device, and every rank reads it: write a file")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -237,7 +239,7 @@ def debug_is_on(argv: Sequence[str]) -> bool:
     parser.add_argument("--debug", nargs="?", const="true")
     try:
         given, file = parser.parse_known_args(argv)[0].debug, _config_file(argv)
-        if given is None and file is not None and Path(file).is_file():  # a pipe can be read once only
+        if given is None and file is not None:
             return read_yaml(file).get("debug") is True
     except UserError:
         return False

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from taso_ds.batch_script import SlurmArguments
 from taso_ds.config import GROUPS, SCORING, RunConfig, parse_run_config
 from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.errors import UserError
-from taso_ds.flags import flags_of, parse_groups, typed
+from taso_ds.flags import debug_is_on, flags_of, parse_groups, typed
 from taso_ds.training.finished_arguments import FinishedArguments
 from taso_ds.training.plan_arguments import PlanArguments
 from taso_ds.training.recorded import differences
@@ -81,6 +82,15 @@ def test_flags_go_before_yaml(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("rank: 2\nseed: 3\n")
     config = parse_run_config(["--config", str(tmp_path / "run.yaml"), "--rank", "5"])
     assert (config.adapter.rank, config.run.seed) == (5, 3)
+
+
+def test_a_file_that_can_be_read_once_only_is_refused(tmp_path: Path) -> None:
+    """Whoever reads it second, another rank or a second look of this one, would find nothing in it."""
+    os.mkfifo(tmp_path / "run.yaml")
+    flags = ["--config", str(tmp_path / "run.yaml")]
+    assert not debug_is_on(flags)  # and it does not wait for a writer
+    with pytest.raises(UserError, match=r"run\.yaml is a pipe or a device"):
+        parse_run_config(flags)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ _SAYS_EVERY = 30.0
 _CONNECTS_WITHIN = 5.0
 _CAME = "taso_ds/came"
 _STARTED = "are all nodes started?"
+_LOOKS_PER_SECOND = 2000  # of all ranks together, at a store that one thread of rank 0 keeps
 
 
 def meet(timeout_minutes: float) -> Any:
@@ -40,11 +41,12 @@ def meet(timeout_minutes: float) -> Any:
 
 
 def _meet(timeout_minutes: float) -> Any:
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    wait = _Wait(60.0 * timeout_minutes, f"{host}:{port}")
+    wait = _Wait(60.0 * timeout_minutes)
+    if _is_another_attempt():
+        _move(wait)
+    host, port = _address()
     _check_resolves(host)
-    # torchrun keeps the store itself.
-    if environment.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if environment.rank() == 0 and not _is_kept_by_torchrun():
         store = _store("127.0.0.1", port, wait, is_keeper=True)
         _check_leads_here(host, port)
     else:
@@ -52,6 +54,38 @@ def _meet(timeout_minutes: float) -> Any:
         store = _store(host, port, wait, is_keeper=False)
     _await_all(store, wait)
     return store
+
+
+def free_port() -> int:
+    """Return a port of this node that nobody has at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _address() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def _is_kept_by_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _is_another_attempt() -> bool:
+    """Say whether ``torchrun --max_restarts`` has started the ranks again, on one node: several count on their own."""
+    is_one_node = environment.local_world_size() == environment.world_size()
+    return is_one_node and _is_kept_by_torchrun() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _move(wait: "_Wait") -> None:
+    """Let the ranks meet at a store of their own: torchrun's still holds what ended the attempt before."""
+    attempt = f"taso_ds/attempt/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    agents = dist.PrefixStore(attempt, _store(*_address(), wait, is_keeper=False))
+    if environment.rank() == 0:
+        agents.set("port", str(free_port()))
+    while not agents.check(["port"]):
+        wait.go_on("rank 0 has not come", seconds=0.05)
+    os.environ.update(MASTER_PORT=agents.get("port").decode(), TORCHELASTIC_USE_AGENT_STORE="False")
 
 
 def _store(host: str, port: int, wait: "_Wait", *, is_keeper: bool) -> Any:
@@ -76,8 +110,8 @@ def _store(host: str, port: int, wait: "_Wait", *, is_keeper: bool) -> Any:
 class _Wait:
     """Waits a second at a time, says every so often for what, and gives up."""
 
-    def __init__(self, timeout: float, where: str) -> None:
-        self._where, self.timeout = where, timeout
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
         self._start = self._said = time.monotonic()
 
     def go_on(self, reason: str, *, seconds: float = 1.0) -> None:
@@ -89,11 +123,12 @@ class _Wait:
             self._said = now
             here = f"rank {environment.rank()} on {socket.gethostname()}"
             # Not only rank 0 is to be heard: it may be the one that does not come.
-            log.error("environment: %s waits at %s: %s", here, self._where, reason)
+            log.error("environment: %s waits at %s:%d: %s", here, *_address(), reason)
         time.sleep(seconds)
 
     def error(self, reason: str, remedy: str) -> UserError:
-        return UserError(f"environment: cannot meet at {self._where}: {reason}; {remedy}")
+        host, port = _address()
+        return UserError(f"environment: cannot meet at {host}:{port}: {reason}; {remedy}")
 
 
 def _check_resolves(host: str) -> None:
@@ -138,10 +173,15 @@ def _knock(host: str, port: int) -> str | None:
         return error.strerror or str(error)
 
 
+def look_every(world_size: int) -> float:
+    """Return the seconds between two looks of a rank at what all ranks wait for."""
+    return max(0.05, world_size / _LOOKS_PER_SECOND)
+
+
 def _await_all(store: Any, wait: _Wait) -> None:
     """Wait until every rank has come."""
     size = environment.world_size()
     came = store.add(_CAME, 1)
     while came < size:
-        wait.go_on(f"{came} of {size} ranks have come", seconds=0.05)
+        wait.go_on(f"{came} of {size} ranks have come", seconds=look_every(size))
         came = store.add(_CAME, 0)

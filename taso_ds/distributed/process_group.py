@@ -6,7 +6,6 @@ import datetime
 import io
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +41,7 @@ def meet(timeout_minutes: float = 30.0) -> None:
     environment.check()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(meeting.free_port())
     os.environ["MASTER_PORT"] = launcher.own_port(launcher.processes_above()) or os.environ["MASTER_PORT"]
     store = meeting.meet(timeout_minutes)
     _stores.append(store)
@@ -108,12 +107,6 @@ def _hushed() -> Iterator[None]:
     finally:
         for line in said.getvalue().splitlines():
             log.debug("%s", line)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def leave() -> None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from taso_ds.distributed import meeting
+
 INTERVAL = 2.0
 # Long enough for a library that holds the interpreter's lock, short enough to end within half a minute.
 SILENCE = 20.0
@@ -89,7 +91,7 @@ class Watch:
         key = _key("meeting", self._meetings)
         self._store.add(key, 1)
         while self._store.add(key, 0) < self._world_size:
-            time.sleep(0.05)
+            time.sleep(meeting.look_every(self._world_size))
 
     def cause_elsewhere(self, wait: float) -> Failure | None:
         """Return what happened to another rank, which this one's trouble may come from; looks for ``wait`` seconds."""

@@ -98,8 +98,8 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
     with reports_in(Path(run)):
         if not merge:
             return _prove(whole, run, path)
-        check_no_model(Path(run))
-        with locked(Path(run)):
+        with locked(Path(run)):  # first: another merge may be about to write the model
+            check_no_model(Path(run))
             return _merge(whole, run)
 
 

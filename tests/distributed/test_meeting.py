@@ -3,11 +3,13 @@
 Ranks that do meet are in every test of several ranks.
 """
 
+import os
 import socket
 import time
 from typing import NoReturn
 
 import pytest
+import torch.distributed as dist
 from launching import free_port
 
 from taso_ds.distributed import meeting
@@ -101,3 +103,19 @@ def test_rank_0_says_how_many_have_come_and_gives_up(
 def test_rank_0_alone_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     be(0, monkeypatch, size=1)
     assert meeting.meet(30.0) is not None
+
+
+def test_torchrun_starts_again_without_what_ended_the_first_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = be(0, monkeypatch, size=1)
+    agents = dist.TCPStore("127.0.0.1", int(where.rpartition(":")[2]), is_master=True, wait_for_workers=False)
+    agents.set("taso_ds/failed", "why")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not meeting.meet(30.0).check(["taso_ds/failed"])
+    assert f"127.0.0.1:{os.environ['MASTER_PORT']}" != where, "where torch and DeepSpeed meet too"
+    assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+
+
+def test_many_ranks_look_less_often_at_their_one_store() -> None:
+    assert meeting.look_every(2) == meeting.look_every(64) == 0.05
+    assert 1024 / meeting.look_every(1024) == 2000

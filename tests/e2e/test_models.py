@@ -22,8 +22,8 @@ def classifier(folder: Path) -> Path:
 
 
 def sentences(desk: Path) -> list[str]:
-    train, evaluation = (str(write_sentences(desk / f"sentences_{split}.jsonl", 8)) for split in ("train", "eval"))
-    return ["--task", "sst2", "--train_file", train, "--eval_file", evaluation]
+    train, held_out = (str(write_sentences(desk / f"{name}.jsonl", 8)) for name in ("sentences", "held-out"))
+    return ["--task", "sst2", "--train_file", train, "--eval_file", held_out]
 
 
 def test_a_block_that_is_called_several_times_trains_and_is_proved(desk: Path) -> None:

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,22 @@ def test_a_folder_in_use_is_refused(desk: Desk, here: Path, verb: str) -> None:
             call(desk, verb, folder), f"{folder} is in use by process {process.pid} on ", "another --output"
         )
         assert contents(here) == before
+
+
+@pytest.mark.usefixtures("forbid_weights")
+def test_a_model_that_another_merge_has_just_written_is_kept(
+    desk: Desk, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = here / "folder"
+    shutil.copytree(desk.path / "finished", folder)
+
+    @contextmanager
+    def waited_for_another(run: Path) -> Iterator[None]:
+        (run / "model").mkdir()
+        yield
+
+    monkeypatch.setattr("taso_ds.training.finished.locked", waited_for_another)
+    assert_one_line(call(desk, "merge", folder), f"merge: {folder / 'model'} exists already")
 
 
 # Going on -------------------------------------------------------------------------------------------------------------

@@ -71,9 +71,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     more |= {name: ["--ds_config", *extra] for name, extra in QUANTIZED.items()}
     more |= {name: ["--ds_config", "zero3.json", UNPROVED, "--method", name] for name in ("lora", "full")}
     more["full"] += ["--learning_rate", "1e-3"]
-    rows = str(write_sentences(path / "sentences.jsonl", 8))
+    train, held_out = (str(write_sentences(path / f"{name}.jsonl", 8)) for name in ("sentences", "held-out"))
     encoder = ["--model_name_or_path", str(tiny_models.save(tiny_models.bert(), path / "bert")), "--task", "sst2"]
-    more["head"] = [*encoder, "--train_file", rows, "--eval_file", rows, "--ds_config", "zero3.json", UNPROVED]
+    encoder += ["--train_file", train, "--eval_file", held_out]
+    more["head"] = [*encoder, "--ds_config", "zero3.json", UNPROVED]
     cases = []
     for name, extra in more.items():
         own = [str(path / flag) if (path / flag).is_file() else flag for flag in extra]
