@@ -7,11 +7,12 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 from taso_ds.errors import UserError, dangling, nearest, reason
 from taso_ds.foreign_names import in_our_words
@@ -113,6 +114,16 @@ class RaisingParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+_ON, _OFF = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
+
+
+def switch(text: str) -> bool:
+    """Read a boolean as people write it."""
+    if text.lower() not in (*_ON, *_OFF):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() in _ON
+
+
 def _config_file(argv: Sequence[str]) -> str | None:
     parser = RaisingParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=os.path.expanduser)
@@ -126,10 +137,13 @@ def _names(groups: Sequence[Any]) -> list[str]:
 
 def _make_parser(groups: Sequence[Any], **options: Any) -> "HfArgumentParser":
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
 
     class Parser(RaisingParser, HfArgumentParser):
         def add_argument(self, *names: Any, flag: Flag | None = None, **settings: Any) -> argparse.Action:
-            """Keep what is not argparse's business from it."""
+            """Keep what is not argparse's business from it, and read switches as YAML's are read."""
+            if settings.get("type") is string_to_bool:
+                settings["type"] = switch
             return super().add_argument(*names, **settings)
 
     return Parser(groups, allow_abbrev=False, **options)
@@ -169,7 +183,9 @@ def parse_groups(
     if not partial:
         file = _config_file(arguments)
         if file is not None:
-            parser.set_defaults(**typed(read_yaml(file), groups, f"config: {file}"))
+            values = typed(read_yaml(file), groups, f"config: {file}")
+            _refuse_variables(values, groups, f"config: {file}")
+            parser.set_defaults(**values)
     *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     if unknown and not partial:
         name = unknown[0].lstrip("-").split("=")[0]
@@ -238,10 +254,23 @@ def debug_is_on(argv: Sequence[str]) -> bool:
     try:
         given, file = parser.parse_known_args(argv)[0].debug, _config_file(argv)
         if given is None and file is not None and Path(file).is_file():  # a pipe can be read once only
-            return read_yaml(file).get("debug") is True
+            given = read_yaml(file).get("debug")
     except UserError:
         return False
-    return given is not None and given.lower() in ("true", "t", "yes", "y", "1")
+    return isinstance(given, str) and given.lower() in _ON
+
+
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+
+
+def _refuse_variables(values: Mapping[str, Any], groups: Sequence[Any], source: str) -> None:
+    """Refuse a path of a file with a variable of the shell, which would become a folder of that name."""
+    for name, flag in flags_of(groups).items():
+        if flag.is_path and (found := _VARIABLE.search(str(values.get(name)))):
+            raise UserError(
+                f"{source}: {name} is {values[name]!r}, and no shell replaces {found[0]} there; write the path, or pass"
+                f" --{name} on the command line"
+            )
 
 
 def typed(values: Mapping[str, Any], groups: Sequence[Any], source: str) -> dict[str, Any]:
@@ -250,35 +279,38 @@ def typed(values: Mapping[str, Any], groups: Sequence[Any], source: str) -> dict
     Raises:
         UserError: an unknown name, or a value of another type.
     """
-    for key in values:
+    for key, value in values.items():
         if key not in _names(groups):
-            raise UserError(f"{source} has the unknown key {key!r}{_instead_of(str(key), groups)}")
+            section = isinstance(value, dict) and ": there are no sections; write one `name: value` a line"
+            raise UserError(f"{source} has the unknown key {key!r}{section or _instead_of(str(key), groups)}")
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     found: dict[str, Any] = {}
     for key, value in values.items():
-        kind, *others = get_args(hints[key]) or (hints[key],)
-        if key == "rho" and value is False:  # `off` is a boolean to YAML
-            found[key] = "off"
-        elif value is None and others:
-            found[key] = None
-        else:
-            try:
-                found[key] = _as_kind(value, kind)
-            except (TypeError, ValueError) as error:
-                name = "a list of texts" if kind == list[str] else kind.__name__
-                remedy = "; put it in quotes" if kind is str else ""
-                raise UserError(f"{source}: {key} is {value!r}, not {name}{remedy}") from error
+        kind, *others = (hints[key],) if get_origin(hints[key]) is list else get_args(hints[key]) or (hints[key],)
+        try:
+            found[key] = None if value is None and others else _as_kind(value, kind)
+        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+            raise UserError(f"{source}: {key} is {value!r}, not {_IN_WORDS[kind]}") from error
     return found
 
 
+_IN_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list[str]: "a list of texts",
+    list[int]: "a list of whole numbers",
+}
+
+
 def _as_kind(value: Any, kind: Any) -> Any:
-    """Return ``value`` as ``kind``; ``2e-4`` is a text to YAML, and ``2`` no float."""
-    if kind == list[str]:
-        items = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, str) for item in items):
-            raise TypeError
-        return items
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (bool, int, float, str)):
+    """Return ``value`` as ``kind``: a text as the command line reads it, anything else if it is of that kind."""
+    if get_origin(kind) is list:
+        return [_as_kind(item, *get_args(kind)) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, str):
+        return switch(value) if kind is bool else kind(value)
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (bool, int, float)):
         raise TypeError
     if kind is int and isinstance(value, float):
         raise TypeError

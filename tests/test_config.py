@@ -15,7 +15,7 @@ from taso_ds.batch_script import SlurmArguments
 from taso_ds.config import GROUPS, SCORING, RunConfig, parse_run_config
 from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.errors import UserError
-from taso_ds.flags import flags_of, parse_groups, typed
+from taso_ds.flags import flags_of, parse_groups, read_yaml, typed
 from taso_ds.training.finished_arguments import FinishedArguments
 from taso_ds.training.plan_arguments import PlanArguments
 from taso_ds.training.recorded import differences
@@ -179,3 +179,30 @@ def test_what_was_given_is_known_whether_it_is_the_default_or_not(tmp_path: Path
     config = parse_run_config(["--config", str(tmp_path / "run.yaml"), "--importance=importance", "--no_bf16"])
     assert {"rank", "importance", "bf16"} <= config.given
     assert "seed" not in config.given
+
+
+def test_a_configuration_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("rank: 2", encoding="utf-16")
+    with pytest.raises(UserError, match=r"run\.yaml: it is not UTF-8 text \(byte 0xff at 0\): save it as UTF-8$"):
+        read_yaml(str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("model_revision: 007", "model_revision", "007"),
+        ("model_revision: 2024-01-01", "model_revision", "2024-01-01"),
+        ("output_dir: 1.10", "output_dir", "1.10"),
+        ("seed: 010", "seed", 10),
+        ("learning_rate: 1e-3", "learning_rate", 1e-3),
+        ("bf16: 'off'", "bf16", False),
+        ("rho: off", "rho", "off"),
+        ("target_modules: q_proj", "target_modules", ["q_proj"]),
+        ("sweep_seeds: [0, 1]", "sweep_seeds", [0, 1]),
+        ("save_minutes: null", "save_minutes", None),
+    ],
+)
+def test_yaml_says_what_the_command_line_would(text: str, name: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    values = typed(read_yaml(str(tmp_path / "run.yaml")), (*GROUPS, SlurmArguments), "run.yaml")
+    assert values == {name: value}

@@ -267,14 +267,20 @@ add("YAML missing", "--config run.yaml", "config", "run.yaml", "No such file")
 add_yaml("malformed", "seed: [1\nrank: 2", "line 2")
 add_yaml("list", "- seed", "mapping")
 add_yaml("unknown key", "learing_rate: 1", "'learing_rate'", "nearest: 'learning_rate'")
-add_yaml("text for a number", "rank: two", "rank", "'two'", "int")
-add_yaml("fraction for a whole number", "rank: 2.5", "rank", "2.5", "int")
-add_yaml("number for a switch", "debug: 1", "debug", "1", "bool")
-add_yaml("switch for a number", "rank: true", "rank", "True", "int")
-add_yaml("nothing for a number", "rank:", "rank", "None", "int")
-add_yaml("list for a number", "rank: [1, 2]", "rank", "[1, 2]", "int")
-add_yaml("date for a text", "model_revision: 2024-01-01", "model_revision", "date", "quotes")
-add_yaml("numbers in a list of texts", "target_modules: [1, 2]", "target_modules", "[1, 2]", "a list of texts")
+add_yaml("text for a number", "rank: two", "rank", "'two'", "a whole number")
+add_yaml("fraction for a whole number", "rank: 2.5", "rank", "2.5", "a whole number")
+add_yaml("number for a switch", "debug: 2", "debug", "'2'", "true or false")
+add_yaml("switch for a number", "rank: true", "rank", "'true'", "a whole number")
+add_yaml("minutes for a number", "max_steps: 1:30", "max_steps", "'1:30'", "a whole number")
+add_yaml("nothing for a number", "rank:", "rank", "None", "a whole number")
+add_yaml("list for a number", "rank: [1, 2]", "rank", "['1', '2']", "a whole number")
+add_yaml("section for a text", "ds_config: {stage: 2}", "ds_config", "'stage'", "a text")
+add_yaml("section", "model:\n  rank: 2", "unknown key 'model'", "no sections", "`name: value`")
+add_yaml("lists in a list of texts", "target_modules: [[a]]", "target_modules", "[['a']]", "a list of texts")
+for variable in ("$HOME", "${SCRATCH}"):
+    add_yaml(
+        f"variable {variable}", f"output_dir: {variable}/runs", "output_dir", f"replaces {variable} there", "--output"
+    )
 add("YAML bad value", "--config run.yaml", "core_fraction: 1.5", "(0, 1]", files={"run.yaml": "core_fraction: 1.5"})
 
 # Rows -----------------------------------------------------------------------------------------------------------------
