@@ -769,7 +769,7 @@ def test_half_a_launcher(llama_folder: Path, desk: Path, monkeypatch: pytest.Mon
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     finished = call_main("train", GOOD.format(llama=llama_folder).split())
-    assert_one_line(finished, "RANK is set but WORLD_SIZE", "deepspeed, torchrun or srun")
+    assert_one_line(finished, "RANK is set but not WORLD_SIZE", "deepspeed, torchrun or srun")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
