@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,9 +145,19 @@ def _make_parser(groups: Sequence[Any], **options: Any) -> "HfArgumentParser":
             """Keep what is not argparse's business from it, and read switches as YAML's are read."""
             if settings.get("type") is string_to_bool:
                 settings["type"] = switch
+            if settings.get("action") == "store_false":  # --no_bf16 has the help of --bf16
+                settings["help"] = f"Turn --{settings['dest']} off."
             return super().add_argument(*names, **settings)
 
-    return Parser(groups, allow_abbrev=False, **options)
+    return Parser(groups, allow_abbrev=False, formatter_class=_Help, **options)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves the commands of a description on lines of their own, and out the default that says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.const is False
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 def expanded(group: Any) -> Any:
@@ -159,6 +170,10 @@ def expanded(group: Any) -> Any:
 
 def _instead_of(name: str, groups: Sequence[Any]) -> str:
     """Say which name was meant: of a name that other trainers have, ours; otherwise the nearest."""
+    plain = name.replace("-", "_")
+    hints = {key: hint for group in groups for key, hint in get_type_hints(group).items()}
+    if plain.startswith("no_") and hints.get(plain[3:]) is bool:
+        return f": to turn it off, give {plain[3:]} the value false"
     return in_our_words(name) or nearest(name, _names(groups))
 
 
@@ -179,6 +194,7 @@ def parse_groups(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _make_parser(groups, description=description, add_help=not partial)
+    _refuse_second_lists(groups, arguments)
     parser.set_defaults(**(defaults or {}))
     if not partial:
         file = _config_file(arguments)
@@ -188,12 +204,28 @@ def parse_groups(
             parser.set_defaults(**values)
     *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     if unknown and not partial:
+        if not unknown[0].startswith("-"):
+            raise UserError(f"{unknown[0]!r} stands where a flag should: flags begin with --; --help lists them")
         name = unknown[0].lstrip("-").split("=")[0]
         raise UserError(f"unknown flag {unknown[0]!r}{_instead_of(name, groups)}; --help lists them")
     parsed = [expanded(group) for group in parsed]
     for group in parsed:
         check_values(group)
     return parsed
+
+
+def _refuse_second_lists(groups: Sequence[Any], argv: Sequence[str]) -> None:
+    """Refuse a list that is given in pieces: the last one would replace the others."""
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    words = Counter(_name(word) for word in argv)
+    for name, hint in hints.items():
+        if words[name] > 1 and list in map(get_origin, (hint, *get_args(hint))):
+            raise UserError(f"{name}: is given {words[name]} times; write all its values after one --{name}")
+
+
+def _name(word: str) -> str | None:
+    """Return the name of the flag that a word of a command line is, if it is one."""
+    return word.partition("=")[0].removeprefix("--").replace("-", "_") if word.startswith("--") else None
 
 
 _LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1  # of the types that tensors and counters have
@@ -227,6 +259,9 @@ def _check_text(name: str, value: str) -> None:
         raise UserError(f"{name}: {value!r} is empty: write what it is, or leave {name} out")
     whole = "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
     require(whole, name, value, "UTF-8 text without null characters")
+    require(
+        "\r" not in value, name, value, "without the line ends of Windows: save the file it comes from with Linux's"
+    )
     longest = max(len(part.encode()) for part in value.split("/"))
     fits = longest <= _LONGEST_NAME and len(value.encode()) <= _LONGEST_PATH
     require(fits, name, value, f"short enough for a path ({_LONGEST_NAME} bytes a name, {_LONGEST_PATH} in all)")
@@ -241,7 +276,7 @@ def remaining_flags(groups: Sequence[Any], argv: Sequence[str]) -> list[str]:
 
 def given_names(argv: Sequence[str]) -> frozenset[str]:
     """Return the names of the flags on a command line and in the file of its ``--config``, defaults or not."""
-    words = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")]
+    words = [name for word in argv if (name := _name(word)) is not None]
     file = _config_file(argv)
     names = [*words, *(read_yaml(file) if file is not None else ())]
     return frozenset({*names, *(name.removeprefix("no_") for name in names)})

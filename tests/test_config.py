@@ -20,8 +20,8 @@ from taso_ds.training.finished_arguments import FinishedArguments
 from taso_ds.training.plan_arguments import PlanArguments
 from taso_ds.training.recorded import differences
 
-# U+0085 is a line break that PyYAML writes as it is and reads as a space.
-words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\x85"), max_size=20)
+# \r is refused, and U+0085 is a line break that PyYAML writes as it is and reads as a space.
+words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r\x85"), max_size=20)
 # A dash at the start is a flag to argparse, "~" a home folder, and an empty text nothing that could be meant.
 names = words.filter(lambda text: text.strip() and not text.startswith(("-", "~")))
 shares = st.floats(1e-6, 1.0)
@@ -206,3 +206,20 @@ def test_yaml_says_what_the_command_line_would(text: str, name: str, value: obje
     (tmp_path / "run.yaml").write_text(text)
     values = typed(read_yaml(str(tmp_path / "run.yaml")), (*GROUPS, SlurmArguments), "run.yaml")
     assert values == {name: value}
+
+
+def test_the_help_is_true_and_keeps_commands_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_groups(GROUPS, ["--help"], description="Train.\n\npython a.py\npython b.py\n")
+    text = capsys.readouterr().out
+    assert "\npython a.py\npython b.py\n" in text
+    assert "Turn --bf16 off.\n" in text
+    assert "(default: None)" not in text
+    assert "(default: 0.05)" in text
+    assert "(default: False)" in text
+
+
+def test_the_doctor_takes_dashes() -> None:
+    arguments, others = parse_doctor(["--gpus-per-node", "4", "--max-steps", "3"])
+    assert arguments.gpus_per_node == 4
+    assert others == ["--max-steps", "3"]

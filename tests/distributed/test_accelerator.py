@@ -18,7 +18,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, devices: int) -> None:
 def test_gpus_that_were_asked_for_and_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     pretend(monkeypatch, devices=0)
-    with pytest.raises(UserError, match="DS_ACCELERATOR is 'cuda', and torch .* finds no such device here; unset it"):
+    with pytest.raises(UserError, match=r"DS_ACCELERATOR is 'cuda', and torch .* finds no such device here; unset it"):
         usable_accelerator(0)
 
 

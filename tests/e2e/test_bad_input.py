@@ -211,6 +211,12 @@ add("fp16", "--fp16 --no_bf16", "fp16 is not supported", "--bf16")
 add("unknown flag", "--learing_rate 1", "'--learing_rate'", "nearest: 'learning_rate'", "--help")
 add("flag without its value", "--max_steps", "--max_steps", "expected one argument")
 add("not a number", "--max_steps ten", "--max_steps", "'ten'")
+add("word without a flag", "--rank 1 run.yaml", "'run.yaml' stands where a flag should", "begin with --")
+add("value after --no_", "--no_bf16 true", "'true' stands where a flag should")
+add("word after a switch", "--force run.yaml", "--force", "'run.yaml' is not true or false")
+add("--no_ of what is off", "--no_load_in_4bit", "'--no_load_in_4bit'", "give load_in_4bit the value false")
+add("list in pieces", "--target_modules q_proj --target-modules=v_proj", "target_modules", "2 times", "after one --")
+add("line end of Windows", "--output_dir 'run\r'", "output_dir", r"'run\r'", "line ends of Windows")
 add(
     "batch does not multiply",
     "--global_batch_size 6",
@@ -275,6 +281,7 @@ add_yaml("minutes for a number", "max_steps: 1:30", "max_steps", "'1:30'", "a wh
 add_yaml("nothing for a number", "rank:", "rank", "None", "a whole number")
 add_yaml("list for a number", "rank: [1, 2]", "rank", "['1', '2']", "a whole number")
 add_yaml("section for a text", "ds_config: {stage: 2}", "ds_config", "'stage'", "a text")
+add_yaml("--no_ in a file", "no_bf16: true", "'no_bf16'", "give bf16 the value false")
 add_yaml("section", "model:\n  rank: 2", "unknown key 'model'", "no sections", "`name: value`")
 add_yaml("lists in a list of texts", "target_modules: [[a]]", "target_modules", "[['a']]", "a list of texts")
 for variable in ("$HOME", "${SCRATCH}"):
