@@ -70,10 +70,9 @@ def parse_job(argv: Sequence[str], *, description: str = "") -> tuple[SlurmArgum
     *groups, job = parse_groups((*GROUPS, SlurmArguments), argv, description=description)
     config = RunConfig(*groups, given=given_names(argv))
     flags = remaining_flags([SlurmArguments], argv)
-    given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
     if job.sweep_tasks is not None:
-        if given.intersection(_FLAGS_OF_AN_ARRAY):
-            name = min(given.intersection(_FLAGS_OF_AN_ARRAY))
+        if given := config.given.intersection(_FLAGS_OF_AN_ARRAY):
+            name = min(given)
             raise UserError(f"{name}: a job array decides it for each of its runs; drop it")
     elif config.run.output_dir is None:
         raise UserError("output_dir: name a run folder; the job goes on there when it is started again")

@@ -57,6 +57,8 @@ def dangling(path: "str | os.PathLike[str]") -> str | None:
 
 def reason(error: Exception) -> str:
     """Return why a file cannot be read, without Python's error numbers and quotes; of a link, where it leads."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text (byte {error.object[error.start]:#x} at {error.start}): save it as UTF-8"
     if not isinstance(error, OSError):
         return str(error)
     return dangling(str(error.filename)) or error.strerror or str(error)

@@ -7,11 +7,13 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 from taso_ds.errors import UserError, dangling, nearest, reason
 from taso_ds.foreign_names import in_our_words
@@ -115,6 +117,16 @@ class RaisingParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+_ON, _OFF = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
+
+
+def switch(text: str) -> bool:
+    """Read a boolean as people write it."""
+    if text.lower() not in (*_ON, *_OFF):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() in _ON
+
+
 def _config_file(argv: Sequence[str]) -> str | None:
     parser = RaisingParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=os.path.expanduser)
@@ -128,13 +140,26 @@ def _names(groups: Sequence[Any]) -> list[str]:
 
 def _make_parser(groups: Sequence[Any], **options: Any) -> "HfArgumentParser":
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
 
     class Parser(RaisingParser, HfArgumentParser):
         def add_argument(self, *names: Any, flag: Flag | None = None, **settings: Any) -> argparse.Action:
-            """Keep what is not argparse's business from it."""
+            """Keep what is not argparse's business from it, and read switches as YAML's are read."""
+            if settings.get("type") is string_to_bool:
+                settings["type"] = switch
+            if settings.get("action") == "store_false":  # --no_bf16 has the help of --bf16
+                settings["help"] = f"Turn --{settings['dest']} off."
             return super().add_argument(*names, **settings)
 
-    return Parser(groups, allow_abbrev=False, **options)
+    return Parser(groups, allow_abbrev=False, formatter_class=_Help, **options)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves the commands of a description on lines of their own, and out the default that says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.const is False
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 def expanded(group: Any) -> Any:
@@ -147,6 +172,10 @@ def expanded(group: Any) -> Any:
 
 def _instead_of(name: str, groups: Sequence[Any]) -> str:
     """Say which name was meant: of a name that other trainers have, ours; otherwise the nearest."""
+    plain = name.replace("-", "_")
+    hints = {key: hint for group in groups for key, hint in get_type_hints(group).items()}
+    if plain.startswith("no_") and hints.get(plain[3:]) is bool:
+        return f": to turn it off, give {plain[3:]} the value false"
     return in_our_words(name) or nearest(name, _names(groups))
 
 
@@ -167,19 +196,38 @@ def parse_groups(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _make_parser(groups, description=description, add_help=not partial)
+    _refuse_second_lists(groups, arguments)
     parser.set_defaults(**(defaults or {}))
     if not partial:
         file = _config_file(arguments)
         if file is not None:
-            parser.set_defaults(**typed(read_yaml(file), groups, f"config: {file}"))
+            values = typed(read_yaml(file), groups, f"config: {file}")
+            _refuse_variables(values, groups, f"config: {file}")
+            parser.set_defaults(**values)
     *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     if unknown and not partial:
+        if not unknown[0].startswith("-"):
+            raise UserError(f"{unknown[0]!r} stands where a flag should: flags begin with --; --help lists them")
         name = unknown[0].lstrip("-").split("=")[0]
         raise UserError(f"unknown flag {unknown[0]!r}{_instead_of(name, groups)}; --help lists them")
     parsed = [expanded(group) for group in parsed]
     for group in parsed:
         check_values(group)
     return parsed
+
+
+def _refuse_second_lists(groups: Sequence[Any], argv: Sequence[str]) -> None:
+    """Refuse a list that is given in pieces: the last one would replace the others."""
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    words = Counter(_name(word) for word in argv)
+    for name, hint in hints.items():
+        if words[name] > 1 and list in map(get_origin, (hint, *get_args(hint))):
+            raise UserError(f"{name}: is given {words[name]} times; write all its values after one --{name}")
+
+
+def _name(word: str) -> str | None:
+    """Return the name of the flag that a word of a command line is, if it is one."""
+    return word.partition("=")[0].removeprefix("--").replace("-", "_") if word.startswith("--") else None
 
 
 _LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1  # of the types that tensors and counters have
@@ -213,6 +261,9 @@ def _check_text(name: str, value: str) -> None:
         raise UserError(f"{name}: {value!r} is empty: write what it is, or leave {name} out")
     whole = "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
     require(whole, name, value, "UTF-8 text without null characters")
+    require(
+        "\r" not in value, name, value, "without the line ends of Windows: save the file it comes from with Linux's"
+    )
     longest = max(len(part.encode()) for part in value.split("/"))
     fits = longest <= _LONGEST_NAME and len(value.encode()) <= _LONGEST_PATH
     require(fits, name, value, f"short enough for a path ({_LONGEST_NAME} bytes a name, {_LONGEST_PATH} in all)")
@@ -227,7 +278,7 @@ def remaining_flags(groups: Sequence[Any], argv: Sequence[str]) -> list[str]:
 
 def given_names(argv: Sequence[str]) -> frozenset[str]:
     """Return the names of the flags on a command line and in the file of its ``--config``, defaults or not."""
-    words = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")]
+    words = [name for word in argv if (name := _name(word)) is not None]
     file = _config_file(argv)
     names = [*words, *(read_yaml(file) if file is not None else ())]
     return frozenset({*names, *(name.removeprefix("no_") for name in names)})
@@ -240,10 +291,23 @@ def debug_is_on(argv: Sequence[str]) -> bool:
     try:
         given, file = parser.parse_known_args(argv)[0].debug, _config_file(argv)
         if given is None and file is not None:
-            return read_yaml(file).get("debug") is True
+            given = read_yaml(file).get("debug")
     except UserError:
         return False
-    return given is not None and given.lower() in ("true", "t", "yes", "y", "1")
+    return isinstance(given, str) and given.lower() in _ON
+
+
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+
+
+def _refuse_variables(values: Mapping[str, Any], groups: Sequence[Any], source: str) -> None:
+    """Refuse a path of a file with a variable of the shell, which would become a folder of that name."""
+    for name, flag in flags_of(groups).items():
+        if flag.is_path and (found := _VARIABLE.search(str(values.get(name)))):
+            raise UserError(
+                f"{source}: {name} is {values[name]!r}, and no shell replaces {found[0]} there; write the path, or pass"
+                f" --{name} on the command line"
+            )
 
 
 def typed(values: Mapping[str, Any], groups: Sequence[Any], source: str) -> dict[str, Any]:
@@ -252,35 +316,38 @@ def typed(values: Mapping[str, Any], groups: Sequence[Any], source: str) -> dict
     Raises:
         UserError: an unknown name, or a value of another type.
     """
-    for key in values:
+    for key, value in values.items():
         if key not in _names(groups):
-            raise UserError(f"{source} has the unknown key {key!r}{_instead_of(str(key), groups)}")
+            section = isinstance(value, dict) and ": there are no sections; write one `name: value` a line"
+            raise UserError(f"{source} has the unknown key {key!r}{section or _instead_of(str(key), groups)}")
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     found: dict[str, Any] = {}
     for key, value in values.items():
-        kind, *others = get_args(hints[key]) or (hints[key],)
-        if key == "rho" and value is False:  # `off` is a boolean to YAML
-            found[key] = "off"
-        elif value is None and others:
-            found[key] = None
-        else:
-            try:
-                found[key] = _as_kind(value, kind)
-            except (TypeError, ValueError) as error:
-                name = "a list of texts" if kind == list[str] else kind.__name__
-                remedy = "; put it in quotes" if kind is str else ""
-                raise UserError(f"{source}: {key} is {value!r}, not {name}{remedy}") from error
+        kind, *others = (hints[key],) if get_origin(hints[key]) is list else get_args(hints[key]) or (hints[key],)
+        try:
+            found[key] = None if value is None and others else _as_kind(value, kind)
+        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+            raise UserError(f"{source}: {key} is {value!r}, not {_IN_WORDS[kind]}") from error
     return found
 
 
+_IN_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list[str]: "a list of texts",
+    list[int]: "a list of whole numbers",
+}
+
+
 def _as_kind(value: Any, kind: Any) -> Any:
-    """Return ``value`` as ``kind``; ``2e-4`` is a text to YAML, and ``2`` no float."""
-    if kind == list[str]:
-        items = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, str) for item in items):
-            raise TypeError
-        return items
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (bool, int, float, str)):
+    """Return ``value`` as ``kind``: a text as the command line reads it, anything else if it is of that kind."""
+    if get_origin(kind) is list:
+        return [_as_kind(item, *get_args(kind)) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, str):
+        return switch(value) if kind is bool else kind(value)
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (bool, int, float)):
         raise TypeError
     if kind is int and isinstance(value, float):
         raise TypeError

@@ -34,10 +34,13 @@ _SAME: dict[str, tuple[str, ...]] = {
     "load_in_8bit": ("use_8bit", "int8"),
     "attn_implementation": ("flash_attn", "flash_attention", "use_flash_attention_2", "attn_impl"),
     "save_total_limit": ("keep_last", "num_checkpoints"),
-    "ds_config": ("deepspeed", "deepspeed_config"),
+    "ds_config": ("deepspeed", "deepspeed_config", "zero_stage", "offload", "cpu_offload"),
     "output_dir": ("out_dir", "save_dir", "output_path", "run_name"),
     "resume": ("resume_from_checkpoint", "resume_from", "resume_training"),
     "expected_world_size": ("world_size",),
+    "seed": ("data_seed", "random_seed", "seed_everything"),
+    "model_revision": ("revision",),
+    "debug": ("verbose", "log_level", "logging_level"),
 }
 # Names of what is done in another way here, or not at all.
 _INSTEAD: dict[str, tuple[str, ...]] = {
@@ -59,6 +62,8 @@ _INSTEAD: dict[str, tuple[str, ...]] = {
     "metrics.jsonl in the run folder holds every step; for W&B or TensorBoard write DeepSpeed's section wandb or"
     " tensorboard into the JSON of --ds_config": (
         "report_to",
+        "wandb",
+        "tensorboard",
         "wandb_project",
         "logging_dir",
         "logging_strategy",
@@ -86,7 +91,7 @@ _INSTEAD: dict[str, tuple[str, ...]] = {
         *("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience"),
     ),
     "it belongs to the launcher, before the script's name: deepspeed --num_gpus 8 launch/train.py": (
-        *("num_gpus", "nproc_per_node", "num_processes", "nnodes", "include", "hostfile"),
+        *("num_gpus", "nproc_per_node", "num_processes", "nnodes", "num_nodes", "gpus", "include", "hostfile"),
     ),
 }
 

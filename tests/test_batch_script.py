@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from taso_ds.launch import slurm
 
 from taso_ds.batch_script import batch_script, parse_job, write_script
 from taso_ds.errors import UserError
-from taso_ds.launch import slurm
 
 SHIPPED = Path(__file__).resolve().parents[1] / "launch" / "slurm"
 # What each shipped script was written with; write it again with --write after a change.
@@ -129,6 +129,7 @@ def test_the_script_is_written_where_it_should_be(tmp_path: Path) -> None:
         ("--output_dir a --overwrite_output_dir", "a requeued job would begin there again"),
         ("--output_dir a --resume none", "a requeued job would begin there again"),
         ("--sweep_tasks rte --sweep_seeds 0 --seed=1", "seed: a job array decides it"),
+        ("--sweep_tasks rte --sweep_seeds 0 --output-dir x", "output_dir: a job array decides it"),
     ],
 )
 def test_a_mistake_is_said_before_the_job_waits(words: str, message: str) -> None:

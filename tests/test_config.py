@@ -16,13 +16,13 @@ from taso_ds.batch_script import SlurmArguments
 from taso_ds.config import GROUPS, SCORING, RunConfig, parse_run_config
 from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.errors import UserError
-from taso_ds.flags import debug_is_on, flags_of, parse_groups, typed
+from taso_ds.flags import debug_is_on, flags_of, parse_groups, read_yaml, typed
 from taso_ds.training.finished_arguments import FinishedArguments
 from taso_ds.training.plan_arguments import PlanArguments
 from taso_ds.training.recorded import differences
 
-# U+0085 is a line break that PyYAML writes as it is and reads as a space.
-words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\x85"), max_size=20)
+# \r is refused, and U+0085 is a line break that PyYAML writes as it is and reads as a space.
+words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r\x85"), max_size=20)
 # A dash at the start is a flag to argparse, "~" a home folder, and an empty text nothing that could be meant.
 names = words.filter(lambda text: text.strip() and not text.startswith(("-", "~")))
 shares = st.floats(1e-6, 1.0)
@@ -189,3 +189,47 @@ def test_what_was_given_is_known_whether_it_is_the_default_or_not(tmp_path: Path
     config = parse_run_config(["--config", str(tmp_path / "run.yaml"), "--importance=importance", "--no_bf16"])
     assert {"rank", "importance", "bf16"} <= config.given
     assert "seed" not in config.given
+
+
+def test_a_configuration_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("rank: 2", encoding="utf-16")
+    with pytest.raises(UserError, match=r"run\.yaml: it is not UTF-8 text \(byte 0xff at 0\): save it as UTF-8$"):
+        read_yaml(str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("model_revision: 007", "model_revision", "007"),
+        ("model_revision: 2024-01-01", "model_revision", "2024-01-01"),
+        ("output_dir: 1.10", "output_dir", "1.10"),
+        ("seed: 010", "seed", 10),
+        ("learning_rate: 1e-3", "learning_rate", 1e-3),
+        ("bf16: 'off'", "bf16", False),
+        ("rho: off", "rho", "off"),
+        ("target_modules: q_proj", "target_modules", ["q_proj"]),
+        ("sweep_seeds: [0, 1]", "sweep_seeds", [0, 1]),
+        ("save_minutes: null", "save_minutes", None),
+    ],
+)
+def test_yaml_says_what_the_command_line_would(text: str, name: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    values = typed(read_yaml(str(tmp_path / "run.yaml")), (*GROUPS, SlurmArguments), "run.yaml")
+    assert values == {name: value}
+
+
+def test_the_help_is_true_and_keeps_commands_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_groups(GROUPS, ["--help"], description="Train.\n\npython a.py\npython b.py\n")
+    text = capsys.readouterr().out
+    assert "\npython a.py\npython b.py\n" in text
+    assert "Turn --bf16 off.\n" in text
+    assert "(default: None)" not in text
+    assert "(default: 0.05)" in text
+    assert "(default: False)" in text
+
+
+def test_the_doctor_takes_dashes() -> None:
+    arguments, others = parse_doctor(["--gpus-per-node", "4", "--max-steps", "3"])
+    assert arguments.gpus_per_node == 4
+    assert others == ["--max-steps", "3"]

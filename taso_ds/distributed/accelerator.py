@@ -3,6 +3,12 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from taso_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspeed.accelerator.abstract_accelerator import DeepSpeedAccelerator
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,38 @@ def find_accelerator() -> Accelerator:
     found = get_accelerator()
     backend, bf16 = found.communication_backend_name(), bool(found.is_bf16_supported())
     return Accelerator(found.device_name(), backend, found.device_count(), bf16, torch.version.cuda)
+
+
+def usable_accelerator(local_rank: int) -> "DeepSpeedAccelerator":
+    """Return DeepSpeed's own accelerator, on which this process has a device.
+
+    Raises:
+        UserError: ``DS_ACCELERATOR`` names what is not here, or a node has fewer devices than processes.
+    """
+    named = f"environment: DS_ACCELERATOR is {os.environ.get('DS_ACCELERATOR')!r}"
+    remedy = "unset it, and DeepSpeed takes what there is"
+    try:
+        from deepspeed.accelerator import get_accelerator
+
+        found = get_accelerator()
+    except ValueError as error:
+        raise UserError(f"{named}, which DeepSpeed refuses ({error}); {remedy}") from error
+    if found.device_name() == "cpu":
+        return found
+    if not found.is_available():
+        raise UserError(f"{named}, and torch {_torch_version()} finds no such device here; {remedy}")
+    if local_rank >= found.device_count():
+        raise UserError(
+            f"environment: LOCAL_RANK is {local_rank}, and this process sees {found.device_count()} devices; start one"
+            " process per device"
+        )
+    return found
+
+
+def _torch_version() -> str:
+    import torch
+
+    return str(torch.__version__)
 
 
 def cuda_toolkit() -> Toolkit:

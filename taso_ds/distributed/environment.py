@@ -44,7 +44,7 @@ def check() -> None:
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
-            f"environment: RANK is set but {', '.join(missing)} is not; start with deepspeed, torchrun or srun"
+            f"environment: RANK is set but not {', '.join(missing)}; start with deepspeed, torchrun or srun"
         )
     if local_world_size() > world_size():
         raise UserError(

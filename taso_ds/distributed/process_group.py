@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from taso_ds.distributed import environment, launcher, meeting, network
+from taso_ds.distributed.accelerator import usable_accelerator
 from taso_ds.distributed.extensions import warn_of_locks
 from taso_ds.distributed.watch import Failure, Watch
 from taso_ds.errors import UserError, speaks_for_all
@@ -58,9 +59,9 @@ def init(timeout_minutes: float = 30.0) -> None:
     if dist.is_initialized():
         return
     meet(timeout_minutes)
+    accelerator = usable_accelerator(environment.local_rank())
     import deepspeed
 
-    accelerator = deepspeed.accelerator.get_accelerator()
     backend = accelerator.communication_backend_name()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(environment.local_rank())

@@ -49,7 +49,8 @@ def parse_doctor(argv: Sequence[str] | None = None, *, description: str = "") ->
     for entry in dataclasses.fields(DoctorArguments):
         kind = next((one for one in get_args(hints[entry.name]) if one is not type(None)), hints[entry.name])
         default = "" if entry.default is None else f" Default: {entry.default}."
-        parser.add_argument(f"--{entry.name}", type=kind, default=entry.default, help=entry.metadata["help"] + default)
+        names = dict.fromkeys((f"--{entry.name}", f"--{entry.name.replace('_', '-')}"))
+        parser.add_argument(*names, type=kind, default=entry.default, help=entry.metadata["help"] + default)
     known, others = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     arguments = expanded(DoctorArguments(**vars(known)))
     check_values(arguments)

@@ -211,6 +211,12 @@ add("fp16", "--fp16 --no_bf16", "fp16 is not supported", "--bf16")
 add("unknown flag", "--learing_rate 1", "'--learing_rate'", "nearest: 'learning_rate'", "--help")
 add("flag without its value", "--max_steps", "--max_steps", "expected one argument")
 add("not a number", "--max_steps ten", "--max_steps", "'ten'")
+add("word without a flag", "--rank 1 run.yaml", "'run.yaml' stands where a flag should", "begin with --")
+add("value after --no_", "--no_bf16 true", "'true' stands where a flag should")
+add("word after a switch", "--force run.yaml", "--force", "'run.yaml' is not true or false")
+add("--no_ of what is off", "--no_load_in_4bit", "'--no_load_in_4bit'", "give load_in_4bit the value false")
+add("list in pieces", "--target_modules q_proj --target-modules=v_proj", "target_modules", "2 times", "after one --")
+add("line end of Windows", "--output_dir 'run\r'", "output_dir", r"'run\r'", "line ends of Windows")
 add(
     "batch does not multiply",
     "--global_batch_size 6",
@@ -267,14 +273,21 @@ add("YAML missing", "--config run.yaml", "config", "run.yaml", "No such file")
 add_yaml("malformed", "seed: [1\nrank: 2", "line 2")
 add_yaml("list", "- seed", "mapping")
 add_yaml("unknown key", "learing_rate: 1", "'learing_rate'", "nearest: 'learning_rate'")
-add_yaml("text for a number", "rank: two", "rank", "'two'", "int")
-add_yaml("fraction for a whole number", "rank: 2.5", "rank", "2.5", "int")
-add_yaml("number for a switch", "debug: 1", "debug", "1", "bool")
-add_yaml("switch for a number", "rank: true", "rank", "True", "int")
-add_yaml("nothing for a number", "rank:", "rank", "None", "int")
-add_yaml("list for a number", "rank: [1, 2]", "rank", "[1, 2]", "int")
-add_yaml("date for a text", "model_revision: 2024-01-01", "model_revision", "date", "quotes")
-add_yaml("numbers in a list of texts", "target_modules: [1, 2]", "target_modules", "[1, 2]", "a list of texts")
+add_yaml("text for a number", "rank: two", "rank", "'two'", "a whole number")
+add_yaml("fraction for a whole number", "rank: 2.5", "rank", "2.5", "a whole number")
+add_yaml("number for a switch", "debug: 2", "debug", "'2'", "true or false")
+add_yaml("switch for a number", "rank: true", "rank", "'true'", "a whole number")
+add_yaml("minutes for a number", "max_steps: 1:30", "max_steps", "'1:30'", "a whole number")
+add_yaml("nothing for a number", "rank:", "rank", "None", "a whole number")
+add_yaml("list for a number", "rank: [1, 2]", "rank", "['1', '2']", "a whole number")
+add_yaml("section for a text", "ds_config: {stage: 2}", "ds_config", "'stage'", "a text")
+add_yaml("--no_ in a file", "no_bf16: true", "'no_bf16'", "give bf16 the value false")
+add_yaml("section", "model:\n  rank: 2", "unknown key 'model'", "no sections", "`name: value`")
+add_yaml("lists in a list of texts", "target_modules: [[a]]", "target_modules", "[['a']]", "a list of texts")
+for variable in ("$HOME", "${SCRATCH}"):
+    add_yaml(
+        f"variable {variable}", f"output_dir: {variable}/runs", "output_dir", f"replaces {variable} there", "--output"
+    )
 add("YAML bad value", "--config run.yaml", "core_fraction: 1.5", "(0, 1]", files={"run.yaml": "core_fraction: 1.5"})
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -763,7 +776,7 @@ def test_half_a_launcher(llama_folder: Path, desk: Path, monkeypatch: pytest.Mon
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     finished = call_main("train", GOOD.format(llama=llama_folder).split())
-    assert_one_line(finished, "RANK is set but WORLD_SIZE", "deepspeed, torchrun or srun")
+    assert_one_line(finished, "RANK is set but not WORLD_SIZE", "deepspeed, torchrun or srun")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -59,7 +59,7 @@ def test_other_names_have_none_of_ours() -> None:
 
 
 def test_switches_take_the_values_people_write(llama_folder: Path, desk: Path) -> None:
-    for value, precision in (("true", "true"), ("false", "false"), ("True", "true"), ("0", "false")):
+    for value, precision in (("true", "true"), ("false", "false"), ("True", "true"), ("off", "false")):
         flags = [*GOOD.format(llama=llama_folder).split(), "--bf16", value, "--dry_run"]
         assert f'"bf16": {precision}' in call_main("train", flags).succeeded().out
 
