@@ -35,7 +35,7 @@ def take_folder(config: RunConfig, held: ExitStack, *, goes_on: bool) -> Path:
         path = choose_folder(config, goes_on=goes_on)
         is_ours_to_name = _is_ours_to_name(config)
         try:
-            return held.enter_context(locked(path, new=is_ours_to_name and not (path / RUN).is_file()))
+            return held.enter_context(locked(path, new=is_ours_to_name and not _was_begun(path)))
         except InUse:
             if not is_ours_to_name:
                 raise  # otherwise another run was faster: there is a next folder
@@ -73,7 +73,10 @@ def _is_ours_to_name(config: RunConfig) -> bool:
 
 
 def _named_here(config: RunConfig, *, goes_on: bool) -> Path:
-    """Return ``runs/<method>-<task>[-N]``: the newest that can be gone on with, else the first that is free."""
+    """Return ``runs/<method>-<task>[-N]``: the newest that can be gone on with, else the first that is free.
+
+    Free is also what a run has left that was killed before it wrote anything.
+    """
     first = _RUNS / f"{config.adapter.method}-{config.data.task}"
     if goes_on and config.run.resume == "auto" and not config.run.overwrite_output_dir:
         unfinished = _newest_unfinished(first, config)
@@ -81,10 +84,19 @@ def _named_here(config: RunConfig, *, goes_on: bool) -> Path:
             log.info("output_dir: goes on in %s, the newest unfinished run of this configuration", unfinished)
             return unfinished
     number, path = 1, first
-    while path.exists():
+    while path.exists() and not (_is_left_over(path) and holder(path) is None):
         number += 1
         path = first.with_name(f"{first.name}-{number}")
     return path
+
+
+def _was_begun(path: Path) -> bool:
+    return (path / RUN).is_file() or _is_left_over(path)
+
+
+def _is_left_over(path: Path) -> bool:
+    """Say whether a run was killed here before it wrote anything; scores of finished passes may be of other flags."""
+    return path.is_dir() and [entry.name for entry in path.iterdir()] == [LOCK]
 
 
 def _newest_unfinished(first: Path, config: RunConfig) -> Path | None:

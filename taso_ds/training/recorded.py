@@ -115,7 +115,7 @@ class Difference:
         return self.effect == LENGTH
 
     def __str__(self) -> str:
-        mark = "harmless" if self.is_harmless else "changes the run"
+        mark = {SCHEDULE: "harmless", LENGTH: "changes its length"}.get(self.effect, "changes the run")
         return f"{self.name}: {self.there!r} there, {self.here!r} here ({mark})"
 
 

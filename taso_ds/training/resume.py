@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from taso_ds.config import RunConfig
+from taso_ds.config import RunConfig, TrainArguments
 from taso_ds.errors import UserError, reason
+from taso_ds.flags import flags_of
 from taso_ds.json_text import parse_json
 from taso_ds.training.checkpoint import CHECKPOINTS, PROGRESS, Checkpoints, resolve_checkpoint
 from taso_ds.training.recorded import (
@@ -269,10 +270,18 @@ def _global_batch(run: Mapping[str, Any]) -> Any:
 
 def _check_same(config: RunConfig, folder: Path, run: Mapping[str, Any]) -> None:
     """Refuse a folder with another configuration; UserError."""
-    _refuse_other(differences(run, config, folder / RUN), folder, remedy="choose another --output_dir, or pass")
+    found, remedy = differences(run, config, folder / RUN), "choose another --output_dir, or pass"
+    if not is_calibration(run):
+        _refuse_other(found, folder, remedy=remedy)
+        return
+    loop = flags_of([TrainArguments])  # core regions are the same however one trains in them
+    others = [entry for entry in found if entry.name not in loop]
+    _refuse_other(others, folder, what="core regions of other flags", remedy=remedy)
 
 
-def _refuse_other(found: Sequence[Difference], folder: Path, *, remedy: str, extends: bool = False) -> None:
+def _refuse_other(
+    found: Sequence[Difference], folder: Path, *, what: str = "another run", remedy: str, extends: bool = False
+) -> None:
     """Refuse to go on with, or to replace, another run; UserError lists what differs.
 
     Args:
@@ -280,6 +289,6 @@ def _refuse_other(found: Sequence[Difference], folder: Path, *, remedy: str, ext
     """
     if any(not (entry.is_harmless or (entry.is_length and extends)) for entry in found):
         listed = "; ".join(map(str, found))
-        raise UserError(f"output_dir: {folder} holds another run ({listed}); {remedy} --overwrite_output_dir")
+        raise UserError(f"output_dir: {folder} holds {what} ({listed}); {remedy} --overwrite_output_dir")
     if found:
         log.info("resume: the same run with %s", "; ".join(map(str, found)))

@@ -47,7 +47,7 @@ from taso_ds.training.resume import (
     find_calibration,
     find_start,
 )
-from taso_ds.training.run_folder import ADAPTER, RESULTS, RUN, RunFolder, versions
+from taso_ds.training.run_folder import ADAPTER, PICTURE, RESULTS, RUN, RunFolder, versions
 from taso_ds.training.saved import is_model, saved_folder
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _start(
     folder.write_json(RUN, record)
     if found is not None:
         log.info(regions.describe_regions(found, config))
-        if not (goes_on_here and start.regions):
+        if not (goes_on_here and start.regions and (folder.path / PICTURE).is_file()):  # the last that is written
             regions.write_regions(folder, config, found)
     folder.finish_scoring()
     log.info(describe_record(record))

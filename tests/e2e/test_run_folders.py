@@ -237,6 +237,7 @@ def test_a_finished_run_is_extended(desk: Desk, here: Path) -> None:
     assert_one_line(other, "holds another run", "max_steps: 2 there, 4 here", "seed: 0 there, 3 here")
     assert contents(folder) == before
     done = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "4"]).succeeded()
+    assert "resume: the same run with max_steps: 2 there, 4 here (changes its length)" in done.lines
     assert "resume: goes on after step 2" in done.out
     (line,) = [line for line in done.lines if line.startswith("extended: ")]
     peak = record(folder, "run.json")["learning_rates"][0]["peak"]
@@ -248,6 +249,24 @@ def test_a_finished_run_is_extended(desk: Desk, here: Path) -> None:
     assert record(folder, "results.json") == record(whole, "results.json")
     again = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "4"]).succeeded()
     assert "holds this run, finished" in again.out
+
+
+def test_core_regions_serve_a_run_of_any_length_and_rate(desk: Desk, here: Path) -> None:
+    """A folder of core regions does not depend on the loop, and one that was killed has no picture yet."""
+    folder = here / "folder"
+    shutil.copytree(desk.path / "calibrated", folder)
+    (folder / "core_regions.png").unlink()
+    before = (folder / "core_regions.safetensors").read_bytes()
+    loop = ["--max_steps", "1", "--learning_rate", "1e-3", "--weight_decay", "0.1"]
+    again = call_main("calibrate", [*desk.flags, "--output_dir", desk.path / "calibrated", *loop]).succeeded()
+    assert "holds these core regions" in again.out
+    other = call_main("train", [*desk.flags, "--output_dir", folder, *loop, "--calibration_samples", "3"])
+    assert_one_line(other, "holds core regions of other flags (calibration_samples: 4 there, 3 here", "choose another")
+    done = call_main("train", [*desk.flags, "--output_dir", folder, *loop]).succeeded()
+    assert f"core regions: read from {folder / 'core_regions.safetensors'}" in done.out
+    assert (folder / "core_regions.safetensors").read_bytes() == before
+    assert (folder / "core_regions.png").is_file()
+    assert record(folder, "run.json")["steps"] == 1
 
 
 def test_an_extension_that_was_killed_goes_on(desk: Desk, here: Path) -> None:

@@ -97,6 +97,20 @@ def test_without_a_name_the_first_free_one() -> None:
     assert chosen("--method", "lora") == "runs/lora-rte"
 
 
+def test_a_folder_in_which_a_run_was_killed_before_it_wrote_is_free(runs: Path) -> None:
+    (runs / "taso-rte").mkdir(parents=True)
+    (runs / "taso-rte" / LOCK).write_text("{")
+    with holding(runs / "taso-rte"):
+        assert chosen() == "runs/taso-rte-2"
+    (runs / "taso-rte" / LOCK).write_text("{")
+    assert chosen() == "runs/taso-rte"
+    with ExitStack() as held:
+        assert take_folder(config_of(None), held, goes_on=True) == runs / "taso-rte"
+    (runs / "taso-rte" / LOCK).write_text("{")
+    (runs / "taso-rte" / PARTIAL).write_text("...")
+    assert chosen() == "runs/taso-rte-2", "its scores may be those of other flags"
+
+
 def test_the_newest_unfinished_run_of_the_configuration_goes_on(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_run(runs / "taso-rte", finished=True)
     write_run(runs / "taso-rte-2")
