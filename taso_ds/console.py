@@ -7,7 +7,7 @@ import logging
 import os
 import select
 import sys
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import TextIO
 
 from taso_ds.errors import speaks_for_all
@@ -25,11 +25,12 @@ _LONGEST_LINE = 560
 
 
 class _Handler(logging.StreamHandler):
-    """Writes to stdout until nobody reads it, as behind ``| head``; the run goes on."""
+    """Writes to stdout until that fails; the run goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
-            drop_output()
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            go_on_without_stdout(error)
         else:
             super().handleError(record)
 
@@ -59,11 +60,24 @@ def printable(message: str) -> str:
 def drop_output() -> bool:
     """Send to nowhere what this process still writes to a pipe that nobody reads; says whether there was one."""
     unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+    _send_to_nowhere(unread)
+    return bool(unread)
+
+
+def go_on_without_stdout(error: OSError) -> None:
+    """Let the rest be lost where nobody reads it, as behind ``| head``; a file on a full disk is said once."""
+    if isinstance(error, BrokenPipeError):
+        drop_output()
+        return
+    _send_to_nowhere([sys.stdout])
+    print(f"stdout: {error.strerror}; what else is said there is lost, the work goes on", file=sys.stderr, flush=True)
+
+
+def _send_to_nowhere(streams: Sequence[TextIO]) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in unread:
+    for stream in streams:
         os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
-    return bool(unread)
 
 
 def _is_unread(stream: TextIO) -> bool:

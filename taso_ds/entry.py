@@ -57,6 +57,7 @@ def _prepare() -> bool:
     from taso_ds.flags import debug_is_on
 
     slurm.adopt_ranks(os.environ)
+    _check_current_folder()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     debug = debug_is_on(sys.argv[1:])
@@ -65,12 +66,20 @@ def _prepare() -> bool:
     return debug
 
 
+def _check_current_folder() -> None:
+    """Refuse to work in a folder that is gone, where relative paths lead nowhere and some libraries do not load."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current folder has been removed: change to another one, and start again") from error
+
+
 def _say_and_leave(last_line: str | None) -> None:
     if last_line is not None and speaks_for_all():
         try:
             print(last_line, flush=True)
-        except BrokenPipeError:
-            console.drop_output()
+        except OSError as error:
+            console.go_on_without_stdout(error)
     if process_group := sys.modules.get("taso_ds.distributed.process_group"):
         process_group.leave()
 

@@ -211,6 +211,27 @@ def test_output_that_nobody_reads() -> None:
         assert (process.wait(60), err) == (code, said)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_into_a_file_on_a_full_disk() -> None:
+    """The work is not lost with its log, and the log's loss is said once."""
+    command = program(
+        "import logging", "for n in range(3): logging.getLogger('taso_ds').info('%d', n)", "return 'done'"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+    said = "stdout: No space left on device; what else is said there is lost, the work goes on\n"
+    assert (done.returncode, done.stderr) == (0, said)
+
+
+def test_a_current_folder_that_has_been_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    command = program("return 'done'", before=f"os.chdir({str(folder)!r}); os.rmdir({str(folder)!r})")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the current folder has been removed: change to another one, and start again\n"
+
+
 # The console ----------------------------------------------------------------------------------------------------------
 
 WARNS = (
