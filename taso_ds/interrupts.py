@@ -119,8 +119,8 @@ class Interrupts:
                 self._leave("stopped by a second SIGINT; what was not saved yet is lost", _AT_ONCE)
             arrived = [number for number in read if number in SIGNALS]
             if arrived and not name:
-                name, first = signal.Signals(arrived[0]).name, now
-            if self._deferring or idle == math.inf:
+                name, first, idle = signal.Signals(arrived[0]).name, now, now
+            if self._deferring:
                 idle = now
             if name and now - idle > _PATIENCE:
                 self._leave(str(self._reason(name)), self._reason(name).code)

@@ -103,6 +103,16 @@ def test_a_signal_while_a_library_waits() -> None:
     assert struck(command, signal.SIGTERM) == (75, ["stopped by SIGTERM; the same command goes on from what is saved"])
 
 
+def test_another_signal_does_not_use_up_the_patience() -> None:
+    """The main thread has its seconds from the first signal that asks it to stop."""
+    before = "import signal; from taso_ds import interrupts; interrupts._PATIENCE = 1"
+    before += "; signal.signal(signal.SIGALRM, lambda *_: None)"
+    lines = ("signal.alarm(1)", "time.sleep(2.5)", "try:", "    print(flush=True)", "    time.sleep(30)")
+    command = program(*lines, "finally:", "    time.sleep(0.5)", "    os.write(2, b'tidied up\\n')", before=before)
+    said = ["tidied up", "stopped by SIGTERM; the same command goes on from what is saved"]
+    assert struck(command, signal.SIGTERM) == (75, said)
+
+
 def test_a_second_ctrl_c_leaves_at_once() -> None:
     """While training, where the first is remembered and its echo from the launcher counts for nothing."""
     lines = ("print(flush=True)", "time.sleep(0.2)", "print(flush=True)", "time.sleep(1.5)", *NATIVE)
