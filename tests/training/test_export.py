@@ -12,7 +12,7 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.errors import UserError
 from taso_ds.training.disk_tensors import DiskTensors
-from taso_ds.training.export import merge_adapter, save_full
+from taso_ds.training.export import describe_merged, merge_adapter, save_full
 from taso_ds.training.run_folder import RunFolder
 
 
@@ -39,3 +39,13 @@ def test_one_weight_does_not_take_up_two_deltas(tmp_path: Path) -> None:
     )
     with DiskTensors(tmp_path) as disk, pytest.raises(UserError, match=f"merge: .*{names[0]} and as {names[1]}"):
         merge_adapter(model, adapter, disk)
+
+
+def test_a_merge_that_rounds_the_training_away_says_so() -> None:
+    in_bf16 = describe_merged(8.5e-3, 7.8e-3, dtype=torch.bfloat16)
+    assert in_bf16 == (
+        "merged: logits differ from the adapter's by 8.5e-03, the adapter moves them by 7.8e-03; bfloat16 rounds much of"
+        " that away, --no_bf16 merges in float32"
+    )
+    assert "rounds" not in describe_merged(8.5e-3, 7.8e-2, dtype=torch.bfloat16)
+    assert "rounds" not in describe_merged(0.0, 0.0, dtype=torch.float32)
