@@ -1,5 +1,6 @@
 """What is written of a fully fine-tuned model, and what cannot be merged."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,8 +38,9 @@ def test_one_weight_does_not_take_up_two_deltas(tmp_path: Path) -> None:
     adapter = TasoAdapter(
         dict.fromkeys(names, region), structure="union", rank=1, scaling=1.0, seed=0, dtype=torch.float32
     )
+    deltas = {name: partial(adapter.delta_weight, name) for name in names}
     with DiskTensors(tmp_path) as disk, pytest.raises(UserError, match=f"merge: .*{names[0]} and as {names[1]}"):
-        merge_adapter(model, adapter, disk)
+        merge_adapter(model, deltas, disk)
 
 
 def test_a_merge_that_rounds_the_training_away_says_so() -> None:
