@@ -46,8 +46,8 @@ def test_one_weight_does_not_take_up_two_deltas(tmp_path: Path) -> None:
 def test_a_merge_that_rounds_the_training_away_says_so() -> None:
     in_bf16 = describe_merged(8.5e-3, 7.8e-3, dtype=torch.bfloat16)
     assert in_bf16 == (
-        "merged: logits differ from the adapter's by 8.5e-03, the adapter moves them by 7.8e-03; bfloat16 rounds much of"
-        " that away, --no_bf16 merges in float32"
+        "merged: logits differ from the adapter's by 8.5e-03, the adapter moves them by 7.8e-03; bfloat16 rounds much"
+        " of that away, --no_bf16 merges in float32"
     )
     assert "rounds" not in describe_merged(8.5e-3, 7.8e-2, dtype=torch.bfloat16)
     assert "rounds" not in describe_merged(0.0, 0.0, dtype=torch.float32)
