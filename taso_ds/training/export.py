@@ -186,6 +186,19 @@ def check_merged(merged: Sequence[Tensor], live: Sequence[Tensor], *, dtype: Any
     return error
 
 
+def describe_merged(error: float, effect: float, *, dtype: Any) -> str:
+    """Return one line about a merge, with the remedy where rounding takes away much of what was trained.
+
+    Args:
+        error: how far the merged model's logits are from the adapter's.
+        effect: how far the adapter moves them.
+    """
+    line = f"merged: logits differ from the adapter's by {error:.1e}, the adapter moves them by {effect:.1e}"
+    if dtype_name(dtype) == "bfloat16" and 2 * error > effect:
+        line += "; bfloat16 rounds much of that away, --no_bf16 merges in float32"
+    return line
+
+
 def probe_rows(rows: Sequence[Any], *, number: int = 2, length: int = 64) -> list[list[int]]:
     """Return a few short token rows for comparing logits."""
     return [list(row.input_ids[:length]) for row in rows[:number]]

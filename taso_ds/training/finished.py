@@ -18,7 +18,7 @@ from taso_ds.training.base_model import BaseModel, meta_model, without_weights
 from taso_ds.training.build import Setup, load_base, set_up
 from taso_ds.training.disk_tensors import DiskTensors
 from taso_ds.training.output_folder import check_no_model
-from taso_ds.training.prove import probe_logits
+from taso_ds.training.prove import probe_logits, relative_distance
 from taso_ds.training.quantized_base import quantization_of
 from taso_ds.training.run import prove, reports_in
 from taso_ds.training.run_folder import MODEL, RunFolder
@@ -127,8 +127,10 @@ def _merge(config: RunConfig, run: str) -> Path:
     rows = export.probe_rows(setup.rows)
     live = probe_logits(base.model, rows)
     with DiskTensors(folder.path) as disk:
-        export.merge_adapter(base.model, saved.detach(base.model), disk)
+        deltas = saved.detach(base.model)
+        effect = relative_distance(probe_logits(base.model, rows), live)
+        export.merge_adapter(base.model, deltas, disk)
         error = export.check_merged(probe_logits(base.model, rows), live, dtype=base.model.dtype)
-        log.info("merged: logits differ from the adapter's by %.1e", error)
+        log.info(export.describe_merged(error, effect, dtype=base.model.dtype))
         export.save_model(folder, base.model, base.model.state_dict(), setup.tokenizer)
     return folder.path / MODEL

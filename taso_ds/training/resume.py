@@ -117,11 +117,30 @@ class Start:
         """Say whether the run goes on where it was begun."""
         return self.origin is not None and self.origin.resolve() == folder.resolve()
 
-    def adapt(self, config: RunConfig) -> RunConfig:
-        """Return the configuration with the global batch of the interrupted run, on whatever ranks there are now."""
+    def adapt(self, config: RunConfig, world_size: int) -> RunConfig:
+        """Return the configuration with the global batch of the interrupted run, on whatever ranks there are now.
+
+        Raises:
+            UserError: that many ranks cannot share it.
+        """
         if self.global_batch_size is None:
             return config
-        training = dataclasses.replace(config.training, global_batch_size=self.global_batch_size)
+        rows, odd = divmod(self.global_batch_size, world_size)
+        if odd:
+            raise UserError(
+                f"resume: {world_size} ranks cannot share the {self.global_batch_size} rows of each step of this run;"
+                f" start it with a number of ranks that divides {self.global_batch_size}"
+            )
+        asked = config.training.per_device_train_batch_size
+        micro = next(number for number in range(min(asked, rows), 0, -1) if rows % number == 0)
+        if micro != asked:
+            log.info("resume: %d rows per rank and forward in place of %d, for the same global batch", micro, asked)
+        training = dataclasses.replace(
+            config.training,
+            global_batch_size=self.global_batch_size,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=None,  # what is left of the global batch
+        )
         return dataclasses.replace(config, training=training)
 
 

@@ -99,7 +99,7 @@ def reports_in(path: Path) -> Iterator[None]:
 
 
 def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrupts) -> Path:
-    config = start.adapt(asked)
+    config = comm.together(lambda: start.adapt(asked, comm.world_size()))
     comm.together(lambda: prepare.check_held_out(config))
     setup = comm.together(lambda: set_up(config))
     steps = total_steps(config.training, setup.plan.steps_per_epoch)

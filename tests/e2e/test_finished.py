@@ -204,6 +204,8 @@ def test_merge_makes_a_plain_model(name: str, flag: str, copied: Any) -> None:
     run = copied(name)
     finished = call_main("export", ["--run", run, "--merge", *flag.split()]).succeeded()
     assert finished.lines[-1] == f"EXPORT {run / 'model'}"
+    assert said(finished, "merged: logits differ from the adapter's by", "the adapter moves them by")
+    assert not said(finished, "rounds much of that away")
     config = json.loads((run / "run.json").read_text())["config"]
     model_class: Any = AutoModelForSequenceClassification if "head" in name else AutoModelForCausalLM
     base = model_class.from_pretrained(config["model_name_or_path"], dtype=torch.float32)

@@ -1,5 +1,6 @@
 """What is written of a fully fine-tuned model, and what cannot be merged."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.errors import UserError
 from taso_ds.training.disk_tensors import DiskTensors
-from taso_ds.training.export import merge_adapter, save_full
+from taso_ds.training.export import describe_merged, merge_adapter, save_full
 from taso_ds.training.run_folder import RunFolder
 
 
@@ -37,5 +38,16 @@ def test_one_weight_does_not_take_up_two_deltas(tmp_path: Path) -> None:
     adapter = TasoAdapter(
         dict.fromkeys(names, region), structure="union", rank=1, scaling=1.0, seed=0, dtype=torch.float32
     )
+    deltas = {name: partial(adapter.delta_weight, name) for name in names}
     with DiskTensors(tmp_path) as disk, pytest.raises(UserError, match=f"merge: .*{names[0]} and as {names[1]}"):
-        merge_adapter(model, adapter, disk)
+        merge_adapter(model, deltas, disk)
+
+
+def test_a_merge_that_rounds_the_training_away_says_so() -> None:
+    in_bf16 = describe_merged(8.5e-3, 7.8e-3, dtype=torch.bfloat16)
+    assert in_bf16 == (
+        "merged: logits differ from the adapter's by 8.5e-03, the adapter moves them by 7.8e-03; bfloat16 rounds much"
+        " of that away, --no_bf16 merges in float32"
+    )
+    assert "rounds" not in describe_merged(8.5e-3, 7.8e-2, dtype=torch.bfloat16)
+    assert "rounds" not in describe_merged(0.0, 0.0, dtype=torch.float32)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from taso_ds.config import RunConfig, parse_run_config
+from taso_ds.config import RunConfig, batch_sizes, parse_run_config
 from taso_ds.errors import UserError
 from taso_ds.training.checkpoint import PROGRESS
 from taso_ds.training.resume import Progress, Start, read_progress
@@ -71,6 +71,29 @@ def test_damaged_records_are_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_a_run_that_goes_on_keeps_its_global_batch() -> None:
-    adapted = Start(global_batch_size=8).adapt(config_of())
+    adapted = Start(global_batch_size=8).adapt(config_of(), 1)
     assert adapted.training.global_batch_size == 8
-    assert Start().adapt(config_of()) == config_of()
+    assert Start().adapt(config_of(), 3) == config_of()
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "sizes"),
+    [
+        ("", 1, (4, 2)),
+        ("", 2, (4, 1)),
+        ("", 4, (2, 1)),
+        ("--gradient_accumulation_steps 2", 2, (4, 1)),
+        ("--global_batch_size 8 --per_device_train_batch_size 3", 2, (2, 2)),
+    ],
+    ids=str,
+)
+def test_the_same_command_fits_its_batches_to_other_ranks(flags: str, ranks: int, sizes: tuple[int, int]) -> None:
+    adapted = Start(global_batch_size=8).adapt(config_of(*flags.split()), ranks)
+    found = batch_sizes(adapted.training, ranks)
+    assert (found.micro_batch_size, found.grad_accum_steps) == sizes
+    assert found.global_batch_size == 8
+
+
+def test_ranks_that_cannot_share_a_global_batch_are_refused() -> None:
+    with pytest.raises(UserError, match="resume: 3 ranks cannot share the 8 rows of each step of this run"):
+        Start(global_batch_size=8).adapt(config_of(), 3)
