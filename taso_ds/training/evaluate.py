@@ -229,6 +229,7 @@ class Evaluator:
         rows, reader = self._prompts, self._reader
         stops = reader.stops(model.generation_config.eos_token_id)  # type: ignore[union-attr, arg-type]
         pad_id = pad_token_id(self.tokenizer)
+        greedy = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "use_cache": True}
         batches = dealt_batches(
             rows,
             batch_size=self.batch_size,
@@ -236,19 +237,14 @@ class Evaluator:
             filler=empty_row(pad_id),
         )
         answers: dict[int, str] = {}
-        for ids, batch in _progress(batches):
-            width = batch["input_ids"].shape[1]
-            tokens = model.generate(  # type: ignore[operator]
-                **on_device(batch),
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=pad_id,
-                eos_token_id=stops,
-                synced_gpus=self.synced,
-            )
-            texts = [reader.read(row, stops) for row in tokens[:, width:].tolist()]
-            answers.update(zip(ids, texts, strict=False))
+        with _no_recommendations(model):
+            for ids, batch in _progress(batches):
+                width = batch["input_ids"].shape[1]
+                tokens = model.generate(  # type: ignore[operator]
+                    **on_device(batch), **greedy, pad_token_id=pad_id, eos_token_id=stops, synced_gpus=self.synced
+                )
+                texts = [reader.read(row, stops) for row in tokens[:, width:].tolist()]
+                answers.update(zip(ids, texts, strict=False))
         texts, golds = _merge(answers, len(rows)), [str(example.target) for example in self.examples]
         compared = final_number if self.task.kind == "generation" else str
         return compute_metrics(self.task.metrics, list(map(compared, texts)), list(map(compared, golds)))
@@ -278,6 +274,21 @@ def _merge(found: Mapping[int, Any], number: int) -> list[Any]:
 
 def _progress(batches: Sequence[tuple[list[int], dict[str, Tensor]]]) -> Any:
     return tqdm(batches, desc="evaluating", unit="batch", disable=not comm.is_main(), leave=False)
+
+
+@contextmanager
+def _no_recommendations(model: Any) -> Iterator[None]:
+    """Let ``generate`` do what it is told and no more.
+
+    It takes whatever it is not told from the model's folder: beams, several answers, penalties.
+    """
+    from transformers import GenerationConfig
+
+    recommended, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = recommended
 
 
 @contextmanager

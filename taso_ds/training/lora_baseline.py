@@ -24,7 +24,10 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def attach_lora(model: nn.Module, targets: Sequence[str], *, rank: int, scaling: float, transposed: bool) -> Any:
-    """Put PEFT's LoRA on the targets, in place, in the model's dtype; returns PEFT's configuration."""
+    """Put PEFT's LoRA on the targets, in place, in the model's dtype; returns PEFT's configuration.
+
+    What was trainable, a head, stays so.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
@@ -35,7 +38,10 @@ def attach_lora(model: nn.Module, targets: Sequence[str], *, rank: int, scaling:
         bias="none",
         fan_in_fan_out=transposed,
     )
-    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)  # which freezes whatever is not its own
+    for parameter in trainable:
+        parameter.requires_grad_(True)
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.to(model.dtype)  # type: ignore[arg-type]
     return config

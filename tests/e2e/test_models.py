@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import tiny_models
+import torch
 from launching import call_main
 from mistakes import GOOD, assert_one_line, contents
+from safetensors.torch import load_file
 from sample_rows import write_sentences
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -33,6 +35,15 @@ def test_a_block_that_is_called_several_times_trains_and_is_proved(desk: Path) -
     proof = json.loads((desk / "run" / "results.json").read_text())["export"]
     assert proof["error"] <= proof["tolerance"]
     assert proof["effect"] > 0
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_a_head_trains_beside_lora_too(stage: str, bert_folder: Path, desk: Path) -> None:
+    flags = [*GOOD.format(llama=bert_folder).split(), *sentences(desk), "--ds_config", f"{stage}.json"]
+    call_main("train", [*flags, "--method", "lora"]).succeeded()
+    trained = load_file(desk / "run" / "adapter" / "adapter_model.safetensors")
+    (head,) = (tensor for name, tensor in trained.items() if name.endswith("classifier.weight"))
+    assert not torch.equal(head, load_file(bert_folder / "model.safetensors")["classifier.weight"])
 
 
 @pytest.mark.parametrize(("make", "checkpointing"), [(tiny_models.opt, False), (tiny_models.falcon, True)])

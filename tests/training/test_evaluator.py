@@ -101,6 +101,21 @@ def test_generation_goes_no_further_than_the_end_of_the_turn(
     assert lengths == [len("yellow") + 1, len("green") + 1]
 
 
+def test_generation_is_greedy_whatever_the_folder_says(learned: Any, evaluator: Any) -> None:
+    """What a folder recommends for talking to its model is no measure: several answers, searched for or penalized."""
+    from transformers import GenerationConfig
+
+    recommended = {"num_beams": 3, "num_return_sequences": 3, "repetition_penalty": 9.0, "max_length": 20}
+    said = GenerationConfig(eos_token_id=2, bad_words_ids=[[3 + ord("e") - ord("!")]], **recommended)
+    before, learned.generation_config = learned.generation_config, said
+    try:
+        scores = evaluator(measured("exact_match"), examples())(learned)
+        assert learned.generation_config is said  # it is exported with a merged model
+    finally:
+        learned.generation_config = before
+    assert scores["exact_match"] == 1.0
+
+
 def test_without_a_metric_nothing_is_generated(learned: Any, evaluator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learned, "generate", None)
     assert evaluator(measured(), examples())(learned).keys() == {"loss", "num_examples"}
