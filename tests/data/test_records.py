@@ -107,7 +107,7 @@ def test_files_put_one_behind_the_other_and_a_name_in_capitals(tmp_path: Path) -
     [
         (b'[\n  {"a": 1},\n', r"rows\.jsonl: is one JSON document over many lines; write one object a line"),
         (b'{\n  "a": 1\n}\n', r"rows\.jsonl: is one JSON document over many lines; write one object a line"),
-        (gzip.compress(b'{"a": 1}\n'), r"rows\.jsonl: is compressed: give it the name rows\.jsonl\.gz"),
+        (gzip.compress(b'{"a": 1}\n', mtime=0), r"rows\.jsonl: is compressed: give it the name rows\.jsonl\.gz"),
         (b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: not valid JSON"),
         (b'{"a": 1}\n\n{"a": 2}\n', r"rows\.jsonl:2: the line is empty; delete it"),
         (b'{"a": 1}\n[1, 2]\n', r"rows\.jsonl:2: expected a JSON object with named fields, found \[1, 2\]"),
