@@ -60,7 +60,7 @@ def _downloaded(name: str, revision: str) -> str:
         folder = get(allow_patterns=[*SMALL_FILES, "*.safetensors"])
         return folder if has_checkpoint(Path(folder)) else get(allow_patterns=[*SMALL_FILES, "*.bin"])
 
-    return loading(f"{name} from the Hub", load)
+    return loading(f"{name} from the Hub (no such folder is here)", load)
 
 
 def _gguf_key(name: str, file: str) -> str:
