@@ -330,7 +330,7 @@ add("no positions for answers", "--eval_metric rouge", "max_new_tokens: 256", "1
 add("eval_metric of another task", "--task sst2 --eval_metric rouge", "eval_metric: rouge", "--task completion", "sst2")
 add("no task", NO_EVAL, "task", "--task", "completion", alone=True)
 add("no data_dir", f"{NO_EVAL} --task rte --data_dir nowhere", "--data_dir nowhere", "no such folder", alone=True)
-add("no split", f"{NO_EVAL} --task rte --data_dir .", ". holds eval.jsonl, train.jsonl", alone=True)
+add("no split", f"{NO_EVAL} --task rte --data_dir .", ". holds eval.jsonl, ", "train.jsonl", alone=True)
 add(
     "not on the Hub",
     f"{NO_EVAL} --task completion",
@@ -507,7 +507,6 @@ add("calibrate into a file", "--output_dir train.jsonl", "output_dir", "train.js
 for script in ("evaluate", "export"):
     for name, word in (("none", "No such file"), ("broken", "not a readable run"), ("empty", "has no config")):
         add(f"{script} {name}", f"--run {{runs}}/{name}", "run.json", word, script=script, alone=True)
-    add(f"{script} lora", "--run {runs}/lora", "only TASO runs", script=script, alone=True)
     add(f"{script} without adapter", "--run {runs}/regions", "does not exist", "adapter", script=script, alone=True)
     add(
         f"{script} truncated adapter",
@@ -552,7 +551,6 @@ def places(
         shutil.copy(folder / "core_regions.safetensors", regions / f"{name}.safetensors")
     _damage_regions(regions)
     shutil.copytree(runs / "regions_llama", runs / "regions")
-    made("train", "lora", "--method", "lora")
     _damage_run(made("train", "taso"), runs)
     return found | {"models": models, "regions": regions, "runs": runs}
 
