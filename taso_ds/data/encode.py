@@ -151,7 +151,9 @@ def _completions(
         if append_eos and not closing:
             logger.info("the chat template ends no turn with a token of its own: rows end with %s", tokenizer.eos_token)
     if append_eos and end is None:
-        raise UserError("the tokenizer has no EOS token, so a model cannot learn to stop: set its eos_token")
+        raise UserError(
+            "the tokenizer has no EOS token, so a model cannot learn to stop: set eos_token in tokenizer_config.json"
+        )
     prompts = [prompt for prompt, _ in texts]
     answers = [answer + closing if append_eos else answer for _, answer in texts]
     # A template holds its own special tokens.

@@ -172,7 +172,7 @@ def test_eos_ends_what_is_generated_but_no_option(make_tokenizer: Make) -> None:
     assert encode(make_tokenizer(), "boolq", example)[0].labels[-1:] == char_ids("b")
     assert encode(make_tokenizer(), "gsm8k", example)[0].labels[-1] == EOS
     assert encode(make_tokenizer(), "completion", example)[0].labels[-1] == EOS
-    with pytest.raises(UserError, match=r"^the tokenizer has no EOS token"):
+    with pytest.raises(UserError, match=r"^the tokenizer has no EOS token.* eos_token in tokenizer_config\.json"):
         encode(make_tokenizer(eos_token=None), "gsm8k", example)
 
 
