@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from taso_ds.config import GROUPS, RunConfig
+from taso_ds.config import GROUPS, RunConfig, batch_sizes
 from taso_ds.errors import UserError
 from taso_ds.flags import arg, check_new_file, given_names, parse_groups, remaining_flags
 
@@ -76,9 +76,28 @@ def parse_job(argv: Sequence[str], *, description: str = "") -> tuple[SlurmArgum
             raise UserError(f"{name}: a job array decides it for each of its runs; drop it")
     elif config.run.output_dir is None:
         raise UserError("output_dir: name a run folder; the job goes on there when it is started again")
+    _check_run(job, config)
     if job.requeue and (config.run.overwrite_output_dir or config.run.resume != "auto"):
         raise UserError("resume, overwrite_output_dir: a requeued job would begin there again; pass --no_requeue too")
     return job, config, flags
+
+
+def _check_run(job: SlurmArguments, config: RunConfig) -> None:
+    """Refuse what the ranks would refuse once the job has waited for them."""
+    for seed in job.sweep_seeds or []:
+        dataclasses.replace(config.run, seed=seed)
+    for name in ("sweep_tasks", "sweep_seeds"):
+        values = getattr(job, name) or []
+        if len(set(values)) < len(values):
+            raise UserError(f"{name}: {' '.join(map(str, values))} names one twice; its runs would share a folder")
+    if config.run.dry_run:
+        raise UserError("dry_run: the job would only print; drop --dry_run, or pass it to launch/train.py")
+    if config.run.expected_world_size not in (None, job.world_size):
+        raise UserError(
+            f"expected_world_size: {config.run.expected_world_size} is not {job.nodes} nodes × {job.devices_per_node}"
+            f" devices = {job.world_size}; drop it"
+        )
+    batch_sizes(config.training, job.world_size)
 
 
 def write_script(text: str, job: SlurmArguments) -> str:

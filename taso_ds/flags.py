@@ -201,9 +201,7 @@ def parse_groups(
     if not partial:
         file = _config_file(arguments)
         if file is not None:
-            values = typed(read_yaml(file), groups, f"config: {file}")
-            _refuse_variables(values, groups, f"config: {file}")
-            parser.set_defaults(**values)
+            parser.set_defaults(**typed(read_yaml(file), groups, f"config: {file}"))
     *parsed, unknown = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     if unknown and not partial:
         if not unknown[0].startswith("-"):
@@ -231,6 +229,7 @@ def _name(word: str) -> str | None:
 
 
 _LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1  # of the types that tensors and counters have
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")  # of a shell
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
 
 
@@ -241,6 +240,8 @@ def check_values(group: Any) -> None:
         _check_representable(name, value)
         if flag.is_path and value is not None and (found := dangling(value)) is not None:
             raise UserError(f"{name}: {value} is {found}: correct the link, or name another path")
+        if flag.is_path and value is not None and (named := _VARIABLE.search(value)) and not os.path.exists(value):
+            raise UserError(f"{name}: no shell has replaced {named[0]} in {value!r}: write the path as it is")
 
 
 def _check_representable(name: str, value: Any) -> None:
@@ -295,19 +296,6 @@ def debug_is_on(argv: Sequence[str]) -> bool:
     except UserError:
         return False
     return isinstance(given, str) and given.lower() in _ON
-
-
-_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
-
-
-def _refuse_variables(values: Mapping[str, Any], groups: Sequence[Any], source: str) -> None:
-    """Refuse a path of a file with a variable of the shell, which would become a folder of that name."""
-    for name, flag in flags_of(groups).items():
-        if flag.is_path and (found := _VARIABLE.search(str(values.get(name)))):
-            raise UserError(
-                f"{source}: {name} is {values[name]!r}, and no shell replaces {found[0]} there; write the path, or pass"
-                f" --{name} on the command line"
-            )
 
 
 def typed(values: Mapping[str, Any], groups: Sequence[Any], source: str) -> dict[str, Any]:

@@ -3,12 +3,9 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from taso_ds.errors import UserError
-
-if TYPE_CHECKING:
-    from deepspeed.accelerator.abstract_accelerator import DeepSpeedAccelerator
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ def find_accelerator() -> Accelerator:
     return Accelerator(found.device_name(), backend, found.device_count(), bf16, torch.version.cuda)
 
 
-def usable_accelerator(local_rank: int) -> "DeepSpeedAccelerator":
+def usable_accelerator(local_rank: int) -> Any:
     """Return DeepSpeed's own accelerator, on which this process has a device.
 
     Raises:

@@ -285,9 +285,10 @@ add_yaml("--no_ in a file", "no_bf16: true", "'no_bf16'", "give bf16 the value f
 add_yaml("section", "model:\n  rank: 2", "unknown key 'model'", "no sections", "`name: value`")
 add_yaml("lists in a list of texts", "target_modules: [[a]]", "target_modules", "[['a']]", "a list of texts")
 for variable in ("$HOME", "${SCRATCH}"):
-    add_yaml(
-        f"variable {variable}", f"output_dir: {variable}/runs", "output_dir", f"replaces {variable} there", "--output"
-    )
+    words = ("output_dir", f"replaced {variable} in '{variable}/runs'", "write the path")
+    file = {"run.yaml": f"output_dir: {variable}/runs"}
+    add(f"YAML variable {variable}", "--task rte --config run.yaml", *words, files=file, alone=True)
+    add(f"flag variable {variable}", f"--output_dir '{variable}/runs'", *words)
 add("YAML bad value", "--config run.yaml", "core_fraction: 1.5", "(0, 1]", files={"run.yaml": "core_fraction: 1.5"})
 
 # Rows -----------------------------------------------------------------------------------------------------------------
