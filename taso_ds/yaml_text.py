@@ -4,7 +4,7 @@ What a text means, its reader knows: YAML would make 8 of ``010``, 90 of ``1:30`
 """
 
 from collections import Counter
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -17,10 +17,11 @@ _DEEPEST = 8  # a list of values stands 2 deep; PyYAML's time grows with the squ
 class _Texts(yaml.SafeLoader):
     """Takes every value for the text that stands there, but for ``null``."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [(tag, form) for tag, form in known if tag == _NULL]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+_Texts.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in known if tag == _NULL]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_yaml(text: str, source: str) -> dict[Any, Any]:
