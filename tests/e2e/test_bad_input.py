@@ -288,7 +288,7 @@ for variable in ("$HOME", "${SCRATCH}"):
     words = ("output_dir", f"replaced {variable} in '{variable}/runs'", "write the path")
     file = {"run.yaml": f"output_dir: {variable}/runs"}
     add(f"YAML variable {variable}", "--task rte --config run.yaml", *words, files=file, alone=True)
-    add(f"flag variable {variable}", f"--output_dir '{variable}/runs'", *words)
+add("flag variable", "--output_dir '$HOME/runs'", "output_dir", "replaced $HOME in '$HOME/runs'", "write the path")
 add("YAML bad value", "--config run.yaml", "core_fraction: 1.5", "(0, 1]", files={"run.yaml": "core_fraction: 1.5"})
 
 # Rows -----------------------------------------------------------------------------------------------------------------
