@@ -219,7 +219,7 @@ def _refuse_second_lists(groups: Sequence[Any], argv: Sequence[str]) -> None:
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     words = Counter(_name(word) for word in argv)
     for name, hint in hints.items():
-        if words[name] > 1 and list in map(get_origin, (hint, *get_args(hint))):
+        if words[name] > 1 and any(get_origin(kind) is list for kind in (hint, *get_args(hint))):
             raise UserError(f"{name}: is given {words[name]} times; write all its values after one --{name}")
 
 
