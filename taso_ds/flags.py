@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_
 
 from taso_ds.errors import UserError, dangling, nearest, reason
 from taso_ds.foreign_names import in_our_words
-from taso_ds.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -90,6 +89,8 @@ def check_new_file(name: str, path: str | None) -> None:
 
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a configuration file; UserError when it is missing or malformed, or names another one."""
+    from taso_ds.yaml_text import parse_yaml  # the doctor starts where no library is installed
+
     _check_text("config", path)
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(f"config: {path} is a pipe or a device, and every rank reads it: write a file")

@@ -95,7 +95,7 @@ def test_pickles_beside_weights_and_adapters_are_ignored(model: Path, desk: Path
     (desk / "run" / "adapter" / "adapter_model.safetensors").unlink()  # so that peft looks at the pickle
     assert_one_line(call_main("export", ["--run", "run"]), "does not open with peft")
     (desk / "run" / "adapter" / "taso_adapter.safetensors").unlink()
-    assert_one_line(call_main("evaluate", ["--run", "run"]), "taso_adapter.safetensors does not exist")
+    assert_one_line(call_main("evaluate", ["--run", "run"]), "taso_adapter.safetensors: no such file")
     assert not trap.exists()
 
 

@@ -116,7 +116,8 @@ def test_rows_are_held_out_of_any_tasks_training_split(tmp_path: Path) -> None:
 def test_a_prompt_on_both_sides_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "again", "completion": "b"}\n' * 4)
-    load_task_data(config_of("--train_file", str(file), "--eval_fraction", "0.5"))
+    with caplog.at_level("WARNING", logger="taso_ds"):
+        load_task_data(config_of("--train_file", str(file), "--eval_fraction", "0.5"))
     assert caplog.messages == ["2 of the 2 held-out prompts are asked in the training rows too"]
 
 
