@@ -45,12 +45,17 @@ class Quantization:
         """Return the linears of a model without weights that are quantized.
 
         Raises:
-            UserError: when the bytes of one are not whole elements of the engine's dtype.
+            UserError: there are none, or the bytes of one are not whole elements of the engine's dtype.
         """
         plain = [name for name in _linears(model) if _is_plain(model.get_submodule(name))]
         if self.stored is None:
             inside = find_targets(model)
             found = [name for name in plain if name in inside]
+            if not found:
+                raise UserError(
+                    f"{self.flag}: bitsandbytes quantizes no linear of {type(model).__name__}, which has classes of its"
+                    " own for them; drop the flag"
+                )
         else:
             from transformers.quantizers.base import HfQuantizer
             from transformers.quantizers.quantizers_utils import should_convert_module

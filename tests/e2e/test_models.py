@@ -66,6 +66,12 @@ def test_blocks_that_cannot_be_recomputed(script: str, desk: Path, forbid_weight
     assert contents(desk) == before
 
 
+def test_a_base_of_which_nothing_would_be_quantized_is_refused(desk: Path, forbid_weights: None) -> None:
+    folder = tiny_models.save(tiny_models.falcon(), desk / "falcon")
+    finished = call_main("train", [*GOOD.format(llama=folder).split(), "--load_in_4bit"])
+    assert_one_line(finished, "load_in_4bit: bitsandbytes quantizes no linear of FalconForCausalLM", "drop the flag")
+
+
 def test_a_model_that_cannot_be_planned_trains_all_the_same(llama_folder: Path, desk: Path) -> None:
     """A configuration may hold anything under names that a plan reads."""
     folder = shutil.copytree(llama_folder, desk / "llama")
