@@ -12,7 +12,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from families import FAMILIES
+from families import FAMILIES, build
 from forked import ForkServer
 from support_table import put_into, render
 from support_trial import try_family
@@ -45,6 +45,7 @@ def main() -> None:
                     flush=True,
                 )
 
+    build(FAMILIES[0], device="meta")  # transformers loads its names when they are asked for, by one thread at a time
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for done in [pool.submit(work) for _ in range(arguments.jobs)]:
             done.result()

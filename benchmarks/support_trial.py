@@ -97,7 +97,9 @@ class Desk:
             errors = [line for file in sorted(log.glob("rank*.err")) for line in file.read_text().splitlines()]
             said = [line.removeprefix("error: ") for line in errors if line.startswith("error: ")]
             kind = Refused if set(answer["codes"]) == {2} else Failed
-            raise kind(said[-1].replace(str(self.path), "…") if said else f"exit codes {answer['codes']}")
+            # What nobody foresaw is followed by where its traceback lies on this machine.
+            why = said[-1].replace(str(self.path), "…").partition(": not foreseen")[0] if said else None
+            raise kind(why or f"exit codes {answer['codes']}")
         return (log / "rank0.out").read_text()
 
     def train(self, name: str, *flags: str, ds_config: str = "zero0.json", **more: Any) -> dict[str, Any]:
