@@ -25,7 +25,7 @@ from taso_ds.adapters.selection import CoreRegion
 from taso_ds.distributed import comm, engine, process_group
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.training.checkpoint import Checkpoints
-from taso_ds.training.resume import Progress
+from taso_ds.training.progress import Progress
 from taso_ds.training.saver import Saver
 
 CORE_FRACTION = 0.1

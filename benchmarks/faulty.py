@@ -16,9 +16,9 @@ from typing import Any
 
 # phase: functions that are called in it, as module:attribute. Those of os make a file or a rename last.
 POINTS: dict[str, tuple[str, ...]] = {
-    "load": ("taso_ds.distributed.safetensors_files:SafetensorsCheckpoint.read_into", "taso_ds.training.run:set_up"),
-    "scoring": ("taso_ds.training.gradient_sum:GradientSum.add", "taso_ds.training.regions:_PartialScores.write"),
-    "region exchange": ("taso_ds.training.calibrate:_share", "taso_ds.training.calibrate:_assert_agreement"),
+    "load": ("taso_ds.files.safetensors_ranges:SafetensorsCheckpoint.read_into", "taso_ds.runs.train:set_up"),
+    "scoring": ("taso_ds.scoring.gradient_sum:GradientSum.add", "taso_ds.scoring.regions:_PartialScores.write"),
+    "region exchange": ("taso_ds.scoring.score:_share", "taso_ds.scoring.score:_assert_agreement"),
     "training": ("taso_ds.training.trainer:Trainer.step", "taso_ds.training.trainer:agree"),
     "checkpoint": (
         "os:fsync",
@@ -26,8 +26,8 @@ POINTS: dict[str, tuple[str, ...]] = {
         "taso_ds.training.saver:stream_tensors",
         "taso_ds.training.saver:Saver.save",
     ),
-    "files": ("os:replace", "taso_ds.training.regions:write_regions"),
-    "export": ("taso_ds.training.export:save_taso", "taso_ds.training.run:save"),
+    "files": ("os:replace", "taso_ds.scoring.regions:write_regions"),
+    "export": ("taso_ds.methods.export:save_taso", "taso_ds.runs.train:save"),
 }
 
 

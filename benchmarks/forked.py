@@ -60,7 +60,7 @@ def _import_everything() -> None:
     """Load what a run loads; nothing of it may start a thread, which a fork would lose."""
     for name in ("deepspeed", "bitsandbytes", "peft", "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
-    importlib.import_module("taso_ds.training.run")
+    importlib.import_module("taso_ds.runs.train")
 
 
 def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 def prove_in_fork() -> None:
     """Fork the process that will open this one's export; it ends with this one."""
-    from taso_ds.training import prove
+    from taso_ds.methods import prove
 
     requests, asked = os.pipe()
     answered, answers = os.pipe()
@@ -40,7 +40,7 @@ def prove_in_fork() -> None:
 
 def _prove(spec: str) -> dict[str, Any]:
     """Return what a process of its own would leave."""
-    from taso_ds.training import prove
+    from taso_ds.methods import prove
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

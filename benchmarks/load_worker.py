@@ -10,11 +10,11 @@ import resident
 import torch
 import transformers.models.llama.modeling_llama
 
-from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm, engine, process_group, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
-from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint
-from taso_ds.training.base_model import load_base_model, load_config
+from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint
+from taso_ds.models.arguments import ModelArguments
+from taso_ds.models.load import load_base_model, load_config
 
 
 class ReadClock:

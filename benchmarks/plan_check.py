@@ -20,12 +20,12 @@ import shapes
 from published import compare_published, in_words
 
 from taso_ds.config import RunConfig, parse_run_config
-from taso_ds.planning.devices import get_device
-from taso_ds.planning.memory import Usage, phase_usage
-from taso_ds.planning.strategy import Strategy, Workload
-from taso_ds.training import prepare
-from taso_ds.training.base_model import meta_model
-from taso_ds.training.count_model import count_model
+from taso_ds.models.load import meta_model
+from taso_ds.planning.count_model import count_model
+from taso_ds.planning.numbers.devices import get_device
+from taso_ds.planning.numbers.memory import Usage, phase_usage
+from taso_ds.planning.numbers.strategy import Strategy, Workload
+from taso_ds.runs import prepare
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 # Of each rank. During the second one DeepSpeed still gathers less than planned; from the third on, as planned.

@@ -15,15 +15,15 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (imported lazily otherwise, inside what is measured)
 
 from taso_ds.config import parse_run_config
-from taso_ds.data.plan import BatchPlan
+from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.distributed import comm, process_group
 from taso_ds.distributed import engine as engines
-from taso_ds.training import prepare
-from taso_ds.training.build import Setup, attach, find_regions, join, load_base, set_up
+from taso_ds.runs import prepare
+from taso_ds.runs.build import Setup, attach, find_regions, join, load_base, set_up
+from taso_ds.runs.folder import RunFolder
+from taso_ds.runs.train import save
 from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Schedule, make_optimizer
-from taso_ds.training.run import save
-from taso_ds.training.run_folder import RunFolder
 from taso_ds.training.trainer import Trainer
 
 

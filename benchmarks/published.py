@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from taso_ds.config import parse_run_config
-from taso_ds.planning.devices import get_device, get_network
-from taso_ds.planning.memory import phase_usage
-from taso_ds.planning.model_shape import ModelShape
-from taso_ds.planning.speed import step_seconds
-from taso_ds.planning.strategy import Strategy, Workload
-from taso_ds.training import prepare
-from taso_ds.training.base_model import meta_model
-from taso_ds.training.count_model import count_model
+from taso_ds.models.load import meta_model
+from taso_ds.planning.count_model import count_model
+from taso_ds.planning.numbers.devices import get_device, get_network
+from taso_ds.planning.numbers.memory import phase_usage
+from taso_ds.planning.numbers.model_shape import ModelShape
+from taso_ds.planning.numbers.speed import step_seconds
+from taso_ds.planning.numbers.strategy import Strategy, Workload
+from taso_ds.runs import prepare
 
 GIB = 2**30 / 1e9
 

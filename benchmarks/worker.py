@@ -17,12 +17,14 @@ from torch import Tensor
 
 from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
 from taso_ds.config import parse_run_config
-from taso_ds.data.plan import BatchPlan
+from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
-from taso_ds.training import calibrate, prepare
-from taso_ds.training.build import Setup, attach, find_regions, join, load_base, set_up
-from taso_ds.training.feed import Feed, dealt_batches, on_device
+from taso_ds.objectives.batches import dealt_batches, on_device
+from taso_ds.runs import prepare
+from taso_ds.runs.build import Setup, attach, find_regions, join, load_base, set_up
+from taso_ds.scoring import score as calibrate
+from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Schedule, make_optimizer
 from taso_ds.training.trainer import Trainer
 

@@ -12,9 +12,9 @@ from taso_ds.interrupts import Interrupts
 
 
 def _evaluate(_: Interrupts) -> str:
-    from taso_ds.training.build import join
-    from taso_ds.training.finished import evaluate
-    from taso_ds.training.finished_arguments import EVALUATE, parse_over_run
+    from taso_ds.runs.build import join
+    from taso_ds.runs.finished import evaluate
+    from taso_ds.runs.finished_arguments import EVALUATE, parse_over_run
 
     config, finished = parse_over_run(verb=EVALUATE, description=__doc__)
     join(config)

@@ -9,9 +9,9 @@ from taso_ds.interrupts import Interrupts
 
 
 def _export(_: Interrupts) -> str:
-    from taso_ds.training.build import join
-    from taso_ds.training.finished import export_run
-    from taso_ds.training.finished_arguments import EXPORT, parse_over_run
+    from taso_ds.runs.build import join
+    from taso_ds.runs.finished import export_run
+    from taso_ds.runs.finished_arguments import EXPORT, parse_over_run
 
     config, finished = parse_over_run(verb=EXPORT, description=__doc__)
     assert finished.run is not None

@@ -9,9 +9,9 @@ from taso_ds.interrupts import Interrupts
 
 
 def _plan(_: Interrupts) -> str:
-    from taso_ds.training.forecast import make_forecast
-    from taso_ds.training.plan_arguments import parse_plan
-    from taso_ds.training.proposal import describe_forecast, write_forecast
+    from taso_ds.planning.arguments import parse_plan
+    from taso_ds.planning.forecast import make_forecast
+    from taso_ds.planning.report_text import describe_forecast, write_forecast
 
     config, arguments, given = parse_plan(description=__doc__)
     forecast = make_forecast(config, arguments, given)

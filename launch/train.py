@@ -10,17 +10,17 @@ from taso_ds.interrupts import Interrupts
 
 def _train(interrupts: Interrupts) -> str:
     from taso_ds.config import parse_run_config
-    from taso_ds.training.prepare import with_defaults
+    from taso_ds.runs.prepare import with_defaults
 
     config = with_defaults(parse_run_config(description=__doc__))
     from taso_ds.distributed import environment
 
     if config.run.dry_run:
-        from taso_ds.training.dry_run import describe
+        from taso_ds.runs.dry_run import describe
 
         return describe(config, environment.world_size(), goes_on=True) if environment.rank() == 0 else ""
-    from taso_ds.training.build import join
-    from taso_ds.training.run import train
+    from taso_ds.runs.build import join
+    from taso_ds.runs.train import train
 
     join(config)
     return f"RUN {train(config, interrupts)}"

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from taso_ds.config import GROUPS, RunConfig, batch_sizes
+from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
 from taso_ds.flags import arg, check_new_file, given_names, parse_groups, remaining_flags
+from taso_ds.training.arguments import batch_sizes
 
 _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
 _WORD = re.compile(r"[\w.,:-]+")

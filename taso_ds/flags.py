@@ -89,7 +89,7 @@ def check_new_file(name: str, path: str | None) -> None:
 
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a configuration file; UserError when it is missing or malformed, or names another one."""
-    from taso_ds.yaml_text import parse_yaml  # the doctor starts where no library is installed
+    from taso_ds.files.yaml_text import parse_yaml  # the doctor starts where no library is installed
 
     _check_text("config", path)
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
@@ -341,3 +341,14 @@ def _as_kind(value: Any, kind: Any) -> Any:
     if kind is int and isinstance(value, float):
         raise TypeError
     return kind(value)
+
+
+def is_positive(value: float) -> bool:
+    """Say whether a number is positive and finite."""
+    return 0.0 < value < math.inf
+
+
+def require_one_of(name: str, value: str, valid: Sequence[str]) -> None:
+    """Refuse a value that is none of the valid words; UserError names the nearest."""
+    if value not in valid:
+        raise UserError(f"{name}: {value!r} is not one of {', '.join(valid)}{nearest(str(value), list(valid))}")

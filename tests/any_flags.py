@@ -27,8 +27,8 @@ from taso_ds.config import GROUPS, parse_run_config
 from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.entry import run_script
 from taso_ds.interrupts import Interrupts
-from taso_ds.training.finished_arguments import EVALUATE, EXPORT, FinishedArguments, parse_over_run
-from taso_ds.training.plan_arguments import PlanArguments
+from taso_ds.planning.arguments import PlanArguments
+from taso_ds.runs.finished_arguments import EVALUATE, EXPORT, FinishedArguments, parse_over_run
 
 # What is on the command line already: mostly a run that works, for a check that comes late must be reached. Without a
 # model it is the demonstration's, which takes seconds to count.

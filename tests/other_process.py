@@ -12,7 +12,7 @@ from pathlib import Path
 _HOLD = """
 import os, sys, time
 from pathlib import Path
-from taso_ds.training.run_lock import locked
+from taso_ds.runs.run_lock import locked
 with locked(Path(sys.argv[1])):
     forks = "fork" in sys.argv
     if not forks or os.fork():

@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from taso_ds.adapters.adapter import TasoAdapter
-from taso_ds.adapters.files import CHECKSUM
 from taso_ds.adapters.peft_format import load_adapter, peft_tensors, save_adapter
 from taso_ds.adapters.region_file import RegionFile, load_region_file, save_region_file
 from taso_ds.adapters.selection import cut_region, score_rows_and_cols
@@ -26,11 +25,12 @@ from taso_ds.config import GROUPS
 from taso_ds.data.records import read_jsonl
 from taso_ds.data.tasks import TASKS
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
-from taso_ds.distributed.safetensors_files import open_checkpoint
 from taso_ds.errors import UserError
+from taso_ds.files.safetensors_ranges import open_checkpoint
+from taso_ds.files.tensors import CHECKSUM
 from taso_ds.flags import read_yaml, typed
 from taso_ds.training.checkpoint import MANIFEST, MARKER, PROGRESS, STATE, Checkpoints, resolve_checkpoint
-from taso_ds.training.resume import Progress, read_progress
+from taso_ds.training.progress import Progress, read_progress
 
 LADDER = (0.05, 0.1)
 

@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taso_ds.batch_script import SlurmArguments
-from taso_ds.config import GROUPS, SCORING, RunConfig, parse_run_config
+from taso_ds.config import GROUPS, RunConfig, parse_run_config
 from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.errors import UserError
 from taso_ds.flags import debug_is_on, flags_of, parse_groups, read_yaml, typed
-from taso_ds.training.finished_arguments import FinishedArguments
-from taso_ds.training.plan_arguments import PlanArguments
-from taso_ds.training.recorded import differences
+from taso_ds.planning.arguments import PlanArguments
+from taso_ds.runs.finished_arguments import FinishedArguments
+from taso_ds.runs.recorded import differences
+from taso_ds.scoring.arguments import SCORING
 
 # \r is refused, and U+0085 is a line break that PyYAML writes as it is and reads as a space.
 words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r\x85"), max_size=20)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taso_ds.errors import UserError
-from taso_ds.json_text import parse_json
+from taso_ds.files.json_text import parse_json
 
 texts = st.text(st.characters(exclude_categories=("Cs",)))
 values = st.recursive(

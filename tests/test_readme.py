@@ -84,8 +84,8 @@ def test_flags_parse(words: list[str]) -> None:
     from taso_ds.config import GROUPS
     from taso_ds.doctor.arguments import parse_doctor
     from taso_ds.flags import parse_groups
-    from taso_ds.training.finished_arguments import FinishedArguments
-    from taso_ds.training.plan_arguments import PlanArguments
+    from taso_ds.planning.arguments import PlanArguments
+    from taso_ds.runs.finished_arguments import FinishedArguments
 
     script, flags = script_of(words), flags_of(words)
     assert (ROOT / "launch" / f"{script}.py").is_file()
@@ -169,8 +169,8 @@ def test_flags_in_the_text_exist() -> None:
     from taso_ds.batch_script import SlurmArguments
     from taso_ds.config import GROUPS
     from taso_ds.doctor.arguments import DoctorArguments
-    from taso_ds.training.finished_arguments import FinishedArguments
-    from taso_ds.training.plan_arguments import PlanArguments
+    from taso_ds.planning.arguments import PlanArguments
+    from taso_ds.runs.finished_arguments import FinishedArguments
 
     groups = (*GROUPS, FinishedArguments, PlanArguments, DoctorArguments, SlurmArguments)
     known = {entry.name for group in groups for entry in dataclasses.fields(group)} | {"help"}

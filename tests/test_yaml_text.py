@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taso_ds.errors import UserError
-from taso_ds.yaml_text import parse_yaml
+from taso_ds.files.yaml_text import parse_yaml
 
 values = st.none() | st.text() | st.lists(st.text(), max_size=3)
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from taso_ds.adapters.adapter import Factors, TasoAdapter
-from taso_ds.adapters.files import dtype_name, read_tensors, write_json, write_tensors
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.structure import STRUCTURES, dense_rank
 from taso_ds.errors import UserError
+from taso_ds.files.atomic import write_json
+from taso_ds.files.tensors import dtype_name, read_tensors, write_tensors
 
 COMPACT_FILE = "taso_adapter.safetensors"
 PEFT_FILE = "adapter_model.safetensors"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taso_ds.adapters.files import read_tensors, write_tensors
 from taso_ds.adapters.selection import CoreRegion, RegionScores, cut_region
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.errors import UserError
+from taso_ds.files.tensors import read_tensors, write_tensors
 
 KIND = "taso_core_regions"
 _SCORE_FIELDS = ("row_counts", "col_counts", "row_importance", "col_importance")

@@ -15,7 +15,7 @@ import torch
 
 from taso_ds.data.tasks import Example, Task
 from taso_ds.errors import UserError, reason
-from taso_ds.json_text import parse_json
+from taso_ds.files.json_text import parse_json
 
 # Names a split goes by: many local copies call the validation split dev, and some publish only a test split.
 _SPLIT_NAMES = {"validation": ("validation", "dev", "test")}

@@ -42,7 +42,7 @@ class Task:
     Attributes:
         name: What `--task` takes.
         kind: "choice", "generation" or "completion".
-        metrics: Names known to `taso_ds.training.metrics`; the first is the headline, which is the loss without any.
+        metrics: Names known to `taso_ds.objectives.metrics`; the first is the headline, which is the loss without any.
         build: Record to example; raises UserError when the record lacks what the task needs.
         labels: Label names of a classification head; empty if the task has none.
         is_regression: The head has one output; a decoder predicts the likelihood-weighted mean of the options.

@@ -17,7 +17,7 @@ from taso_ds.distributed import ds_config_keys as keys
 from taso_ds.distributed.ds_config_values import AUTO, SECTION, check_known, checked
 from taso_ds.distributed.placement import resolve_offload, resolve_secondary_shards
 from taso_ds.errors import UserError, nearest, reason
-from taso_ds.json_text import parse_json
+from taso_ds.files.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 

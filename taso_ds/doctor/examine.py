@@ -111,8 +111,8 @@ def _planned(job: Job) -> tuple[dict[str, float] | None, HubModel | None, list[F
     """Return what the run will write and download, from its model's ``config.json``, and whether that can be read."""
     if job.config is None or job.config.model.model_name_or_path is None:
         return None, None, []
-    from taso_ds.training.count_model import NotCountedError
-    from taso_ds.training.forecast import planned_files, read_shape
+    from taso_ds.planning.count_model import NotCountedError
+    from taso_ds.planning.forecast import planned_files, read_shape
 
     model = job.config.model
     name = str(model.model_name_or_path)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.errors import UserError
-from taso_ds.json_text import parse_json
+from taso_ds.files.json_text import parse_json
 
 log = logging.getLogger(__name__)
 

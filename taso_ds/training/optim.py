@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from taso_ds.adapters.compensation import learning_rate_factor
-from taso_ds.config import TrainArguments
 from taso_ds.distributed import zero
+from taso_ds.training.arguments import TrainArguments
 
 
 @dataclass(frozen=True, eq=False)

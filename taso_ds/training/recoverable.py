@@ -6,16 +6,17 @@ from typing import Any
 
 from taso_ds.distributed import comm
 from taso_ds.distributed.engine import zero_stage
+from taso_ds.files.schema import SCHEMA
 from taso_ds.interrupts import Interrupts
-from taso_ds.training.build import Setup, Trained
+from taso_ds.runs.build import Setup, Trained
+from taso_ds.runs.folder import RunFolder
+from taso_ds.runs.resume import Start
+from taso_ds.scoring.regions import Regions
 from taso_ds.training.checkpoint import CHECKPOINTS, Checkpoints
 from taso_ds.training.divergence import Diverged, LossWatch
 from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Schedule
-from taso_ds.training.recorded import SCHEMA
-from taso_ds.training.regions import Regions
-from taso_ds.training.resume import Progress, Start, read_progress
-from taso_ds.training.run_folder import RunFolder
+from taso_ds.training.progress import Progress, read_progress
 from taso_ds.training.saver import Saver
 from taso_ds.training.trainer import Trainer
 

@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from taso_ds.adapters.files import read_tensors, stream_tensors, write_tensors
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed.trained_state import KINDS, optimizer_steps, read_state, write_state
 from taso_ds.errors import UserError
+from taso_ds.files.tensors import read_tensors, stream_tensors, write_tensors
 from taso_ds.training.agreement import digest
 from taso_ds.training.checkpoint import PROGRESS, STATE, Checkpoints
-from taso_ds.training.resume import Progress
+from taso_ds.training.progress import Progress
 
 log = logging.getLogger(__name__)
 

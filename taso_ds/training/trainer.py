@@ -13,10 +13,10 @@ from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
 from taso_ds.errors import Interrupted, UserError
 from taso_ds.interrupts import Interrupts
+from taso_ds.objectives.loss import LossSum
 from taso_ds.training.agreement import Place, agree, digest
 from taso_ds.training.divergence import Diverged, LossWatch
 from taso_ds.training.feed import Feed, Step
-from taso_ds.training.loss import LossSum
 from taso_ds.training.optim import Group, Schedule
 
 _STOP, _SAVE = 1, 2  # what a rank may wish for at a step's start

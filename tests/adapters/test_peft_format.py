@@ -14,7 +14,6 @@ from torch import Tensor
 from trained_adapters import trained_adapter
 
 from taso_ds.adapters.adapter import TasoAdapter
-from taso_ds.adapters.files import read_tensors, write_tensors
 from taso_ds.adapters.peft_format import (
     COMPACT_FILE,
     KIND,
@@ -28,6 +27,7 @@ from taso_ds.adapters.peft_format import (
 from taso_ds.adapters.selection import select_core_region
 from taso_ds.adapters.structure import STRUCTURES
 from taso_ds.errors import UserError
+from taso_ds.files.tensors import read_tensors, write_tensors
 
 BATCH = {key: value for key, value in tiny_models.token_batch().items() if key != "labels"}
 

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from taso_ds.adapters.files import read_tensors, write_tensors
 from taso_ds.adapters.region_file import KIND, RegionFile, check_region_file, load_region_file, save_region_file
 from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER, CoreRegion, score_rows_and_cols, select_core_region
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.errors import UserError
+from taso_ds.files.tensors import read_tensors, write_tensors
 
 SHAPES = {"layers.0.q": MatrixShape(20, 30), "layers.0.down": MatrixShape(16, 40), "layers.1.q": MatrixShape(20, 30)}
 SETTINGS = {"task": "rte", "element_fraction": 0.05, "seed": 3, "gguf_file": None}

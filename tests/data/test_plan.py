@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taso_ds.data.plan import BatchPlan
+from taso_ds.data.batch_plan import BatchPlan
 
 sizes = st.integers(1, 40)
 

@@ -10,8 +10,8 @@ import pytest
 from taso_ds.data.records import Records, build_examples, load_records
 from taso_ds.data.tasks import TASKS, Example, get_task
 from taso_ds.errors import UserError
-from taso_ds.training.metric_classes import METRICS
-from taso_ds.training.metrics import compute_metrics, final_number
+from taso_ds.objectives.metric_classes import METRICS
+from taso_ds.objectives.metrics import compute_metrics, final_number
 
 
 def build(name: str, **record: Any) -> Example:

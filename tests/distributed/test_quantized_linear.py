@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm
-from taso_ds.distributed.quantized import (
+from taso_ds.models.arguments import ModelArguments
+from taso_ds.models.load import load_base_model, load_config
+from taso_ds.models.quantization import adopt_linears, quantization_of
+from taso_ds.models.quantized_linear import (
     NF4,
     Format,
     Int8,
@@ -22,8 +24,6 @@ from taso_ds.distributed.quantized import (
     share_statistics,
     weight_of,
 )
-from taso_ds.training.base_model import load_base_model, load_config
-from taso_ds.training.quantized_base import adopt_linears, quantization_of
 
 STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
 FORMATS: list[Format] = [NF4(), Int8(6.0)]

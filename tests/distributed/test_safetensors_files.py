@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from taso_ds.distributed import safetensors_files
-from taso_ds.distributed.safetensors_files import INDEX, SINGLE, open_checkpoint, weight_files
 from taso_ds.errors import UserError
+from taso_ds.files import safetensors_ranges as safetensors_files
+from taso_ds.files.safetensors_ranges import INDEX, SINGLE, open_checkpoint, weight_files
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool)
 names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8).filter(lambda n: n != "__metadata__")

@@ -25,8 +25,8 @@ from mistakes import GOOD, assert_one_line, contents
 from safetensors.torch import load_file, save_file
 from sample_rows import write_rows
 
-from taso_ds.adapters.files import read_tensors, write_tensors
 from taso_ds.adapters.region_file import KIND
+from taso_ds.files.tensors import read_tensors, write_tensors
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -788,14 +788,14 @@ def test_a_folder_that_may_not_be_written(llama_folder: Path, desk: Path, forbid
 def test_a_host_that_is_too_small(
     llama_folder: Path, desk: Path, forbid_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("taso_ds.training.host_check.available_host_bytes", lambda: 1000.0)
+    monkeypatch.setattr("taso_ds.planning.host_check.available_host_bytes", lambda: 1000.0)
     flags = GOOD.format(llama=llama_folder).split()
     assert_one_line(call_main("train", flags), "host memory", "GB are available", "--force")
     assert not (desk / "run").exists()
 
 
 def test_a_host_that_is_too_small_by_force(llama_folder: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taso_ds.training.host_check.available_host_bytes", lambda: 1000.0)
+    monkeypatch.setattr("taso_ds.planning.host_check.available_host_bytes", lambda: 1000.0)
     call_main("train", [*GOOD.format(llama=llama_folder).split(), "--force"]).succeeded()
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from sample_rows import write_rows, write_sentences
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
-from taso_ds.training import prove
+from taso_ds.methods import prove
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -137,7 +137,7 @@ def test_a_host_need_not_hold_what_training_would_need(
 ) -> None:
     """Between what loading takes and what scoring and training would."""
     run = runs / f"{method}-fp32"
-    monkeypatch.setattr("taso_ds.training.host_check.available_host_bytes", lambda: 2.5e5)
+    monkeypatch.setattr("taso_ds.planning.host_check.available_host_bytes", lambda: 2.5e5)
     evaluated(run)
     flags = json.loads((run / "run.json").read_text())["config"]
     again = [f"--{name}={value}" for name, value in flags.items() if value is not None]

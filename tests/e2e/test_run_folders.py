@@ -193,7 +193,7 @@ def test_a_model_that_another_merge_has_just_written_is_kept(
         (run / "model").mkdir()
         yield
 
-    monkeypatch.setattr("taso_ds.training.finished.locked", waited_for_another)
+    monkeypatch.setattr("taso_ds.runs.finished.locked", waited_for_another)
     assert_one_line(call(desk, "merge", folder), f"merge: {folder / 'model'} exists already")
 
 

@@ -11,18 +11,18 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 # verb: a function that it calls. Those of a finished run and of a run under way leave the file in its folder.
 POINTS = {
-    "train": "taso_ds.training.run.set_up",
-    "train --dry_run": "taso_ds.training.dry_run.describe",
-    "calibrate": "taso_ds.training.run.set_up",
-    "plan": "taso_ds.training.proposal.describe_forecast",
+    "train": "taso_ds.runs.train.set_up",
+    "train --dry_run": "taso_ds.runs.dry_run.describe",
+    "calibrate": "taso_ds.runs.train.set_up",
+    "plan": "taso_ds.planning.report_text.describe_forecast",
     "slurm": "taso_ds.batch_script.batch_script",
     "doctor": "taso_ds.doctor.examine.examine",
     "demo": "subprocess.run",
 }
 OVER_RUNS = {
-    "evaluate": "taso_ds.training.finished.load_base",
-    "export": "taso_ds.training.finished.load_base",
-    "export --merge": "taso_ds.training.finished.export.merge_adapter",
+    "evaluate": "taso_ds.runs.finished.load_base",
+    "export": "taso_ds.runs.finished.load_base",
+    "export --merge": "taso_ds.runs.finished.export.merge_adapter",
 }
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm, process_group
-from taso_ds.training import evaluate, finished
-from taso_ds.training.build import join
+from taso_ds.objectives import evaluate
+from taso_ds.runs import finished
+from taso_ds.runs.build import join
 
 TASKS = {"arc_easy": "lm", "boolq": "lm", "gsm8k": "lm", "completion": "lm", "sst2": "classification"}  # and their head
 STAGES = (0, 3)

@@ -24,10 +24,10 @@ from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.placement import check_nvme
-from taso_ds.distributed.safetensors_files import SafetensorsCheckpoint
 from taso_ds.errors import UserError
-from taso_ds.training.base_model import load_base_model, load_config
-from taso_ds.training.model_class import wants_head
+from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint
+from taso_ds.models.load import load_base_model, load_config
+from taso_ds.models.model_class import wants_head
 
 
 def digest(tensor: Tensor) -> str:

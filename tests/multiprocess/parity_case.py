@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from tiny_models import VOCABULARY
 
-from taso_ds.config import BatchSizes, TrainArguments
 from taso_ds.data.encode import EncodedRow
+from taso_ds.training.arguments import BatchSizes, TrainArguments
 
 ELEMENT_FRACTION, CORE_FRACTION = 0.05, 0.25
 PASSES = 3  # groups of matrices scored one after the other

@@ -23,22 +23,25 @@ from torch import nn
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion, RegionScores, cut_region
 from taso_ds.config import parse_run_config
+from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow
-from taso_ds.data.plan import BatchPlan
 from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
-from taso_ds.training import calibrate, chunked_loss, scoring_pass
-from taso_ds.training.base_model import load_config
-from taso_ds.training.build import load_base
-from taso_ds.training.calibrate import score_regions
-from taso_ds.training.chunked_loss import LanguageModelLoss
-from taso_ds.training.feed import Feed, dealt_batches
-from taso_ds.training.lora_baseline import attach_lora, lora_parameters
-from taso_ds.training.loss import loss_sum
+from taso_ds.methods.lora import attach_lora, lora_parameters
+from taso_ds.models.load import load_config
+from taso_ds.objectives import chunked_loss
+from taso_ds.objectives.batches import dealt_batches
+from taso_ds.objectives.chunked_loss import LanguageModelLoss
+from taso_ds.objectives.loss import loss_sum
+from taso_ds.runs.build import load_base
+from taso_ds.scoring import score as calibrate
+from taso_ds.scoring import scoring_pass
+from taso_ds.scoring.score import score_regions
+from taso_ds.scoring.scoring_pass import ScoringSettings
+from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Group, make_groups, make_optimizer, make_schedule
-from taso_ds.training.scoring_pass import ScoringSettings
 from taso_ds.training.trainer import Trainer
 
 FILLER = empty_row(0)

@@ -25,18 +25,18 @@ from taso_ds.data.collate import collate
 from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
-from taso_ds.distributed.quantized import QuantizedLinear
-from taso_ds.training.base_model import load_config
-from taso_ds.training.build import load_base
-from taso_ds.training.calibrate import score_regions
-from taso_ds.training.feed import dealt_batches
-from taso_ds.training.lora_baseline import attach_lora, lora_parameters
-from taso_ds.training.loss import loss_sum
-from taso_ds.training.model_class import wants_head
+from taso_ds.methods.lora import attach_lora, lora_parameters
+from taso_ds.models.load import load_config
+from taso_ds.models.model_class import wants_head
+from taso_ds.models.quantized_linear import QuantizedLinear
+from taso_ds.models.stored_weights import stored_weights
+from taso_ds.objectives.batches import dealt_batches
+from taso_ds.objectives.loss import loss_sum
+from taso_ds.runs.build import load_base
+from taso_ds.scoring.regions import fingerprint
+from taso_ds.scoring.score import score_regions
+from taso_ds.scoring.scoring_pass import ScoringSettings
 from taso_ds.training.optim import make_groups
-from taso_ds.training.regions import fingerprint
-from taso_ds.training.scoring_pass import ScoringSettings
-from taso_ds.training.stored_weights import stored_weights
 
 STAGES = {"4": (0, 1, 2, 3), "8": (0, 2, 3)}
 STORED_STAGES = (0, 3)

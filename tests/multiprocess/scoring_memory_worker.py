@@ -21,11 +21,11 @@ from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
 from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
 from taso_ds.distributed import comm, engine, process_group, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
-from taso_ds.training.calibrate import score_regions, scoring_mode
-from taso_ds.training.gradient_sum import GradientSum
-from taso_ds.training.load_sharded import partition_whole
-from taso_ds.training.loss import loss_sum
-from taso_ds.training.scoring_pass import ScoringSettings
+from taso_ds.models.load_sharded import partition_whole
+from taso_ds.objectives.loss import loss_sum
+from taso_ds.scoring.gradient_sum import GradientSum
+from taso_ds.scoring.score import score_regions, scoring_mode
+from taso_ds.scoring.scoring_pass import ScoringSettings
 
 HIDDEN_SIZES = (128, 256, 512)
 LAYERS = 4

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from taso_ds.data.tasks import get_task
 from taso_ds.distributed import comm
-from taso_ds.training.metrics import final_number
+from taso_ds.objectives.metrics import final_number
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(300)]
 

@@ -21,11 +21,11 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.targets import find_targets, matrix_shape
-from taso_ds.config import BatchSizes
+from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate, collate_head
 from taso_ds.data.encode import EncodedRow
-from taso_ds.data.plan import BatchPlan
-from taso_ds.training.lora_baseline import attach_lora, lora_parameters
+from taso_ds.methods.lora import attach_lora, lora_parameters
+from taso_ds.training.arguments import BatchSizes
 from taso_ds.training.optim import make_schedule
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
-from taso_ds.planning.model_shape import ModelShape, read_model_shape
+from taso_ds.planning.numbers.model_shape import ModelShape, read_model_shape
 
 
 def shapes_of(model: nn.Module) -> dict[str, MatrixShape]:

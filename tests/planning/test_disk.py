@@ -12,7 +12,7 @@ from taso_ds.adapters.peft_format import save_adapter
 from taso_ds.adapters.region_file import RegionFile, save_region_file
 from taso_ds.adapters.selection import RegionScores, cut_region, ladder_with
 from taso_ds.adapters.structure import count_dense
-from taso_ds.planning.disk import disk_bytes
+from taso_ds.planning.numbers.disk import disk_bytes
 
 LADDER = ladder_with(0.05)
 OUT, IN, MATRICES = 3000, 2000, 3

@@ -8,8 +8,8 @@ from counted_models import counted, llama, shapes_of
 from torch import Tensor, nn
 
 from taso_ds.adapters.targets import MatrixShape, find_targets
-from taso_ds.planning.devices import get_device
-from taso_ds.planning.memory import (
+from taso_ds.planning.numbers.devices import get_device
+from taso_ds.planning.numbers.memory import (
     activation_bytes,
     export_usage,
     load_usage,
@@ -19,9 +19,9 @@ from taso_ds.planning.memory import (
     score_usage,
     train_usage,
 )
-from taso_ds.planning.model_shape import ModelShape
-from taso_ds.planning.strategy import Limits, Strategy, Workload
-from taso_ds.planning.weights import gathered_bytes, kept_gathered, resident_weights, weight_bytes
+from taso_ds.planning.numbers.model_shape import ModelShape
+from taso_ds.planning.numbers.strategy import Limits, Strategy, Workload
+from taso_ds.planning.numbers.weights import gathered_bytes, kept_gathered, resident_weights, weight_bytes
 
 
 def saved_bytes(config: object, *, tokens: int) -> int:
@@ -205,7 +205,7 @@ def test_scoring_in_passes_and_from_one_micro_batch() -> None:
 
 def test_int8_is_a_byte_and_a_number_per_row() -> None:
     """As ``distributed/quantized.py`` stores it."""
-    from taso_ds.distributed.quantized import Int8, QuantizedLinear
+    from taso_ds.models.quantized_linear import Int8, QuantizedLinear
 
     shape = counted(llama())
     weights = weight_bytes(shape, Strategy(3, bits=8))

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from taso_ds.planning.plan import ScalingPoint
-from taso_ds.planning.report import draw_scaling
+from taso_ds.planning.numbers.plan import ScalingPoint
+from taso_ds.planning.numbers.report import draw_scaling
 
 
 @pytest.fixture

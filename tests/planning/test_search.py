@@ -6,16 +6,16 @@ import pytest
 from counted_models import counted
 
 from taso_ds.errors import UserError
-from taso_ds.planning.advice import advice
-from taso_ds.planning.command import decided_flags
-from taso_ds.planning.devices import get_device, get_network
-from taso_ds.planning.model_shape import ModelShape
-from taso_ds.planning.plan import Hardware, assess
-from taso_ds.planning.report import candidate_table, describe_strategy
-from taso_ds.planning.search import Freedom, assess_scoring, fastest, strategies, variants
-from taso_ds.planning.speed import scoring_seconds, sum_seconds
-from taso_ds.planning.strategy import Limits, Strategy, Workload
-from taso_ds.training.plan_arguments import PlanArguments
+from taso_ds.planning.arguments import PlanArguments
+from taso_ds.planning.numbers.advice import advice
+from taso_ds.planning.numbers.command import decided_flags
+from taso_ds.planning.numbers.devices import get_device, get_network
+from taso_ds.planning.numbers.model_shape import ModelShape
+from taso_ds.planning.numbers.plan import Hardware, assess
+from taso_ds.planning.numbers.report import candidate_table, describe_strategy
+from taso_ds.planning.numbers.search import Freedom, assess_scoring, fastest, strategies, variants
+from taso_ds.planning.numbers.speed import scoring_seconds, sum_seconds
+from taso_ds.planning.numbers.strategy import Limits, Strategy, Workload
 
 ONE = Workload(max_seq_length=512, micro_batch_size=1, calibration_batch_size=1)
 

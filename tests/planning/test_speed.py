@@ -5,10 +5,17 @@ from dataclasses import replace
 import pytest
 from counted_models import counted, llama
 
-from taso_ds.planning.devices import get_device, get_network
-from taso_ds.planning.model_shape import ModelShape
-from taso_ds.planning.speed import StepTime, dequantize_seconds, fetched_bytes, host_seconds, step_flops, step_seconds
-from taso_ds.planning.strategy import Limits, Strategy, Workload
+from taso_ds.planning.numbers.devices import get_device, get_network
+from taso_ds.planning.numbers.model_shape import ModelShape
+from taso_ds.planning.numbers.speed import (
+    StepTime,
+    dequantize_seconds,
+    fetched_bytes,
+    host_seconds,
+    step_flops,
+    step_seconds,
+)
+from taso_ds.planning.numbers.strategy import Limits, Strategy, Workload
 
 A100, NETWORK = get_device("a100-80"), get_network("ib-400")
 

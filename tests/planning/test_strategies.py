@@ -9,15 +9,15 @@ from counted_models import counted, llama
 
 from taso_ds.config import parse_run_config
 from taso_ds.errors import UserError
-from taso_ds.planning.command import command_line, decided_flags
-from taso_ds.planning.devices import get_device, get_network
-from taso_ds.planning.host import available_host_bytes, check_host_memory
-from taso_ds.planning.memory import Usage
-from taso_ds.planning.model_shape import ModelShape
-from taso_ds.planning.plan import Hardware, assess, scaling
-from taso_ds.planning.search import fastest, strategies
-from taso_ds.planning.speed import fetched_bytes, gather_seconds, step_flops, step_seconds
-from taso_ds.planning.strategy import Limits, Strategy, Workload
+from taso_ds.planning.numbers.command import command_line, decided_flags
+from taso_ds.planning.numbers.devices import get_device, get_network
+from taso_ds.planning.numbers.host import available_host_bytes, check_host_memory
+from taso_ds.planning.numbers.memory import Usage
+from taso_ds.planning.numbers.model_shape import ModelShape
+from taso_ds.planning.numbers.plan import Hardware, assess, scaling
+from taso_ds.planning.numbers.search import fastest, strategies
+from taso_ds.planning.numbers.speed import fetched_bytes, gather_seconds, step_flops, step_seconds
+from taso_ds.planning.numbers.strategy import Limits, Strategy, Workload
 
 
 def llama_7b() -> ModelShape:

@@ -10,18 +10,11 @@ from safetensors.torch import load_file, save_file
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.targets import find_targets, matrix_shape
-from taso_ds.config import ModelArguments
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
-from taso_ds.training.base_model import (
-    BaseModel,
-    _said_by_each_rank,
-    load_base_model,
-    load_config,
-    meta_model,
-    without_weights,
-)
-from taso_ds.training.export import head_modules
+from taso_ds.methods.export import head_modules
+from taso_ds.models.arguments import ModelArguments
+from taso_ds.models.load import BaseModel, _said_by_each_rank, load_base_model, load_config, meta_model, without_weights
 
 STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
 

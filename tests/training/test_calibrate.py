@@ -19,11 +19,11 @@ from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
 from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
-from taso_ds.training.calibrate import score_regions, scoring_mode
-from taso_ds.training.gradient_sum import GradientSum
-from taso_ds.training.loss import loss_sum
-from taso_ds.training.regions import Regions, describe_regions, fingerprint
-from taso_ds.training.scoring_pass import ScoringSettings, assign_owners
+from taso_ds.objectives.loss import loss_sum
+from taso_ds.scoring.gradient_sum import GradientSum
+from taso_ds.scoring.regions import Regions, describe_regions, fingerprint
+from taso_ds.scoring.score import score_regions, scoring_mode
+from taso_ds.scoring.scoring_pass import ScoringSettings, assign_owners
 
 LADDER = ladder_with(0.05)
 

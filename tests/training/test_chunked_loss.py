@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taso_ds.training import chunked_loss
-from taso_ds.training.chunked_loss import LanguageModelLoss, chunked_loss_sum
-from taso_ds.training.loss import IGNORED, loss_sum
+from taso_ds.objectives import chunked_loss
+from taso_ds.objectives.chunked_loss import LanguageModelLoss, chunked_loss_sum
+from taso_ds.objectives.loss import IGNORED, loss_sum
 
 BATCH = tiny_models.token_batch()
 EMPTY = {**BATCH, "labels": torch.full_like(BATCH["labels"], IGNORED)}

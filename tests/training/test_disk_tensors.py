@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from taso_ds.errors import UserError
-from taso_ds.training.disk_tensors import DiskTensors
+from taso_ds.methods.disk_tensors import DiskTensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])

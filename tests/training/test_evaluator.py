@@ -13,8 +13,8 @@ from taso_ds.data.encode import encode_examples, pad_token_id
 from taso_ds.data.tasks import Example, Task, get_task
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
-from taso_ds.training.evaluate import Evaluator
-from taso_ds.training.loss import loss_sum
+from taso_ds.objectives.evaluate import Evaluator
+from taso_ds.objectives.loss import loss_sum
 
 PAIRS = {"sky": "blue", "grass": "green", "sun": "yellow"}
 TEMPLATE = (  # of a family whose turns end with another token than the tokenizer's EOS

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.errors import UserError
-from taso_ds.training.disk_tensors import DiskTensors
-from taso_ds.training.export import describe_merged, merge_adapter, save_full
-from taso_ds.training.run_folder import RunFolder
+from taso_ds.methods.disk_tensors import DiskTensors
+from taso_ds.methods.export import describe_merged, merge_adapter, save_full
+from taso_ds.runs.folder import RunFolder
 
 
 def test_a_full_model_keeps_the_buffers_its_checkpoint_has(tmp_path: Path) -> None:

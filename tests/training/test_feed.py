@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taso_ds.config import BatchSizes
+from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate, empty_row
 from taso_ds.data.encode import EncodedRow
-from taso_ds.data.plan import BatchPlan
 from taso_ds.distributed import comm
-from taso_ds.training.feed import Batch, Feed, dealt_batches
+from taso_ds.objectives.batches import Batch, dealt_batches
+from taso_ds.training.arguments import BatchSizes
+from taso_ds.training.feed import Feed
 
 FILLER = empty_row(0)
 COLLATE = partial(collate, pad_id=0)

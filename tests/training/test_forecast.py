@@ -8,15 +8,15 @@ import tiny_models
 
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.errors import UserError
-from taso_ds.planning.devices import get_device
-from taso_ds.planning.memory import phase_usage
-from taso_ds.planning.model_shape import ModelShape
-from taso_ds.planning.strategy import Strategy, Workload
-from taso_ds.planning.weights import weight_bytes
-from taso_ds.training import prepare
-from taso_ds.training.base_model import meta_model
-from taso_ds.training.count_model import can_quantize, count_model
-from taso_ds.training.forecast import strategy_of
+from taso_ds.models.load import meta_model
+from taso_ds.planning.count_model import can_quantize, count_model
+from taso_ds.planning.forecast import strategy_of
+from taso_ds.planning.numbers.devices import get_device
+from taso_ds.planning.numbers.memory import phase_usage
+from taso_ds.planning.numbers.model_shape import ModelShape
+from taso_ds.planning.numbers.strategy import Strategy, Workload
+from taso_ds.planning.numbers.weights import weight_bytes
+from taso_ds.runs import prepare
 
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from taso_ds.distributed.sharded import Fill
-from taso_ds.training import load_sharded
+from taso_ds.models import load_sharded
 
 
 def test_one_parameter_at_a_time_is_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:

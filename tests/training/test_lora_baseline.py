@@ -2,7 +2,7 @@
 
 import tiny_models
 
-from taso_ds.training.lora_baseline import attach_lora, lora_parameters
+from taso_ds.methods.lora import attach_lora, lora_parameters
 
 
 def test_a_head_stays_trainable() -> None:

@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from taso_ds.training.loss import IGNORED, keeps_logits, loss_sum, supervised_logits
+from taso_ds.objectives.loss import IGNORED, keeps_logits, loss_sum, supervised_logits
 
 BATCH = tiny_models.token_batch()
 

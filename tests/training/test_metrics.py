@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from taso_ds.errors import UserError
-from taso_ds.training.metric_classes import METRICS
-from taso_ds.training.metrics import compute_metrics, final_number
+from taso_ds.objectives.metric_classes import METRICS
+from taso_ds.objectives.metrics import compute_metrics, final_number
 
 PREDICTIONS, REFERENCES = [0, 1, 1, 0, 1], [0, 1, 0, 0, 0]  # of label 1: 1 right, 2 wrong, 0 missed; 2 zeros right
 
@@ -106,8 +106,8 @@ def forbid(event, arguments):
         raise RuntimeError(f"the network was asked: {event} {arguments}")
 
 sys.addaudithook(forbid)
-from taso_ds.training.metric_classes import METRICS
-from taso_ds.training.metrics import compute_metrics
+from taso_ds.objectives.metric_classes import METRICS
+from taso_ds.objectives.metrics import compute_metrics
 texts = compute_metrics(["exact_match", "rouge"], ["a"], ["a"])
 print(texts | compute_metrics([name for name in METRICS if name not in texts], [0, 1, 1], [0, 1, 1]))
 """

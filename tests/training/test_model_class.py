@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
-from taso_ds.config import ModelArguments
 from taso_ds.errors import UserError
-from taso_ds.training.model_class import choice_in_words, model_class, wants_head
+from taso_ds.models.arguments import ModelArguments
+from taso_ds.models.model_class import choice_in_words, model_class, wants_head
 
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 LABELS = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES

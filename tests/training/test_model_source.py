@@ -13,9 +13,9 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from taso_ds.config import ModelArguments
 from taso_ds.errors import UserError
-from taso_ds.training.model_source import model_source
+from taso_ds.models.arguments import ModelArguments
+from taso_ds.models.source import model_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

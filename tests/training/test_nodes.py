@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from taso_ds.training.nodes import file_digests
+from taso_ds.runs.nodes import file_digests
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from taso_ds.config import SCHEDULES, TrainArguments
+from taso_ds.training.arguments import SCHEDULES, TrainArguments
 from taso_ds.training.optim import (
     Schedule,
     describe_groups,

@@ -11,9 +11,9 @@ from other_process import holding
 
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.errors import UserError
-from taso_ds.training.output_folder import check_no_model, choose_folder, take_folder
-from taso_ds.training.run_folder import PARTIAL, RESULTS, RUN, RunFolder
-from taso_ds.training.run_lock import LOCK
+from taso_ds.runs.folder import PARTIAL, RESULTS, RUN, RunFolder
+from taso_ds.runs.output_folder import check_no_model, choose_folder, take_folder
+from taso_ds.runs.run_lock import LOCK
 
 
 def config_of(path: Path | None, *flags: str) -> RunConfig:
@@ -158,7 +158,7 @@ def test_a_run_in_use_is_not_gone_on_with(runs: Path, caplog: pytest.LogCaptureF
 
 def test_two_that_start_at_once_get_two_folders(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter((runs / "taso-rte", runs / "taso-rte-2"))
-    monkeypatch.setattr("taso_ds.training.output_folder.choose_folder", lambda *_, **__: next(free))
+    monkeypatch.setattr("taso_ds.runs.output_folder.choose_folder", lambda *_, **__: next(free))
     (runs / "taso-rte").mkdir(parents=True)  # the other one is faster
     with ExitStack() as held:
         assert take_folder(config_of(None), held, goes_on=True) == runs / "taso-rte-2"

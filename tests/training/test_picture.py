@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from taso_ds.adapters.selection import CoreRegion, RegionScores, cut_region, ladder_with, score_rows_and_cols
-from taso_ds.training.picture import _kinds, draw_regions
+from taso_ds.reports.region_picture import _kinds, draw_regions
 
 K, P = 0.05, 0.1
 

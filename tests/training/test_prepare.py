@@ -13,7 +13,7 @@ from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.data.encode import EncodedRow
 from taso_ds.errors import UserError
-from taso_ds.training.prepare import (
+from taso_ds.runs.prepare import (
     calibration_rows,
     check_length,
     check_quantization,

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from taso_ds.config import RunConfig, batch_sizes, parse_run_config
+from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.errors import UserError
+from taso_ds.runs.resume import Start
+from taso_ds.training.arguments import batch_sizes
 from taso_ds.training.checkpoint import PROGRESS
-from taso_ds.training.resume import Progress, Start, read_progress
+from taso_ds.training.progress import Progress, read_progress
 
 
 def config_of(*flags: str) -> RunConfig:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from taso_ds.training.prove import what_was_raised
+from taso_ds.methods.prove import what_was_raised
 
 TRACEBACK = """loading: 100%
 Traceback (most recent call last):

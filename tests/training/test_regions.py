@@ -14,11 +14,11 @@ from taso_ds.data.collate import collate, empty_row
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
-from taso_ds.training import regions, scoring_pass
-from taso_ds.training.calibrate import split_passes
-from taso_ds.training.loss import loss_sum
-from taso_ds.training.output_folder import choose_folder
-from taso_ds.training.run_folder import PARTIAL
+from taso_ds.objectives.loss import loss_sum
+from taso_ds.runs.folder import PARTIAL
+from taso_ds.runs.output_folder import choose_folder
+from taso_ds.scoring import regions, scoring_pass
+from taso_ds.scoring.score import split_passes
 
 PASSES, STAGE_0 = 3, {"zero_optimization": {"stage": 0}}
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taso_ds.training.rouge import longest_common, rouge_l
+from taso_ds.objectives.rouge import longest_common, rouge_l
 
 sequences = st.lists(st.sampled_from("abc"), max_size=70)  # more words than a machine word has bits
 

@@ -10,7 +10,7 @@ import pytest
 
 from taso_ds.data.encode import EncodedRow
 from taso_ds.errors import UserError
-from taso_ds.training.run_folder import METRICS, PARTIAL, RUN, RunFolder, versions
+from taso_ds.runs.folder import METRICS, PARTIAL, RUN, RunFolder, versions
 
 
 def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:

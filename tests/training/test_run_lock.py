@@ -13,7 +13,7 @@ import pytest
 from other_process import holding
 
 from taso_ds.errors import UserError
-from taso_ds.training.run_lock import LOCK, InUse, holder, locked
+from taso_ds.runs.run_lock import LOCK, InUse, holder, locked
 
 
 def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from taso_ds.config import BatchSizes, TrainArguments
+from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate, empty_row
 from taso_ds.data.encode import EncodedRow
-from taso_ds.data.plan import BatchPlan
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
+from taso_ds.training.arguments import BatchSizes, TrainArguments
 from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Schedule, make_groups, make_optimizer
 from taso_ds.training.trainer import Diverged, Trainer
@@ -156,7 +156,7 @@ def test_learns_with_a_real_model() -> None:
     weight = model.lm_head.weight
     model.requires_grad_(False)
     weight.requires_grad_(True)
-    from taso_ds.training.loss import loss_sum
+    from taso_ds.objectives.loss import loss_sum
 
     seen = run(lambda _engine, batch: loss_sum(model, batch, head=False), weight, steps=12)
     assert seen.logs[-1]["loss"] < 0.5 * seen.logs[0]["loss"]

@@ -1,0 +1,60 @@
+"""Writing files whole or not at all, with errors a user can act on."""
+
+import json
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from taso_ds.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write to; the file becomes ``path`` when all is written, and is removed when not.
+
+    It gets the permissions the user's umask gives new files: safetensors makes its own readable by the owner alone.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            temporary.unlink(missing_ok=True)  # what a killed run left
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a disk or a file system refuses while ``path`` is written into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path} ({reason}): make room there, or choose another folder") from error
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give every file below a folder the permissions that the folder itself got from the umask, execution apart."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all; UserError when it cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""The baseline ``--method lora``: the peft library's own layers, in the same loop, and read back from PEFT's files."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taso_ds.adapters.peft_format import PEFT_CONFIG_FILE, PEFT_FILE
+from taso_ds.adapters.targets import get_target, matrix_shape
+from taso_ds.distributed import zero
+from taso_ds.errors import UserError
+from taso_ds.files.json_text import parse_json
+from taso_ds.files.tensors import read_tensors
+
+KIND = "peft_lora"
+_ADAPTER = "default"
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def attach_lora(model: nn.Module, targets: Sequence[str], *, rank: int, scaling: float, transposed: bool) -> Any:
+    """Put PEFT's LoRA on the targets, in place, in the model's dtype; returns PEFT's configuration.
+
+    What was trainable, a head, stays so.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank * scaling,  # type: ignore[arg-type]
+        target_modules=list(targets),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=transposed,
+    )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)  # which freezes whatever is not its own
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.to(model.dtype)  # type: ignore[arg-type]
+    return config
+
+
+def detach_lora(model: Any, targets: Sequence[str]) -> None:
+    """Undo ``attach_lora``: the model has its own modules again."""
+    for name in targets:
+        model.set_submodule(name, model.get_submodule(name).get_base_layer())
+    del model.peft_config
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return PEFT's trainable tensors by parameter name."""
+    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+def lora_tensors(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the gathered tensors under the names of PEFT's file. A collective."""
+    return {_stored_name(name): zero.full_copy(parameter) for name, parameter in parameters.items()}
+
+
+def _stored_name(parameter: str) -> str:
+    return _PREFIX + parameter.replace(f".{_ADAPTER}.", ".")
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFiles:
+    """What the files of a LoRA hold.
+
+    Attributes:
+        tensors: by name in the file: ``….lora_A.weight (rank, in)``, ``….lora_B.weight (out, rank)``, and the head's.
+        scaling: ``lora_alpha / r``.
+    """
+
+    tensors: Mapping[str, Tensor]
+    rank: int
+    scaling: float
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The adapted matrices by name: ``(out_features, in_features)``."""
+        return {name: (self._of(name, _B).shape[0], self._of(name, _A).shape[1]) for name in self._names}
+
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """The tensors of the task head by parameter name."""
+        found = {name: tensor for name, tensor in self.tensors.items() if not name.endswith((_A, _B))}
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
+
+    @property
+    def _names(self) -> list[str]:
+        found = [name for name in self.tensors if name.endswith(_A)]
+        return [name.removeprefix(_PREFIX).removesuffix(_A) for name in found]
+
+    def _of(self, name: str, side: str) -> Tensor:
+        return self.tensors[f"{_PREFIX}{name}{side}"]
+
+    def check(self) -> None:
+        """Raise ValueError or KeyError when the tensors are no pairs of this rank."""
+        for name in self._names:
+            A, B = self._of(name, _A), self._of(name, _B)
+            if A.ndim != 2 or B.ndim != 2 or A.shape[0] != self.rank or B.shape[1] != self.rank:
+                raise ValueError(f"{name} is {tuple(A.shape)} and {tuple(B.shape)} at rank {self.rank}")
+        alone = {name for name in self.tensors if name.endswith(_B)} - {f"{_PREFIX}{name}{_B}" for name in self._names}
+        if alone or not self._names:
+            raise ValueError(f"no lora_A for {min(alone)}" if alone else "no lora_A")
+        if not all(tensor.is_floating_point() for tensor in self.tensors.values()):
+            raise ValueError("values that are no floating-point numbers")
+
+    def attach(self, model: nn.Module) -> None:
+        """Make ``model``, which may be partitioned, compute with the LoRA, in the model's dtype."""
+        shapes = [matrix_shape(get_target(model, name)) for name in self._names]
+        transposed = any(shape is not None and shape.transposed for shape in shapes)
+        attach_lora(model, self._names, rank=self.rank, scaling=self.scaling, transposed=transposed)
+        for name, parameter in lora_parameters(model).items():
+            zero.assign(parameter, self.tensors[_stored_name(name)])
+
+    def detach(self, model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+        """Undo ``attach``; returns what gives ``ΔW`` of each matrix, in fp32."""
+        detach_lora(model, self._names)
+        dtype: Any = model.dtype
+        return {name: partial(self._delta_weight, name, dtype) for name in self._names}
+
+    def _delta_weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        A, B = (self._of(name, side).to(dtype).float() for side in (_A, _B))
+        return self.scaling * (B @ A)
+
+
+def read_lora(folder: Path) -> LoraFiles:
+    """Read an ``adapter/`` that ``--method lora`` wrote.
+
+    Raises:
+        UserError: missing, damaged or inconsistent files.
+    """
+    tensors, _ = read_tensors(folder / PEFT_FILE, kind=KIND)
+    file = folder / PEFT_CONFIG_FILE
+    try:
+        settings = parse_json(file.read_text(encoding="utf-8"), str(file))
+        rank, alpha = settings["r"], settings["lora_alpha"]
+        if type(rank) is not int or type(alpha) not in (int, float) or rank <= 0 or not math.isfinite(alpha):
+            raise ValueError(f"r {rank!r}, lora_alpha {alpha!r}")
+        found = LoraFiles(tensors, rank, alpha / rank)
+        found.check()
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: incomplete or inconsistent ({error}): copy it again") from error
+    return found

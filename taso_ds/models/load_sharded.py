@@ -1,0 +1,193 @@
+"""Load a pretrained model straight into ZeRO-3 partitions: each rank reads only its own byte ranges.
+
+transformers' own ZeRO-3 path has rank 0 hold the merged checkpoint and broadcast it tensor by tensor. Here the model is
+built without parameter memory and each rank fills its partitions from the safetensors files. A checkpoint whose tensors
+must be rearranged on their way is left to transformers.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from taso_ds.distributed import comm
+from taso_ds.distributed.sharded import Fill, Partitioner, parameters_without_memory, replace_parameters
+from taso_ds.errors import UserError
+from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint, has_checkpoint
+from taso_ds.models.load_quantized import QuantizedLoad
+from taso_ds.models.stored_names import converted_keys, open_for, stored_keys
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadReport:
+    """How checkpoint and model differ, in the words of ``from_pretrained(output_loading_info=True)``."""
+
+    missing_keys: set[str] = field(default_factory=set)
+    unexpected_keys: set[str] = field(default_factory=set)
+    mismatched_keys: set[tuple[str, torch.Size, torch.Size]] = field(default_factory=set)
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Name up to three, in order, and say how many there are in all."""
+    found = sorted(names)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more ({len(found)} in all)" if len(found) > 3 else "")
+
+
+def why_not_sharded(source: str, model: nn.Module) -> str | None:
+    """Return why this checkpoint must be loaded by transformers; None when it can be loaded in shards."""
+    if not has_checkpoint(Path(source)):
+        return "it is not a folder with safetensors files"
+    with open_for(model, source) as checkpoint:
+        converted = converted_keys(model, checkpoint)
+    return f"transformers merges or splits {converted[0]} as it loads it" if converted else None
+
+
+def build_without_memory(model_class: Any, config: Any, **options: Any) -> nn.Module:
+    """Return the model with meta parameters and real buffers; its weights are not initialized."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), parameters_without_memory():
+        model: nn.Module = model_class.from_config(config, **options)
+    _compute_buffers(model)
+    return model
+
+
+def _compute_buffers(model: Any) -> None:
+    """Compute the buffers again, as ``from_pretrained`` does: a model built in bf16 computes its tables in bf16."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
+
+
+def tie_weights(model: Any, source: str) -> None:
+    """Tie what the config ties, unless the checkpoint holds both tensors and they differ. A collective."""
+    with open_for(model, source) as checkpoint:
+        stored = stored_keys(model, checkpoint)
+        pairs = [pair for pair in model.all_tied_weights_keys.items() if all(name in stored for name in pair)]
+        different = [pair for pair in pairs if not _equal_ranges(checkpoint, stored[pair[0]], stored[pair[1]])]
+    for target, other in sorted({pair for found in comm.gather_objects(different) for pair in found}):
+        log.warning("%s: %s and %s differ although its config ties them: they stay apart", source, target, other)
+        del model.all_tied_weights_keys[target]
+    model.tie_weights(recompute_mapping=False)
+
+
+def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: QuantizedLoad) -> LoadReport:
+    """Fill a model of ``build_without_memory`` from its checkpoint, every parameter as a ZeRO-3 partition.
+
+    A parameter that the checkpoint lacks, or has in another shape, is reported and initialized as the model does it,
+    from torch's seed, alike on every rank.
+
+    Raises:
+        UserError: when weights that ``loads`` quantizes are not there in their shapes.
+    """
+    report = LoadReport()
+    aliases: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(parameter, []).append(name)
+    partitioner = Partitioner(ds_config)
+    replacements = {}
+    with open_for(model, source) as checkpoint, _progress(aliases) as bar:
+        stored = stored_keys(model, checkpoint)
+        own = model.state_dict()
+        report.unexpected_keys = loads.without_statistics(key for name, key in stored.items() if name not in own)
+        keys = {}
+        for parameter, names in aliases.items():
+            key = next((stored[name] for name in names if name in stored), None)
+            if key is None:
+                report.missing_keys.update(names)
+            elif (shape := checkpoint.tensors[key].shape) != (wanted := loads.shape(parameter, checkpoint, key)):
+                report.mismatched_keys.add((names[0], shape, wanted))
+                key = None
+            keys[parameter] = key
+        lost = [aliases[parameter][0] for parameter, key in keys.items() if key is None and parameter in loads]
+        if lost:
+            raise UserError(f"model_name_or_path: {source} lacks {some_of(lost)} in the model's shape")
+        for parameter, names in aliases.items():
+            key = keys[parameter]
+            fill = loads.fill(parameter, checkpoint, key) if key else _from_tensor(_initialized(model, names[0]))
+            replacements[parameter] = partitioner.partition(parameter, fill)
+            bar.update(_share_of(parameter))
+        replace_parameters(model, replacements)
+        _load_buffers(model, checkpoint, stored, report)
+    model._adjust_missing_and_unexpected_keys(report)
+    model.eval()
+    return report
+
+
+def partition_whole(model: nn.Module, ds_config: dict[str, Any]) -> None:
+    """Turn a model that every rank holds whole into ZeRO-3 partitions, one parameter after the other."""
+    partitioner = Partitioner(ds_config)
+    waiting = list(dict.fromkeys(model.parameters()))
+    while waiting:  # nothing else may hold on to a parameter: its memory is free when the next one is taken
+        parameter = waiting.pop(0)
+        partition = partitioner.partition(parameter, _from_tensor(parameter.detach().flatten()))
+        replace_parameters(model, {parameter: partition})
+
+
+def _equal_ranges(checkpoint: SafetensorsCheckpoint, one: str, other: str) -> bool:
+    """Compare this rank's share of two stored tensors."""
+    first, second = checkpoint.tensors[one], checkpoint.tensors[other]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    size = -(-first.numel // comm.world_size())
+    start = min(size * comm.rank(), first.numel)
+    parts = []
+    for key in (one, other):
+        part = torch.empty(min(size, first.numel - start), dtype=first.dtype)
+        checkpoint.read_into(part, key, first=start)
+        parts.append(part)
+    return torch.equal(parts[0], parts[1])
+
+
+def _from_tensor(flat: Tensor) -> Fill:
+    def fill(out: Tensor, first: int) -> None:
+        out.copy_(flat[first : first + out.numel()])
+
+    return fill
+
+
+def _initialized(model: Any, name: str) -> Tensor:
+    """Return the flat initial value that the model gives a parameter."""
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    without_memory = module._parameters[attribute]
+    value = nn.Parameter(torch.zeros_like(without_memory, device="cpu"), requires_grad=False)
+    module._parameters[attribute] = value
+    model._init_weights(module)
+    module._parameters[attribute] = without_memory
+    return value.detach().flatten()
+
+
+def _load_buffers(
+    model: nn.Module, checkpoint: SafetensorsCheckpoint, stored: dict[str, str], report: LoadReport
+) -> None:
+    """Put every buffer on the device, with the checkpoint's value where it is a stored one."""
+    persistent = model.state_dict()
+    for name, buffer in model.named_buffers():
+        module_name, _, attribute = name.rpartition(".")
+        value = buffer
+        if name in persistent and name not in stored:
+            report.missing_keys.add(name)
+        elif name in persistent and (shape := checkpoint.tensors[stored[name]].shape) != buffer.shape:
+            report.mismatched_keys.add((name, shape, buffer.shape))
+        elif name in persistent:
+            value = checkpoint.read(stored[name]).to(buffer.dtype)
+        model.get_submodule(module_name)._buffers[attribute] = value.to(comm.device())
+
+
+def _share_of(parameter: nn.Parameter) -> int:
+    return parameter.numel() * parameter.dtype.itemsize // comm.world_size()
+
+
+def _progress(parameters: Iterable[nn.Parameter]) -> Any:
+    total = sum(map(_share_of, parameters))
+    return tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not comm.is_main())

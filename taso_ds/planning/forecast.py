@@ -1,0 +1,199 @@
+"""A run's plan from its flags: the model counted on the meta device, the hardware from flags.
+
+The run is checked as ``launch/train.py`` checks it. What the user has decided stays; the search chooses the rest.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from taso_ds.adapters.selection import ladder_with
+from taso_ds.adapters.targets import MatrixShape
+from taso_ds.config import RunConfig
+from taso_ds.data.tasks import get_task
+from taso_ds.distributed.ds_config_keys import ZERO_AUTO
+from taso_ds.models.load import meta_model, read_config
+from taso_ds.models.model_class import wants_head
+from taso_ds.models.quantization import quantization_of
+from taso_ds.planning.arguments import PlanArguments
+from taso_ds.planning.count_model import can_quantize, count_model
+from taso_ds.planning.numbers.command import DECIDED_FLAGS
+from taso_ds.planning.numbers.disk import disk_bytes
+from taso_ds.planning.numbers.model_shape import ModelShape
+from taso_ds.planning.numbers.plan import Candidate, Hardware
+from taso_ds.planning.numbers.search import Freedom, assess_scoring, fastest, strategies, variants
+from taso_ds.planning.numbers.strategy import Limits, Strategy, Workload
+from taso_ds.runs import prepare
+from taso_ds.scoring.regions import read_regions
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """All strategies of one run on one kind of hardware.
+
+    Attributes:
+        candidates: every strategy, those of the user's DeepSpeed JSON last.
+        choices: those that may be proposed.
+        kept: names of the flags that the user has decided.
+        stored_bits: 4 or 8 when the checkpoint is quantized already.
+    """
+
+    config: RunConfig
+    shape: ModelShape
+    work: Workload
+    hardware: Hardware
+    candidates: list[Candidate]
+    choices: list[Candidate]
+    kept: frozenset[str]
+    stored_bits: int
+
+    @property
+    def best(self) -> Candidate | None:
+        return fastest(self.choices)
+
+
+def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str] = ()) -> Forecast:
+    """Read ``config.json``, check the run, count, and assess every strategy.
+
+    Args:
+        given: names of the flags that the user gave, with values that may be the defaults.
+
+    Raises:
+        UserError: whatever a run would refuse before it reads weights and data.
+    """
+    if config.model.model_name_or_path is None:
+        config = prepare.with_defaults(config)
+    base_config = read_config(config.model)
+    world_size = plan.nodes * plan.gpus_per_node
+    prepare.check_world_size(config, world_size)
+    prepare.check_held_out(config)
+    prepare.check_length(config, base_config)
+    head = wants_head(config.model, base_config)
+    if config.data.task is not None:
+        prepare.prepare_labels(base_config, get_task(config.data.task), head=head)
+    model = meta_model(config.model, base_config, head=head)
+    shapes = prepare.target_shapes(config, model)
+    ds_config, _ = prepare.resolve_deepspeed(config, world_size, ranks_per_node=plan.gpus_per_node)
+    prepare.check_checkpointing(config, model)
+    prepare.check_quantization(config, base_config, ds_config, model)
+    read_regions(config, shapes)
+    shape = count_model(config, model, base_config, shapes)
+    work = workload(config, nodes=plan.nodes, gpus_per_node=plan.gpus_per_node, share=plan.supervised_share)
+    hardware = plan.hardware()
+
+    quantization = quantization_of(config.model, base_config)
+    kept = _decided(config, given)
+    bits: tuple[int, ...] = (16, 4)
+    if quantization is not None:
+        bits = (quantization.bits,)
+    elif "load_in_4bit" in kept or not can_quantize(config, model):
+        bits = (16,)
+    decided = "gradient_checkpointing" in kept or not prepare.can_recompute(model)
+    freedom = Freedom(
+        bits=bits,
+        checkpointing=(config.training.gradient_checkpointing,) if decided else (False, True),
+        passes="calibration_passes" not in kept,
+        sums_on_host="calibration_offload" not in kept,
+        nvme=config.run.nvme_path is not None,
+        hpz=not shape.trains_base,
+    )
+    ways = strategies(work, limits=limits_of(ZERO_AUTO), freedom=freedom, is_host=hardware.device.is_host)
+    candidates = [assess_scoring(shape, way, work, hardware, freedom) for way in ways]
+    choices = candidates
+    if "ds_config" in kept:
+        if prepare.alters_bits(ds_config) is not None:
+            freedom = dataclasses.replace(freedom, bits=(16,))
+        theirs = strategy_of(config, ds_config["zero_optimization"])
+        choices = [assess_scoring(shape, way, work, hardware, freedom) for way in variants(theirs, freedom)]
+        candidates = [*candidates, *choices]
+    stored = 16 if quantization is None or quantization.stored is None else quantization.bits
+    return Forecast(config, shape, work, hardware, candidates, choices, kept, stored)
+
+
+def _decided(config: RunConfig, given: Collection[str]) -> frozenset[str]:
+    """Return the names of the flags that the plan may not decide: given, or set to another value than the default."""
+    groups = (config.model, config.training, config.run, config.calibration)
+    changed = {
+        entry.name
+        for group in groups
+        for entry in dataclasses.fields(group)
+        if getattr(group, entry.name) != entry.default
+    }
+    return frozenset(name for name in DECIDED_FLAGS if name in changed or name in given)
+
+
+def limits_of(zero: Mapping[str, Any]) -> Limits:
+    """Return the limits of a resolved ``zero_optimization`` section; DeepSpeed's defaults where it says nothing."""
+    offload = zero.get("offload_param", {})
+    return Limits(
+        max_live_parameters=int(zero.get("stage3_max_live_parameters", Limits.max_live_parameters)),
+        max_reuse_distance=int(zero.get("stage3_max_reuse_distance", Limits.max_reuse_distance)),
+        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", Limits.prefetch_bucket)),
+        reduce_bucket=int(zero.get("reduce_bucket_size", Limits.reduce_bucket)),
+        nvme_buffer=int(offload.get("buffer_size", Limits.nvme_buffer)),
+        nvme_buffers=int(offload.get("buffer_count", Limits.nvme_buffers)),
+    )
+
+
+def strategy_of(config: RunConfig, zero: Mapping[str, Any], *, bits: int = 16) -> Strategy:
+    """Return the strategy of a run whose DeepSpeed JSON has this resolved ``zero_optimization`` section."""
+    stage = int(zero["stage"])
+    place = str(zero.get("offload_param", {}).get("device", "none")) if stage == 3 else "none"
+    return Strategy(
+        stage,
+        place="device" if place == "none" else place,
+        bits=bits,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+        hpz=stage == 3 and int(zero.get("zero_hpz_partition_size", 1)) > 1,
+        limits=limits_of(zero),
+        ds_config=config.run.ds_config,
+    )
+
+
+def read_shape(config: RunConfig) -> tuple[ModelShape, dict[str, MatrixShape]]:
+    """Count a run's model from ``config.json``; also returns the matrices to adapt.
+
+    Raises:
+        UserError: a model that cannot be read or built.
+    """
+    base_config = read_config(config.model)
+    prepare.check_length(config, base_config)
+    model = meta_model(config.model, base_config, head=wants_head(config.model, base_config))
+    shapes = prepare.target_shapes(config, model)
+    return count_model(config, model, base_config, shapes), shapes
+
+
+def planned_files(config: RunConfig, shape: ModelShape, shapes: Mapping[str, MatrixShape]) -> dict[str, float]:
+    """Return the bytes a run will have in its folder at most, by cause."""
+    is_taso = config.adapter.method == "taso"
+    return disk_bytes(
+        shape,
+        element=2 if config.model.bf16 else 4,
+        edges=sum(matrix.out_features + matrix.in_features for matrix in shapes.values()) if is_taso else 0,
+        core_fraction=config.calibration.core_fraction,
+        ladder=len(ladder_with(config.calibration.element_fraction)),
+        checkpoints=config.training.save_total_limit + 1,  # the oldest goes when the newest is whole
+    )
+
+
+def workload(config: RunConfig, *, nodes: int, gpus_per_node: int, share: float, length: int | None = None) -> Workload:
+    """Return what a run does on so many ranks."""
+    training, calibration = config.training, config.calibration
+    sizes = prepare.batch_sizes(training, nodes * gpus_per_node)
+    return Workload(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        max_seq_length=length or config.data.max_seq_length,
+        micro_batch_size=sizes.micro_batch_size,
+        grad_accum_steps=sizes.grad_accum_steps,
+        calibration_samples=calibration.calibration_samples,
+        calibration_batch_size=calibration.calibration_batch_size or training.per_device_train_batch_size,
+        calibration_passes=calibration.calibration_passes,
+        calibration_offload=calibration.calibration_offload == "cpu",
+        supervised_share=share,
+        bf16=config.model.bf16,
+        scores=config.adapter.method == "taso" and calibration.core_regions is None,
+        proves=config.run.verify_export,
+        steps=training.max_steps if training.max_steps > 0 else Workload.steps,
+    )

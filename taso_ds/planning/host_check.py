@@ -1,0 +1,68 @@
+"""A run refused before it loads what this machine cannot hold: its plan on the ranks and rows that are really there."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from taso_ds.adapters.targets import MatrixShape
+from taso_ds.config import RunConfig
+from taso_ds.data.encode import EncodedRow
+from taso_ds.distributed import comm, environment
+from taso_ds.models.quantization import quantization_of
+from taso_ds.planning.count_model import NotCountedError, count_model
+from taso_ds.planning.forecast import strategy_of, workload
+from taso_ds.planning.numbers.devices import DEVICES
+from taso_ds.planning.numbers.host import available_host_bytes, check_host_memory
+from taso_ds.planning.numbers.memory import phase_usage
+
+log = logging.getLogger(__name__)
+
+
+def check_this_host(
+    config: RunConfig,
+    model: nn.Module,
+    base_config: Any,
+    shapes: Mapping[str, MatrixShape],
+    rows: Sequence[EncodedRow],
+    *,
+    ds_config: Mapping[str, Any],
+    source: str,
+    trains: bool,
+) -> None:
+    """Refuse to load what this node's memory cannot hold; ``--force`` skips this.
+
+    Args:
+        trains: whether the model is scored and trained, not only loaded.
+
+    Raises:
+        UserError: names what is needed and what is there.
+    """
+    if config.run.force:
+        return
+    device = DEVICES["cpu" if comm.device().type == "cpu" else "a100-80"]  # of which only the kind matters here
+    quantization = quantization_of(config.model, base_config)
+    strategy = strategy_of(
+        config, ds_config["zero_optimization"], bits=16 if quantization is None else quantization.bits
+    )
+    if device.is_host and strategy.place == "cpu":  # where they are anyway
+        strategy = dataclasses.replace(strategy, place="device")
+    local = min(environment.local_world_size(), comm.world_size())
+    length = max(len(row.input_ids) for row in rows)
+    supervised = max(row.num_supervised for row in rows)
+    work = workload(
+        config,
+        nodes=max(1, comm.world_size() // local),
+        gpus_per_node=local,
+        share=min(1.0, max(1, supervised) / length),
+        length=length,
+    )
+    try:
+        shape = count_model(config, model, base_config, shapes, source=source)
+    except NotCountedError as error:
+        log.warning("%s; whether it fits into memory was not checked", error)
+        return
+    usage = phase_usage(shape, strategy, work, device)
+    check_host_memory(usage if trains else {"load": usage["load"]}, available_host_bytes())

@@ -1,0 +1,75 @@
+"""``--dry_run``: what a run would do, without weights, DeepSpeed or a GPU; data is read only to count its rows."""
+
+import json
+
+import torch
+from torch import nn
+
+from taso_ds.config import RunConfig
+from taso_ds.data.batch_plan import BatchPlan
+from taso_ds.data.tasks import get_task
+from taso_ds.distributed.ds_config import without_secrets
+from taso_ds.runs import prepare
+from taso_ds.models.load import meta_model, read_config, without_weights
+from taso_ds.models.model_class import wants_head
+from taso_ds.training.optim import describe_groups, learning_rate_table, make_groups, make_schedule, total_steps
+from taso_ds.runs.output_folder import choose_folder
+from taso_ds.scoring.regions import read_regions
+
+
+def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
+    """Return the resolved configuration, DeepSpeed JSON, counts, learning rates and batch numbers as text.
+
+    Args:
+        goes_on: without a name, the run folder may be that of an unfinished run.
+
+    Raises:
+        UserError: for everything a run would refuse before loading weights, data apart when ``max_steps`` is set.
+    """
+    assert config.data.task is not None
+    task = get_task(config.data.task)
+    prepare.check_held_out(config)
+    folder = choose_folder(config, goes_on=goes_on)
+    ds_config, sizes = prepare.resolve_deepspeed(config, world_size)
+    base_config = read_config(config.model)
+    prepare.check_length(config, base_config)
+    head = wants_head(config.model, base_config)
+    prepare.prepare_labels(base_config, task, head=head)
+    model = meta_model(config.model, base_config, head=head)
+    shapes = prepare.target_shapes(config, model)
+    prepare.check_checkpointing(config, model)
+    prepare.check_quantization(config, base_config, ds_config, model)
+    read_regions(config, shapes)
+    count = prepare.count_adapter(config, shapes)
+    base = without_weights(model, base_config, str(config.model.model_name_or_path), head=head)
+    heads = list(base.head_parameters.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    steps, rows_in_words = config.training.max_steps, "rows not counted: max_steps is set"
+    if steps <= 0:
+        data = prepare.load_task_data(config)
+        plan = BatchPlan(len(data.train), sizes.global_batch_size, seed=config.run.seed)
+        steps = total_steps(config.training, plan.steps_per_epoch)
+        rows_in_words = f"{len(data.train)} rows, {plan.steps_per_epoch} steps per epoch"
+    schedule = make_schedule(config.training, steps)
+    is_full = config.adapter.method == "full"
+    adapter = [] if is_full else [nn.Parameter(torch.empty(count.trainable, device="meta"))]
+    known = {id(parameter) for parameter in heads}
+    full = [parameter for parameter in model.parameters() if is_full and id(parameter) not in known]
+    groups = make_groups(config.training, adapter=adapter, head=heads, full=full, rho=count.rho)
+    table = learning_rate_table(groups, schedule)
+    trainable = sum(row["parameters"] for row in table)
+    everything = total if is_full else total + count.trainable
+    lines = [
+        "configuration:",
+        json.dumps(config.flags(), indent=2),
+        "deepspeed:",
+        json.dumps(without_secrets(ds_config), indent=2),
+        f"run folder: {folder}",
+        f"batch: {sizes.in_words()}",
+        f"steps: {steps} ({rows_in_words})",
+        f"targets: {len(shapes)} matrices",
+        *prepare.base_in_words(config, base_config, model, shapes),
+        f"parameters: {trainable:,} trainable of {everything:,} ({trainable / everything:.3%})",
+        *describe_groups(table),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""What can be done with a run folder afterwards: evaluate what it trained again, merge it, prove it."""
+
+import dataclasses
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from taso_ds.adapters.targets import get_target, matrix_shape
+from taso_ds.config import RunConfig
+from taso_ds.distributed import comm
+from taso_ds.distributed.engine import scoring_engine
+from taso_ds.errors import UserError
+from taso_ds.methods import export
+from taso_ds.models.load import BaseModel, meta_model, without_weights
+from taso_ds.runs.build import Setup, load_base, set_up
+from taso_ds.methods.disk_tensors import DiskTensors
+from taso_ds.runs.output_folder import check_no_model
+from taso_ds.methods.prove import probe_logits, relative_distance
+from taso_ds.models.quantization import quantization_of
+from taso_ds.runs.train import prove, reports_in
+from taso_ds.runs.folder import MODEL, RunFolder
+from taso_ds.runs.run_lock import locked
+from taso_ds.methods.saved import SavedAdapter, is_model, read_adapter, saved_folder
+
+log = logging.getLogger(__name__)
+
+
+def _read(setup: Setup, run: str | None) -> SavedAdapter | None:
+    """Read the run's adapter; UserError when it is damaged or belongs to another base."""
+    if run is None:
+        return None
+    saved = read_adapter(setup.config.adapter.method, Path(run))
+    if saved is not None:
+        _check_fits(setup, saved, run)
+    return saved
+
+
+def _check_fits(setup: Setup, saved: SavedAdapter, run: str) -> None:
+    """Refuse an adapter whose matrices or head this base does not have, before its weights are loaded."""
+    model = meta_model(setup.config.model, setup.base_config, head=setup.head)
+    for name, shape in saved.shapes.items():
+        if _shape_of(model, name) != shape:
+            raise UserError(f"run: the adapter in {run} has {name}, which this base does not have in that shape")
+    head = without_weights(model, setup.base_config, setup.source, head=setup.head).head_parameters
+    for name in sorted(head.keys() | saved.head.keys()):
+        if name not in saved.head:
+            raise UserError(f"run: the adapter in {run} has no {name}, which would be untrained: drop --head")
+        if name not in head or head[name].shape != saved.head[name].shape:
+            raise UserError(
+                f"run: the adapter in {run} has a trained {name}, which this base does not have in that shape for task"
+                f" {setup.data.task.name}"
+            )
+
+
+def _shape_of(model: nn.Module, name: str) -> tuple[int, int] | None:
+    try:
+        shape = matrix_shape(get_target(model, name))
+    except AttributeError:  # no module of this name
+        return None
+    return None if shape is None else (shape.out_features, shape.in_features)
+
+
+def _load(setup: Setup, saved: SavedAdapter | None) -> BaseModel:
+    """Load the base, and the adapter onto it."""
+    base, _, _ = load_base(setup)
+    if saved is not None:
+        saved.attach(base.model)
+        export.load_head(base.model, saved.head)
+    return base
+
+
+def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
+    """Return the task's metrics of what a run trained, or of the base where no run is named."""
+    with nullcontext() if run is None else reports_in(Path(run)):
+        setup = comm.together(lambda: set_up(config, trains=False))
+        base = _load(setup, comm.together(lambda: _read(setup, run)))
+        base.model.requires_grad_(False)
+        with scoring_engine(base.model, setup.ds_config) as model:
+            scores = setup.evaluator(model)
+    return {"run": run, "task": setup.data.task.name, **scores}
+
+
+def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
+    """Prove what a run left again or, with ``merge``, write base plus adapter as a plain model. One process.
+
+    Raises:
+        UserError: when the files do not say what was trained, there is nothing to merge, or a model stands there.
+    """
+    if comm.world_size() > 1:
+        raise UserError("export: runs in one process; start it with plain python")
+    path = saved_folder(config.adapter.method, Path(run))
+    if merge and is_model(config.adapter.method):
+        raise UserError(f"merge: {path} is a plain model already; use it as it is")
+    whole = dataclasses.replace(config, run=dataclasses.replace(config.run, ds_config="zero0.json"))  # no partitions
+    with reports_in(Path(run)):
+        if not merge:
+            return _prove(whole, run, path)
+        with locked(Path(run)):  # first: another merge may be about to write the model
+            check_no_model(Path(run))
+            return _merge(whole, run)
+
+
+def _prove(config: RunConfig, run: str, path: Path) -> Path:
+    setup = set_up(config, trains=False)
+    base = _load(setup, _read(setup, run))
+    base.model.eval()
+    rows = export.probe_rows(setup.rows)
+    prove(setup, RunFolder(Path(run)), base, rows, probe_logits(base.model, rows))
+    return path
+
+
+def _merge(config: RunConfig, run: str) -> Path:
+    if config.model.load_in_4bit or config.model.load_in_8bit:
+        log.info("merging into the base as it was before the run quantized it")
+        unquantized = dataclasses.replace(config.model, load_in_4bit=False, load_in_8bit=False)
+        config = dataclasses.replace(config, model=unquantized)
+    setup, folder = set_up(config, trains=False), RunFolder(Path(run))
+    if quantization_of(config.model, setup.base_config) is not None:
+        raise UserError(f"merge: {config.model.model_name_or_path} is quantized; merge into the base it was made from")
+    saved = _read(setup, run)
+    assert saved is not None
+    base = _load(setup, saved)
+    base.model.eval()
+    rows = export.probe_rows(setup.rows)
+    live = probe_logits(base.model, rows)
+    with DiskTensors(folder.path) as disk:
+        deltas = saved.detach(base.model)
+        effect = relative_distance(probe_logits(base.model, rows), live)
+        export.merge_adapter(base.model, deltas, disk)
+        error = export.check_merged(probe_logits(base.model, rows), live, dtype=base.model.dtype)
+        log.info(export.describe_merged(error, effect, dtype=base.model.dtype))
+        export.save_model(folder, base.model, base.model.state_dict(), setup.tokenizer)
+    return folder.path / MODEL

@@ -1,0 +1,373 @@
+"""Everything a run decides before weights are loaded: defaults, data, tokens, batch numbers, the DeepSpeed dict."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from taso_ds.adapters.compensation import parse_rho, pruned_share
+from taso_ds.adapters.experts import find_experts
+from taso_ds.adapters.structure import count_dense, count_parameters
+from taso_ds.adapters.targets import MatrixShape, Target, find_targets, matrix_shape
+from taso_ds.adapters.towers import left_out_in_words
+from taso_ds.training.arguments import BatchSizes, TrainArguments, batch_sizes
+from taso_ds.config import RunConfig
+from taso_ds.data.embedded import EMBEDDED, embedded_model, embedded_records
+from taso_ds.data.encode import EncodedRow, encode_examples, pad_token_id
+from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
+from taso_ds.data.tasks import Example, Task, get_task
+from taso_ds.distributed import environment, zero
+from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.distributed.ds_config_check import check_ds_config
+from taso_ds.errors import UserError
+from taso_ds.models.model_class import choice_in_words
+from taso_ds.models.quantization import quantization_of
+
+# Ways to move partitions that compute with them on the way.
+_ALTERS_BITS = ("zero_quantized_weights", "use_all_reduce_for_fetch_params")
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_DATA = "embedded"
+_EMBEDDED_TASK = "sst2"
+_EMBEDDED_TRAINING = {
+    "max_steps": 24,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 1e-3,
+    "warmup_ratio": 0.1,
+}
+
+
+def with_defaults(config: RunConfig) -> RunConfig:
+    """Fill in the embedded model and data where the user named none.
+
+    Raises:
+        UserError: a model without a task, or an extra that is not installed.
+    """
+    model, data = config.model, config.data
+    if model.model_name_or_path is None:
+        if model.gguf_file is not None:
+            raise UserError("gguf_file: needs --model_name_or_path, the folder or Hub id it stands in")
+        folder, file = embedded_model()
+        model = dataclasses.replace(model, model_name_or_path=folder, gguf_file=file)
+        if data.task is None:
+            data = dataclasses.replace(data, task=_EMBEDDED_TASK)
+            config = _sized_for_two_cores(config)
+        if data.data_dir is None and data.train_file is None and data.task in EMBEDDED:
+            data = dataclasses.replace(data, data_dir=EMBEDDED_DATA)
+    if data.task is None:
+        raise UserError("task: name one with --task (completion for your own prompt/completion JSONL)")
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def _sized_for_two_cores(config: RunConfig) -> RunConfig:
+    """Give the run without model and task, a demonstration, what two CPU cores do in minutes; the user's flags stay."""
+
+    def sized(group: Any, values: dict[str, Any]) -> Any:
+        untouched = {entry.name: entry.default for entry in dataclasses.fields(group)}
+        chosen = {name: value for name, value in values.items() if getattr(group, name) == untouched[name]}
+        return dataclasses.replace(group, **chosen)
+
+    training = dict(_EMBEDDED_TRAINING)
+    if config.training.num_train_epochs != TrainArguments.num_train_epochs:
+        del training["max_steps"]
+    return dataclasses.replace(
+        config,
+        training=sized(config.training, training),
+        calibration=sized(config.calibration, {"calibration_samples": 64, "calibration_batch_size": 16}),
+    )
+
+
+def check_flags(config: RunConfig, world_size: int) -> None:
+    """Refuse ranks that are missing, an unknown task, an unreadable DeepSpeed JSON and batches that do not multiply."""
+    check_world_size(config, world_size)
+    assert config.data.task is not None
+    get_task(config.data.task)
+    read_ds_config(config.run.ds_config)
+    batch_sizes(config.training, world_size)
+
+
+def check_held_out(config: RunConfig) -> None:
+    """Refuse to evaluate on the rows that are trained on, by one name or two."""
+    train, evaluation = config.data.train_file, config.data.eval_file
+    if train is not None and evaluation is not None and os.path.realpath(train) == os.path.realpath(evaluation):
+        raise UserError(
+            f"eval_file: {evaluation} is train_file: the run would be judged on rows that it has seen; name other rows,"
+            " or hold some out with --eval_fraction 0.05 in place of --eval_file"
+        )
+
+
+def check_world_size(config: RunConfig, world_size: int) -> None:
+    """Refuse another number of ranks than was asked for."""
+    expected = config.run.expected_world_size
+    if expected not in (None, world_size):
+        raise UserError(
+            f"expected_world_size: {expected} ranks were asked for and {world_size} came; compare the nodes and tasks"
+            " of the allocation with those of the script, or the launcher's flags"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """Examples of both splits and where they come from."""
+
+    task: Task
+    train: list[Example]
+    evaluation: list[Example]
+    train_source: str
+    eval_source: str
+
+
+def load_task_data(config: RunConfig) -> TaskData:
+    """Read both splits; calibration rows are taken from the training split later.
+
+    Raises:
+        UserError: missing, unreadable or ill-formed data, with file and line.
+    """
+    data = config.data
+    assert data.task is not None
+    task = get_task(data.task)
+    if data.eval_metric != "none":
+        task = dataclasses.replace(task, metrics=(data.eval_metric,))
+    train, evaluation = _records(config, task)
+    if data.max_train_samples is not None:
+        train = train.first(data.max_train_samples)
+    if data.max_eval_samples is not None:
+        evaluation = evaluation.first(data.max_eval_samples)
+    for name, records in (("train", train), ("evaluation", evaluation)):
+        if not records.rows:
+            raise UserError(f"{name} data: {records.source} has no rows")
+    found = TaskData(
+        task, build_examples(task, train), build_examples(task, evaluation), train.source, evaluation.source
+    )
+    if data.eval_fraction is not None:
+        _warn_of_shared_prompts(found)
+    return found
+
+
+def _records(config: RunConfig, task: Task) -> tuple[Records, Records]:
+    data = config.data
+    if data.data_dir == EMBEDDED_DATA:
+        train = _embedded_part(task, 0, data.train_file)
+    else:
+        train = load_records(task, "train", data_dir=data.data_dir, file=data.train_file)
+    if data.eval_fraction is not None:
+        return train.hold_out(data.eval_fraction, seed=config.run.seed)
+    if data.data_dir == EMBEDDED_DATA:
+        return train, _embedded_part(task, 1, data.eval_file)
+    if data.train_file is not None and data.eval_file is None and data.data_dir is None:
+        raise UserError(
+            "eval_file: --train_file needs rows to evaluate on: name them with --eval_file, or hold some of its own out"
+            " with --eval_fraction 0.05"
+        )
+    return train, load_records(task, task.eval_split, data_dir=data.data_dir, file=data.eval_file)
+
+
+def _embedded_part(task: Task, part: int, file: str | None) -> Records:
+    if file is not None:
+        return Records(read_jsonl(Path(file)), file)
+    return embedded_records(task)[part]  # one split for every seed, so that seeds are compared on the same rows
+
+
+def _warn_of_shared_prompts(data: TaskData) -> None:
+    trained = {example.prompt for example in data.train}
+    shared = sum(example.prompt in trained for example in data.evaluation)
+    if shared:
+        log.warning("%d of the %d held-out prompts are asked in the training rows too", shared, len(data.evaluation))
+
+
+def encode_training_rows(config: RunConfig, data: TaskData, tokenizer: Any, *, head: bool) -> list[EncodedRow]:
+    return encode_examples(
+        tokenizer,
+        data.train,
+        data.task,
+        max_seq_length=config.data.max_seq_length,
+        head=head,
+        use_chat_template=config.data.use_chat_template,
+        source=data.train_source,
+    )
+
+
+def check_accumulation(sizes: BatchSizes, rows: Sequence[EncodedRow]) -> None:
+    """Refuse more micro-batches per step than there are rows: most would be empty, for ever."""
+    if sizes.grad_accum_steps > len(rows):
+        raise UserError(
+            f"gradient_accumulation_steps: {sizes.in_words()}, but there are {len(rows)} training rows; lower"
+            " --gradient_accumulation_steps or --global_batch_size"
+        )
+
+
+def calibration_rows(config: RunConfig, rows: list[EncodedRow]) -> list[EncodedRow]:
+    """Return the calibration set: rows of the training split, drawn by seed, in split order."""
+    number = min(config.calibration.calibration_samples, len(rows))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.run.seed))
+    return [rows[index] for index in sorted(order[:number].tolist())]
+
+
+def check_length(config: RunConfig, base_config: Any) -> None:
+    """Refuse sequences the base has no positions for."""
+    limit = num_positions(base_config)
+    if limit is not None and config.data.max_seq_length > limit:
+        raise UserError(f"max_seq_length: {config.data.max_seq_length} exceeds the model's {limit} positions")
+
+
+def num_positions(base_config: Any) -> int | None:
+    """Return how many positions the base has; None where it names no number."""
+    limit = getattr(base_config, "max_position_embeddings", None) or getattr(base_config, "n_positions", None)
+    return limit if limit is not None and limit > 0 else None  # XLNet says -1: any length
+
+
+def can_recompute(model: nn.Module) -> bool:
+    """Say whether a transformers model has blocks that can be recomputed in backward."""
+    supports = getattr(model, "supports_gradient_checkpointing", False)
+    return supports and any(hasattr(module, "gradient_checkpointing") for module in model.modules())
+
+
+def check_checkpointing(config: RunConfig, model: nn.Module) -> None:
+    """Refuse to recompute the blocks of a model (without weights) that cannot do that."""
+    if config.training.gradient_checkpointing and not can_recompute(model):
+        raise UserError(
+            f"gradient_checkpointing: {type(model).__name__} has no blocks that transformers can recompute; drop the"
+            " flag, and lower --per_device_train_batch_size or --max_seq_length if memory is short"
+        )
+
+
+def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str, Any], model: nn.Module) -> None:
+    """Refuse what a quantized base cannot do, and a base (without weights) that cannot be quantized."""
+    quantization = quantization_of(config.model, base_config)
+    if quantization is None:
+        return
+    quantization.names(model)
+    if config.adapter.adapt_experts:
+        raise UserError("adapt_experts: the base is quantized; drop the flag, or load the base in 16 bits")
+    if config.adapter.method == "full":
+        raise UserError("method: full trains all weights, which quantized ones do not allow; use taso or lora")
+    name = alters_bits(ds_config)
+    if name is not None:
+        raise UserError(f"{config.run.ds_config}: zero_optimization.{name} alters the bits of quantized weights")
+
+
+def alters_bits(ds_config: Mapping[str, Any]) -> str | None:
+    """Return the key by which ZeRO would compute with weights on their way; None when it moves them as they are."""
+    return next((name for name in _ALTERS_BITS if ds_config["zero_optimization"].get(name)), None)
+
+
+def num_labels(task: Task) -> int:
+    return 1 if task.is_regression else len(task.labels)
+
+
+def prepare_base_config(base_config: Any, task: Task, tokenizer: Any, *, head: bool) -> Any:
+    """Tell the model's configuration about padding and, for a head, about the labels."""
+    base_config.pad_token_id = pad_token_id(tokenizer)
+    prepare_labels(base_config, task, head=head)
+    return base_config
+
+
+def prepare_labels(base_config: Any, task: Task, *, head: bool) -> None:
+    """Give a classification head its labels; UserError when the task has none."""
+    if not head:
+        return
+    if not (task.labels or task.is_regression):
+        raise UserError(
+            f"task {task.name} has no labels for a classification head; use a causal language model (--head lm, if the"
+            " base is one)"
+        )
+    base_config.num_labels = num_labels(task)
+
+
+def resolve_deepspeed(
+    config: RunConfig, world_size: int, *, ranks_per_node: int | None = None
+) -> tuple[dict[str, Any], BatchSizes]:
+    """Return the DeepSpeed dict of this run without anything automatic, and the batch numbers.
+
+    Args:
+        ranks_per_node: default: those of this node.
+    """
+    sizes = batch_sizes(config.training, world_size)
+    resolved = resolve_ds_config(
+        read_ds_config(config.run.ds_config),
+        micro_batch_size=sizes.micro_batch_size,
+        grad_accum_steps=sizes.grad_accum_steps,
+        world_size=world_size,
+        bf16=config.model.bf16,
+        max_grad_norm=config.training.max_grad_norm,
+        ranks_per_node=ranks_per_node or environment.local_world_size(),
+        nvme_path=config.run.nvme_path,
+        source=config.run.ds_config,
+    )
+    check_ds_config(resolved, config.run.ds_config)
+    return resolved, sizes
+
+
+def targets_of(config: RunConfig, model: nn.Module) -> dict[str, Target]:
+    """Return the matrices to adapt by module name."""
+    return find_targets(model, config.adapter.target_modules, experts=config.adapter.adapt_experts)
+
+
+def base_in_words(
+    config: RunConfig, base_config: Any, model: nn.Module, shapes: Mapping[str, MatrixShape]
+) -> list[str]:
+    """Return lines on what was decided about the base: its head, and what of it stays as it is."""
+    lines = [choice_in_words(config.model, base_config)]
+    if config.adapter.method != "full":
+        lines += [left_out_in_words(model), find_experts(model).left_in_words(shapes)]
+    return [line for line in lines if line is not None]
+
+
+def target_shapes(config: RunConfig, model: nn.Module) -> dict[str, MatrixShape]:
+    """Return the shape of every matrix to adapt, by module name."""
+    shapes = {}
+    for name, module in targets_of(config, model).items():
+        shape = matrix_shape(module, shape_of=zero.full_shape)
+        assert shape is not None
+        shapes[name] = shape
+    return shapes
+
+
+@dataclass(frozen=True)
+class AdapterCount:
+    """Trainable parameters of the adapter by shapes alone, and the ρ they imply."""
+
+    trainable: int
+    dense: int
+    rho: float
+
+
+def _check_countable(number: int, rank: int) -> None:
+    if number >= 2**63:
+        raise UserError(f"rank: {rank} makes {number:,} parameters, more than a tensor can have: lower it")
+
+
+def count_adapter(config: RunConfig, shapes: dict[str, MatrixShape]) -> AdapterCount:
+    """Count what ``--method taso`` or ``lora`` trains on these matrices."""
+    adapter, p = config.adapter, config.calibration.core_fraction
+    if adapter.method == "lora":
+        number = sum(adapter.rank * (shape.out_features + shape.in_features) for shape in shapes.values())
+        _check_countable(number, adapter.rank)
+        return AdapterCount(number, number, 0.0)
+    trainable = sum(
+        count_parameters(
+            adapter.structure,
+            out_features=shape.out_features,
+            in_features=shape.in_features,
+            rank=adapter.rank,
+            core_fraction=p,
+        )
+        for shape in shapes.values()
+    )
+    _check_countable(trainable, adapter.rank)
+    dense = sum(
+        count_dense(
+            adapter.structure, out_features=shape.out_features, in_features=shape.in_features, rank=adapter.rank
+        )
+        for shape in shapes.values()
+    )
+    rho = pruned_share(parse_rho(adapter.rho), core_fraction=p, num_trainable=trainable, num_dense=dense)
+    return AdapterCount(trainable, dense, rho)
