@@ -1,7 +1,7 @@
 """Figures that others published for their own trainers, and what the plan predicts for the same runs.
 
 Gradient checkpointing is each recipe's default unless its table says otherwise. The band within which predictions must
-stay is a test's (``tests/planning/test_published.py``); docs/scale.md has the table.
+stay is a test's (``tests/planning/numbers/test_published.py``); docs/scale.md has the table.
 """
 
 from dataclasses import dataclass, replace

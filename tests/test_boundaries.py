@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,42 +13,49 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted([*(ROOT / "taso_ds").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 
 # room -> rooms it may import, besides itself. A room is a sub-package of taso_ds, a module beside them, or launch.
+_GROUND = {"errors", "files", "flags"}
 ALLOWED: dict[str, set[str]] = {
     "taso_ds": set(),
     "errors": set(),
-    "interrupts": {"errors"},
-    "crash_report": set(),
-    "console": {"errors"},
-    "json_text": {"errors"},
-    "yaml_text": {"errors"},
     "foreign_names": set(),
-    "adapters": {"errors", "json_text"},
-    "data": {"errors", "json_text"},
-    "distributed": {"errors", "json_text"},
-    "flags": {"errors", "yaml_text", "foreign_names"},
-    "config": {"errors", "flags", "adapters", "data"},
+    "crash_report": set(),
+    "interrupts": {"errors"},
+    "console": {"errors"},
+    "files": {"errors"},
+    "flags": {"errors", "files", "foreign_names"},
+    "adapters": {"errors", "files"},
+    "data": _GROUND,
+    "distributed": {"errors", "files"},
+    "models": _GROUND | {"adapters", "distributed"},
+    "reports": {"errors", "files", "adapters"},
+    "objectives": _GROUND | {"data", "models", "distributed", "adapters"},
+    "scoring": _GROUND | {"adapters", "data", "distributed", "models", "objectives"},
+    "training": _GROUND | {"adapters", "data", "distributed", "models", "objectives", "interrupts"},
+    "methods": _GROUND | {"adapters", "data", "distributed", "models", "scoring", "training"},
+    "config": {"errors", "flags", "data", "models", "scoring", "training", "methods"},
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
-    "planning": {"errors", "adapters"},
-    "training": {"errors", "interrupts", "json_text", "adapters", "data", "distributed", "flags", "config", "planning"},
+    "planning.numbers": {"errors", "adapters"},
+    "planning": _GROUND
+    | {"adapters", "data", "distributed", "models", "objectives", "scoring", "training", "methods", "config"}
+    | {"planning.numbers"},
+    "runs": _GROUND
+    | {"adapters", "data", "distributed", "models", "objectives", "scoring", "training", "methods", "config"}
+    | {"planning", "reports", "interrupts"},
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
-    "doctor": {"errors", "flags", "config", "distributed", "training"},
-    "batch_script": {"errors", "flags", "config"},
+    "doctor": _GROUND | {"config", "distributed", "models", "planning", "runs"},
+    "batch_script": {"errors", "flags", "config", "training"},
     "entry": {"errors", "interrupts", "console", "crash_report", "flags", "distributed"},
-    "launch": {
-        "errors",
-        "adapters",
-        "data",
-        "distributed",
-        "config",
-        "flags",
-        "training",
-        "doctor",
-        "batch_script",
-        "entry",
-        "interrupts",
-        "taso_ds",
-    },
+    "launch": _GROUND
+    | {"config", "data", "distributed", "runs", "planning", "doctor", "batch_script", "entry", "interrupts", "taso_ds"},
 }
+# What still leads upward, each until the type that replaces it is there.
+for _room, _others in {
+    "methods": {"runs"},
+    "planning": {"runs"},
+    "scoring": {"runs", "config", "reports"},
+    "training": {"runs", "scoring"},
+}.items():
+    ALLOWED[_room] |= _others
 # The method runs wherever torch does.
 ADAPTERS_NEED = {"torch", "safetensors"}
 
@@ -83,7 +91,13 @@ def room_of_file(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     if parts[0] == "launch":
         return "launch"
-    return "taso_ds" if parts[1] == "__init__" else parts[1]
+    return room_of_parts(parts[1:])
+
+
+def room_of_parts(parts: Sequence[str]) -> str:
+    """Return the innermost room that the names below ``taso_ds`` lead to."""
+    inner = ".".join(parts[:2])
+    return inner if inner in ALLOWED else parts[0] if parts and parts[0] in ALLOWED else "taso_ds"
 
 
 def room_of_import(name: str) -> str | None:
@@ -93,8 +107,7 @@ def room_of_import(name: str) -> str | None:
         return "launch"
     if first != "taso_ds":
         return None
-    second = rest.partition(".")[0]
-    return second if second in ALLOWED else "taso_ds"
+    return room_of_parts(rest.split("."))
 
 
 def breaches(room: str, source: str) -> list[str]:

@@ -3,7 +3,7 @@
 python tests/fuzz/fuzz_readers.py "core regions" -runs=100000 -max_total_time=60
 python tests/fuzz/fuzz_readers.py all -runs=10000
 
-The first argument names a reader of ``tests/readers.py``, or all of them one after the other; the others are
+The first argument names a reader of ``tests/support/readers.py``, or all of them one after the other; the others are
 libFuzzer's. What it finds is written to ``crash-…`` in the current folder: turn it into a test first.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 with atheris.instrument_imports(include=["taso_ds"]):
     import taso_ds.adapters.peft_format
     import taso_ds.adapters.region_file

@@ -9,7 +9,7 @@ from published import Comparison, compare_published, in_words
 from taso_ds.planning.numbers.devices import DEVICES
 
 MEMORY, SPEED = (-0.25, 0.15), (-0.35, 0.35)
-DOCS = (Path(__file__).resolve().parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).resolve().parents[3] / "docs" / "scale.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
