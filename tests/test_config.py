@@ -24,8 +24,8 @@ from taso_ds.scoring.arguments import SCORING
 
 # \r is refused, and U+0085 is a line break that PyYAML writes as it is and reads as a space.
 words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r\x85"), max_size=20)
-# A dash at the start is a flag to argparse, "~" a home folder, and an empty text nothing that could be meant.
-names = words.filter(lambda text: text.strip() and not text.startswith(("-", "~")))
+# A dash at the start is a flag to argparse, "~" a home folder, "$" a variable, and an empty text nothing.
+names = words.filter(lambda text: text.strip() and not text.startswith(("-", "~")) and "$" not in text)
 shares = st.floats(1e-6, 1.0)
 ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
     "model_name_or_path": names,
