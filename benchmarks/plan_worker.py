@@ -16,9 +16,9 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (imported lazily 
 
 from taso_ds.config import parse_run_config
 from taso_ds.data.batch_plan import BatchPlan
+from taso_ds.defaults import with_defaults
 from taso_ds.distributed import comm, process_group
 from taso_ds.distributed import engine as engines
-from taso_ds.runs import prepare
 from taso_ds.runs.build import Setup, attach, find_regions, join, load_base, set_up
 from taso_ds.runs.folder import RunFolder
 from taso_ds.runs.train import save
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--local_rank", type=int)
     arguments, flags = parser.parse_known_args()
-    config: Any = prepare.with_defaults(parse_run_config(flags))
+    config: Any = with_defaults(parse_run_config(flags))
     join(config)
     if config.model.load_in_4bit:  # loading would import what quantizes
         import accelerate  # noqa: F401

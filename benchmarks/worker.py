@@ -18,6 +18,7 @@ from torch import Tensor
 from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
 from taso_ds.config import parse_run_config
 from taso_ds.data.batch_plan import BatchPlan
+from taso_ds.defaults import with_defaults
 from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.objectives.batches import dealt_batches, on_device
@@ -36,7 +37,7 @@ _COMMON = (
 
 
 def make_setup(flags: Sequence[str]) -> Setup:
-    config = prepare.with_defaults(parse_run_config([*_COMMON.split(), *flags]))
+    config = with_defaults(parse_run_config([*_COMMON.split(), *flags]))
     join(config)
     return set_up(config)
 

@@ -33,20 +33,33 @@ ALLOWED: dict[str, set[str]] = {
     "training": _GROUND | {"adapters", "data", "distributed", "models", "objectives", "interrupts"},
     "methods": _GROUND | {"adapters", "data", "distributed", "models", "scoring", "training"},
     "config": {"errors", "flags", "data", "models", "scoring", "training", "methods"},
+    "defaults": {"errors", "config", "data", "training"},
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
     "planning.numbers": {"errors", "adapters"},
     "planning": _GROUND
     | {"adapters", "data", "distributed", "models", "objectives", "scoring", "training", "methods", "config"}
-    | {"planning.numbers"},
+    | {"planning.numbers", "defaults"},
     "runs": _GROUND
     | {"adapters", "data", "distributed", "models", "objectives", "scoring", "training", "methods", "config"}
-    | {"planning", "reports", "interrupts"},
+    | {"planning", "reports", "interrupts", "defaults"},
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
     "doctor": _GROUND | {"config", "distributed", "models", "planning", "runs"},
     "batch_script": {"errors", "flags", "config", "training"},
     "entry": {"errors", "interrupts", "console", "crash_report", "flags", "distributed"},
     "launch": _GROUND
-    | {"config", "data", "distributed", "runs", "planning", "doctor", "batch_script", "entry", "interrupts", "taso_ds"},
+    | {
+        "config",
+        "defaults",
+        "data",
+        "distributed",
+        "runs",
+        "planning",
+        "doctor",
+        "batch_script",
+        "entry",
+        "interrupts",
+        "taso_ds",
+    },
 }
 # What still leads upward, each until the type that replaces it is there.
 for _room, _others in {

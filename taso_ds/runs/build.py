@@ -16,30 +16,30 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.region_file import load_region_file
 from taso_ds.adapters.targets import MatrixShape, Target
-from taso_ds.training.arguments import BatchSizes
 from taso_ds.config import RunConfig
+from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow, pad_token_id
-from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.distributed import comm, environment, placement, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config_check import check_device
-from taso_ds.models.quantized_linear import quiet_bitsandbytes
-from taso_ds.runs import prepare
-from taso_ds.scoring import regions
+from taso_ds.methods.lora import attach_lora, lora_parameters
 from taso_ds.models.load import BaseModel, check_weight_files, load_base_model, load_config, load_tokenizer, meta_model
+from taso_ds.models.model_class import wants_head
+from taso_ds.models.quantized_linear import quiet_bitsandbytes
+from taso_ds.models.source import model_source
+from taso_ds.models.stored_weights import StoredWeights, stored_weights
+from taso_ds.objectives.batches import Collate
 from taso_ds.objectives.chunked_loss import LanguageModelLoss
 from taso_ds.objectives.evaluate import Evaluator
-from taso_ds.objectives.batches import Collate
-from taso_ds.planning.host_check import check_this_host
-from taso_ds.methods.lora import attach_lora, lora_parameters
 from taso_ds.objectives.loss import LossSum, loss_sum
-from taso_ds.models.model_class import wants_head
-from taso_ds.models.source import model_source
-from taso_ds.runs.nodes import check_same_model
-from taso_ds.training.optim import Group, make_groups
-from taso_ds.models.stored_weights import StoredWeights, stored_weights
 from taso_ds.objectives.vocabulary import check_padding, check_tokens
+from taso_ds.planning.host_check import check_this_host
+from taso_ds.runs import prepare
+from taso_ds.runs.nodes import check_same_model
+from taso_ds.scoring import regions
+from taso_ds.training.arguments import BatchSizes
+from taso_ds.training.optim import Group, make_groups
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from taso_ds.config import RunConfig
 from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.tasks import get_task
 from taso_ds.distributed.ds_config import without_secrets
-from taso_ds.runs import prepare
 from taso_ds.models.load import meta_model, read_config, without_weights
 from taso_ds.models.model_class import wants_head
-from taso_ds.training.optim import describe_groups, learning_rate_table, make_groups, make_schedule, total_steps
+from taso_ds.runs import prepare
 from taso_ds.runs.output_folder import choose_folder
 from taso_ds.scoring.regions import read_regions
+from taso_ds.training.optim import describe_groups, learning_rate_table, make_groups, make_schedule, total_steps
 
 
 def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:

@@ -14,16 +14,16 @@ from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
 from taso_ds.methods import export
-from taso_ds.models.load import BaseModel, meta_model, without_weights
-from taso_ds.runs.build import Setup, load_base, set_up
 from taso_ds.methods.disk_tensors import DiskTensors
-from taso_ds.runs.output_folder import check_no_model
 from taso_ds.methods.prove import probe_logits, relative_distance
-from taso_ds.models.quantization import quantization_of
-from taso_ds.runs.train import prove, reports_in
-from taso_ds.runs.folder import MODEL, RunFolder
-from taso_ds.runs.run_lock import locked
 from taso_ds.methods.saved import SavedAdapter, is_model, read_adapter, saved_folder
+from taso_ds.models.load import BaseModel, meta_model, without_weights
+from taso_ds.models.quantization import quantization_of
+from taso_ds.runs.build import Setup, load_base, set_up
+from taso_ds.runs.folder import MODEL, RunFolder
+from taso_ds.runs.output_folder import check_no_model
+from taso_ds.runs.run_lock import locked
+from taso_ds.runs.train import prove, reports_in
 
 log = logging.getLogger(__name__)
 

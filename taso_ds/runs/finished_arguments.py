@@ -9,13 +9,13 @@ from typing import Any
 
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.data.arguments import DataArguments
-from taso_ds.models.arguments import ModelArguments
+from taso_ds.defaults import with_defaults
 from taso_ds.errors import UserError
 from taso_ds.flags import arg, given_names, parse_groups
-from taso_ds.runs.prepare import with_defaults
-from taso_ds.runs.recorded import read_run, recorded_flags
-from taso_ds.runs.folder import RUN
 from taso_ds.methods.saved import BASE_FLAGS, base_of, is_model
+from taso_ds.models.arguments import ModelArguments
+from taso_ds.runs.folder import RUN
+from taso_ds.runs.recorded import read_run, recorded_flags
 
 EVALUATE, EXPORT = "evaluate", "export"
 _OPENS = frozenset(entry.name for group in (ModelArguments, DataArguments) for entry in dataclasses.fields(group))

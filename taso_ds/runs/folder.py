@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taso_ds.files.atomic import open_to_umask, replacing, write_json, writing
 from taso_ds.data.encode import EncodedRow
+from taso_ds.files.atomic import open_to_umask, replacing, write_json, writing
 from taso_ds.training.checkpoint import CHECKPOINTS
 
 log = logging.getLogger(__name__)

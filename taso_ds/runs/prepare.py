@@ -16,9 +16,8 @@ from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.structure import count_dense, count_parameters
 from taso_ds.adapters.targets import MatrixShape, Target, find_targets, matrix_shape
 from taso_ds.adapters.towers import left_out_in_words
-from taso_ds.training.arguments import BatchSizes, TrainArguments, batch_sizes
 from taso_ds.config import RunConfig
-from taso_ds.data.embedded import EMBEDDED, embedded_model, embedded_records
+from taso_ds.data.embedded import EMBEDDED_DATA, embedded_records
 from taso_ds.data.encode import EncodedRow, encode_examples, pad_token_id
 from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
 from taso_ds.data.tasks import Example, Task, get_task
@@ -28,61 +27,12 @@ from taso_ds.distributed.ds_config_check import check_ds_config
 from taso_ds.errors import UserError
 from taso_ds.models.model_class import choice_in_words
 from taso_ds.models.quantization import quantization_of
+from taso_ds.training.arguments import BatchSizes, batch_sizes
 
 # Ways to move partitions that compute with them on the way.
 _ALTERS_BITS = ("zero_quantized_weights", "use_all_reduce_for_fetch_params")
 
 log = logging.getLogger(__name__)
-
-EMBEDDED_DATA = "embedded"
-_EMBEDDED_TASK = "sst2"
-_EMBEDDED_TRAINING = {
-    "max_steps": 24,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 32,
-    "learning_rate": 1e-3,
-    "warmup_ratio": 0.1,
-}
-
-
-def with_defaults(config: RunConfig) -> RunConfig:
-    """Fill in the embedded model and data where the user named none.
-
-    Raises:
-        UserError: a model without a task, or an extra that is not installed.
-    """
-    model, data = config.model, config.data
-    if model.model_name_or_path is None:
-        if model.gguf_file is not None:
-            raise UserError("gguf_file: needs --model_name_or_path, the folder or Hub id it stands in")
-        folder, file = embedded_model()
-        model = dataclasses.replace(model, model_name_or_path=folder, gguf_file=file)
-        if data.task is None:
-            data = dataclasses.replace(data, task=_EMBEDDED_TASK)
-            config = _sized_for_two_cores(config)
-        if data.data_dir is None and data.train_file is None and data.task in EMBEDDED:
-            data = dataclasses.replace(data, data_dir=EMBEDDED_DATA)
-    if data.task is None:
-        raise UserError("task: name one with --task (completion for your own prompt/completion JSONL)")
-    return dataclasses.replace(config, model=model, data=data)
-
-
-def _sized_for_two_cores(config: RunConfig) -> RunConfig:
-    """Give the run without model and task, a demonstration, what two CPU cores do in minutes; the user's flags stay."""
-
-    def sized(group: Any, values: dict[str, Any]) -> Any:
-        untouched = {entry.name: entry.default for entry in dataclasses.fields(group)}
-        chosen = {name: value for name, value in values.items() if getattr(group, name) == untouched[name]}
-        return dataclasses.replace(group, **chosen)
-
-    training = dict(_EMBEDDED_TRAINING)
-    if config.training.num_train_epochs != TrainArguments.num_train_epochs:
-        del training["max_steps"]
-    return dataclasses.replace(
-        config,
-        training=sized(config.training, training),
-        calibration=sized(config.calibration, {"calibration_samples": 64, "calibration_batch_size": 16}),
-    )
 
 
 def check_flags(config: RunConfig, world_size: int) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.config import GROUPS, RunConfig
-from taso_ds.files.schema import check_schema
 from taso_ds.errors import UserError, nearest, reason
-from taso_ds.flags import LENGTH, SCHEDULE, START, Flag, flags_of, typed
 from taso_ds.files.json_text import parse_json
+from taso_ds.files.schema import check_schema
+from taso_ds.flags import LENGTH, SCHEDULE, START, Flag, flags_of, typed
 from taso_ds.runs.folder import RESULTS, RUN
-
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -53,8 +52,6 @@ def length_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags of a record that say how long the run is to be."""
     flags = flags_of(GROUPS)
     return {name: value for name, value in run["config"].items() if name in flags and flags[name].effect == LENGTH}
-
-
 
 
 def recorded_flags(record: Mapping[str, Any], file: Path) -> dict[str, Any]:

@@ -9,26 +9,20 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 from taso_ds.config import RunConfig
-from taso_ds.training.arguments import TrainArguments
-from taso_ds.training.progress import Progress, read_progress
-from taso_ds.errors import UserError, reason
+from taso_ds.errors import UserError
 from taso_ds.flags import flags_of
-from taso_ds.files.json_text import parse_json
-from taso_ds.training.checkpoint import CHECKPOINTS, PROGRESS, Checkpoints, resolve_checkpoint
-from taso_ds.runs.recorded import Difference, differences, is_calibration, is_finished, length_of, read_run
-from taso_ds.files.schema import check_schema
 from taso_ds.runs.folder import MODEL, PICTURE, REGIONS, RUN
+from taso_ds.runs.recorded import Difference, differences, is_calibration, is_finished, length_of, read_run
+from taso_ds.training.arguments import TrainArguments
+from taso_ds.training.checkpoint import CHECKPOINTS, PROGRESS, Checkpoints, resolve_checkpoint
+from taso_ds.training.progress import Progress, read_progress
 
 log = logging.getLogger(__name__)
 
 AUTO, NONE = "auto", "none"
-
-
-
-
 
 
 @dataclass(frozen=True)

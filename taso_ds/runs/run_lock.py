@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from taso_ds.files.atomic import writing
 from taso_ds.errors import UserError
+from taso_ds.files.atomic import writing
 
 log = logging.getLogger(__name__)
 

@@ -16,14 +16,21 @@ from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import without_secrets
 from taso_ds.errors import Unforeseen, UserError
+from taso_ds.files.schema import SCHEMA
 from taso_ds.interrupts import Interrupts
 from taso_ds.methods import export
-from taso_ds.runs import prepare
-from taso_ds.scoring import regions
+from taso_ds.methods.prove import Proof, probe_logits, prove_export
+from taso_ds.methods.saved import is_model, saved_folder
 from taso_ds.models.load import BaseModel
+from taso_ds.models.quantization import num_parameters
+from taso_ds.runs import prepare
 from taso_ds.runs.build import Setup, Trained, attach, base_fingerprint, find_regions, load_base, set_up
-from taso_ds.training.divergence import Diverged
+from taso_ds.runs.folder import ADAPTER, PICTURE, RESULTS, RUN, RunFolder, versions
 from taso_ds.runs.nodes import check_no_run_elsewhere, say_who_sees
+from taso_ds.runs.output_folder import take_folder
+from taso_ds.runs.resume import Start, check_base, check_data, check_length, find_calibration, find_start
+from taso_ds.scoring import regions
+from taso_ds.training.divergence import Diverged
 from taso_ds.training.optim import (
     Group,
     Schedule,
@@ -33,15 +40,8 @@ from taso_ds.training.optim import (
     make_schedule,
     total_steps,
 )
-from taso_ds.runs.output_folder import take_folder
-from taso_ds.methods.prove import Proof, probe_logits, prove_export
-from taso_ds.models.quantization import num_parameters
-from taso_ds.files.schema import SCHEMA
-from taso_ds.training.recoverable import ROLLBACK_FACTOR, RecoverableTraining
 from taso_ds.training.progress import Progress
-from taso_ds.runs.resume import Start, check_base, check_data, check_length, find_calibration, find_start
-from taso_ds.runs.folder import ADAPTER, PICTURE, RESULTS, RUN, RunFolder, versions
-from taso_ds.methods.saved import is_model, saved_folder
+from taso_ds.training.recoverable import ROLLBACK_FACTOR, RecoverableTraining
 
 log = logging.getLogger(__name__)
 

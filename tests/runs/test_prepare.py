@@ -12,6 +12,7 @@ from taso_ds.adapters.selection import select_core_region
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.data.encode import EncodedRow
+from taso_ds.defaults import with_defaults
 from taso_ds.errors import UserError
 from taso_ds.runs.prepare import (
     calibration_rows,
@@ -23,7 +24,6 @@ from taso_ds.runs.prepare import (
     prepare_base_config,
     resolve_deepspeed,
     target_shapes,
-    with_defaults,
 )
 
 

@@ -18,18 +18,27 @@ _ON_DEVICE = {
     "buckets": "a DeepSpeed JSON of your own with a smaller reduce_bucket_size",
 }
 _ON_HOST = {
-    "weights": "more nodes to spread them over, or --nvme_path DISK",
+    "weights": "--ds_config zero3.json on more ranks or nodes, or --nvme_path DISK",
     "checkpoint": "--ds_config zero3.json, where every rank reads its own part only",
     "accumulators": "--calibration_passes N, or more nodes",
     "proof": "--no_verify_export, and a proof of the export later",
     "partition": "a DeepSpeed JSON of your own with a larger buffer_size, or more devices",
     "nvme buffers": "a DeepSpeed JSON of your own with other buffer_size and buffer_count",
     "state": "more nodes",
+    "activations": f"{_SHORTER}, or --gradient_checkpointing",
+    "loss": _SHORTER,
 }
 
 
 def advice(misfit: Misfit) -> str:
     """Return which term it is, and the remedy for this one."""
-    remedies, otherwise = (_ON_HOST, "hosts with more memory") if misfit.on_host else (_ON_DEVICE, _LARGER)
-    remedy = remedies.get(misfit.largest, otherwise)
-    return remedy if misfit.largest == "partition" else f"most of it {misfit.largest}: {remedy}"
+    largest = misfit.largest
+    if misfit.on_host:
+        return host_advice(largest)
+    return f"most of it {largest}: {_ON_DEVICE.get(largest, _LARGER)}"
+
+
+def host_advice(largest: str) -> str:
+    """Return the remedy where a node's memory is too small for this term."""
+    remedy = _ON_HOST.get(largest, "hosts with more memory")
+    return remedy if largest == "partition" else f"most of it {largest}: {remedy}"

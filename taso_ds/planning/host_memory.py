@@ -1,10 +1,6 @@
-"""The memory a host can still give, and the refusal to start what needs more."""
+"""The memory that a host can still give."""
 
 from pathlib import Path
-
-from taso_ds.errors import UserError
-from taso_ds.planning.numbers.devices import GB
-from taso_ds.planning.numbers.memory import Usage
 
 CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -45,36 +41,3 @@ def _room(folder: Path) -> float | None:
         used = float((folder / usage_file).read_text()) - float(entries.get(cache_key, 0))
         return float(text) - used
     return None
-
-
-def check_host_memory(plan: dict[str, Usage], available: float) -> None:
-    """Refuse a run whose host memory will not be enough, before it spends minutes on loading.
-
-    Args:
-        plan: peaks by phase, of this node.
-        available: bytes.
-
-    Raises:
-        UserError: names the phase, both sizes and what helps.
-    """
-    phase = max(plan, key=lambda name: plan[name].host_bytes)
-    needed = plan[phase].host_bytes
-    if needed <= available:
-        return
-    largest = max(plan[phase].host, key=plan[phase].host.__getitem__)
-    raise UserError(
-        f"host memory: {phase} needs {needed / GB:.1f} GB on this node and {available / GB:.1f} GB are available"
-        f" (most of it {largest}); {_REMEDIES.get(largest, _OTHERWISE)}; --force starts anyway"
-    )
-
-
-_REMEDIES = {
-    "weights": "use --ds_config zero3.json on more ranks or nodes",
-    "checkpoint": "use --ds_config zero3.json, where every rank reads its own part only",
-    "proof": "pass --no_verify_export and prove the export later",
-    "activations": "lower --per_device_train_batch_size or --max_seq_length, or pass --gradient_checkpointing",
-    "loss": "lower --per_device_train_batch_size or --max_seq_length",
-    "accumulators": "pass --calibration_passes N, or reuse regions with --core_regions",
-    "nvme buffers": "write a smaller buffer_count or buffer_size into the DeepSpeed JSON",
-}
-_OTHERWISE = "use more nodes"
