@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from torch import Tensor
 from taso_ds.errors import UserError
 from taso_ds.files.atomic import writing
 
-# Relative error of fp32 logits that are the same sums in another order, layer after layer.
-_FP32_ROUNDING = 1e-4
+# Relative error of logits that are the same sums in another order, layer after layer: never more in fp32; in bf16 what
+# one hidden element does that is rounded to its other neighbour, be it the only one.
+_ROUNDING = {"float32": 1e-4, "bfloat16": 2.0**-7}
 # Relative error of logits after every adapted weight was rounded once more.
 MERGE_ROUNDING = {"float32": 1e-4, "bfloat16": 6e-2}
 # How many times further apart than two roundings of the same adapter the file and the live model may be.
@@ -41,8 +42,9 @@ class Proof:
         effect: ``‖live − base‖ / ‖live‖``, what the adapter does; 0 would prove an unchanged adapter. None for a whole
             model, which is opened without its base.
         tolerance: largest error that is rounding: three times the distance between the exported adapter (or model)
-            computed in the model's dtype and computed in fp32, and at least 1e-4. Thirty layers of bf16 move logits by
-            some percent. PEFT's file has the scaling folded in: at least the rounding of its dtype, of the effect.
+            computed in the model's dtype and computed in fp32, and at least 1e-4, in bf16 2⁻⁷. Thirty layers of bf16
+            move logits by some percent. PEFT's file has the scaling folded in: at least the rounding of its dtype, of
+            the effect.
             Experts are merged by peft in every forward: then at least what a merge may differ by.
     """
 
@@ -120,10 +122,7 @@ def prove_export(
     found = json.loads(done.stdout.strip().splitlines()[-1])
     if found["different"]:
         raise UserError(f"export: {folder}: {library} did not take up {found['different'][0]} as it stands in the file")
-    merged = MERGE_ROUNDING[dtype] if found["merges"] else _FP32_ROUNDING
-    proof = Proof(
-        found["error"], found["effect"], max(merged, _ROUNDINGS * found["rounding"], found["stored_rounding"])
-    )
+    proof = Proof(found["error"], found["effect"], tolerance(found, dtype))
     if not proof.error <= proof.tolerance:
         raise UserError(
             f"export: {folder} opened with {library} differs from the live model by {proof.error:.2e} of its logits,"
@@ -132,6 +131,12 @@ def prove_export(
     if proof.effect == 0.0:
         raise UserError(f"export: {folder} changes nothing: its logits equal the base's")
     return proof
+
+
+def tolerance(found: Mapping[str, Any], dtype: str) -> float:
+    """Return the largest error that is rounding, of what the fresh process found."""
+    least = (MERGE_ROUNDING if found["merges"] else _ROUNDING)[dtype]
+    return max(least, _ROUNDINGS * found["rounding"], found["stored_rounding"])
 
 
 def what_was_raised(stderr: str) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from taso_ds.methods.prove import what_was_raised
+from taso_ds.methods.prove import tolerance, what_was_raised
 
 TRACEBACK = """loading: 100%
 Traceback (most recent call last):
@@ -26,3 +26,11 @@ Traceback (most recent call last):
 )
 def test_the_last_exception_is_told_whole(stderr: str, said: str) -> None:
     assert what_was_raised(stderr) == said
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 1e-4), ("bfloat16", 2**-7)])
+def test_one_element_rounded_otherwise_is_rounding(dtype: str, least: float) -> None:
+    """An adapter of some steps can be so small that bf16 and fp32 compute it alike, and the live model not quite."""
+    nothing_found = {"merges": False, "rounding": 0.0, "stored_rounding": 0.0}
+    assert tolerance(nothing_found, dtype) == least
+    assert tolerance(nothing_found | {"rounding": 0.1}, dtype) == pytest.approx(0.3)
