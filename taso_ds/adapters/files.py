@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # False, too, where nobody may look
         raise UserError(f"cannot write {path}: it is a folder; name a file")
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
