@@ -55,8 +55,8 @@ def not_read_back(model: Any, names: Sequence[str]) -> list[str]:
         warnings.simplefilter("ignore")  # what PEFT would say of a model it is to train
         opened = PeftModel(copy.deepcopy(model), LoraConfig(r=1, **targets))  # type: ignore[arg-type]
         written = get_peft_model_state_dict(opened, save_embedding_layers=False)
-        unknown = set_peft_model_state_dict(opened, written).missing_keys
-    lost = (name.partition(".lora_")[0] for name in unknown if ".lora_" in name)
+        read: Any = set_peft_model_state_dict(opened, written)
+    lost = (name.partition(".lora_")[0] for name in read.missing_keys if ".lora_" in name)
     return sorted({name.removeprefix(_PREFIX) for name in lost})
 
 
