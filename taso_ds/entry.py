@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from taso_ds import console, crash_report
 from taso_ds.distributed import slurm
-from taso_ds.errors import Interrupted, Unforeseen, UserError, speaks_for_all
+from taso_ds.errors import Interrupted, Unforeseen, UserError, no_permission, speaks_for_all
 from taso_ds.interrupts import Interrupts
 
 CRASH, USER_ERROR = 1, 2
@@ -30,9 +30,9 @@ _LOOK_AROUND = 4.0
 def run_script(action: Callable[[Interrupts], str | None], *, resumes: bool = False) -> None:
     """Run ``action``; print what it returns as the last line of rank 0.
 
-    A ``UserError`` becomes one line ``error: …`` and exit code 2, a signal one line and ``Interrupted``'s exit code.
-    Anything else is a bug: one line that says so, a file with the traceback, and exit code 1. ``--debug`` shows
-    tracebacks. In each case no rank is left waiting.
+    A ``UserError``, or a file that is not open to the user, becomes one line ``error: …`` and exit code 2, a signal
+    one line and ``Interrupted``'s exit code. Anything else is a bug: one line that says so, a file with the traceback,
+    and exit code 1. ``--debug`` shows tracebacks. In each case no rank is left waiting.
 
     Args:
         action: loads what is heavy itself: signals count from here on.
@@ -91,6 +91,7 @@ def _end(error: BaseException, *, debug: bool) -> NoReturn:
     if isinstance(error, Interrupted):
         _blame_another(wait=0.0, stops=False)  # a launcher stops the ranks that a failed one leaves behind
         _give_up(str(error), error.code)
+    error = no_permission(error) or error
     if not isinstance(error, UserError):
         _blame_another(wait=_LOOK_AROUND, stops=True)
     if isinstance(error, BrokenPipeError) and console.drop_output():

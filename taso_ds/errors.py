@@ -62,3 +62,17 @@ def reason(error: Exception) -> str:
     if not isinstance(error, OSError):
         return str(error)
     return dangling(str(error.filename)) or error.strerror or str(error)
+
+
+def no_permission(error: BaseException) -> UserError | None:
+    """Return what a user is to read of a file that is not open to them; None of any other error.
+
+    Whoever asks first whether a file is there may learn that nobody may look: any flag's path, in any library.
+    """
+    if not isinstance(error, PermissionError) or error.filename is None:
+        return None
+    refusal = UserError(
+        f"cannot reach {error.filename} ({error.strerror}): name another path, or have it and its folders opened to you"
+    )
+    refusal.__cause__ = error  # for --debug
+    return refusal

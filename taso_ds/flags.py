@@ -83,7 +83,7 @@ def require(condition: bool, name: str, value: Any, valid: str) -> None:
 
 def check_new_file(name: str, path: str | None) -> None:
     """Refuse to write over a file; UserError."""
-    if path is not None and Path(path).is_file():
+    if path is not None and os.path.isfile(path):  # False, too, where nobody may look or no name can be so long
         raise UserError(f"{name}: {path} exists already; move it away, or choose another name")
 
 

@@ -147,6 +147,19 @@ def test_a_forked_child_is_not_ours() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{int(signal.SIGTERM)}\n", "")
 
 
+# What the user may not read -------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_open_to_the_user(tmp_path: Path) -> None:
+    """Where it is asked for first does not matter; what no file is to blame for is a bug all the same."""
+    done = run(program("raise PermissionError(13, 'Permission denied', 'base/config.json')"), tmp_path)
+    said = "error: cannot reach base/config.json (Permission denied): name another path, or have it and its folders"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{said} opened to you\n")
+    assert not list(tmp_path.iterdir())
+    done = run(program("raise PermissionError(1, 'Operation not permitted')"), tmp_path)
+    assert (done.returncode, "not foreseen" in done.stderr) == (1, True)
+
+
 # What nobody foresaw --------------------------------------------------------------------------------------------------
 
 

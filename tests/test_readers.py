@@ -37,6 +37,13 @@ def test_a_valid_file_is_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", READERS)
+def test_a_file_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
+    """Or the reader looks elsewhere, and whatever is thrown at it hits nothing."""
+    valid_files(READERS[name], tmp_path)
+    assert not read_bytes(READERS[name], tmp_path, b"{")
+
+
+@pytest.mark.parametrize("name", READERS)
 @bounded
 @given(content=st.binary(max_size=200))
 def test_any_bytes(name: str, tmp_path: Path, content: bytes) -> None:

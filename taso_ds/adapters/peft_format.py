@@ -26,8 +26,8 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 KIND = "taso_adapter"
 _PREFIX = "base_model.model."
-# What experts were called before transformers fused them. Where it has, PEFT takes these names among the target modules
-# for the fused parameters, also where they are those of a dense layer or of a shared expert.
+# What experts were called before transformers fused them. For a type of model whose experts it fuses, PEFT takes these
+# names among the target modules for the fused parameters, also where they are a dense layer's or a shared expert's.
 _NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _MOST_FEATURES = 1 << 24  # far wider than any matrix: what is damaged must not ask for the memory of a wider one
 
@@ -78,21 +78,16 @@ def peft_config(
     fan_in_fan_out: bool,
     modules_to_save: Sequence[str],
     experts: Sequence[str] = (),
-    has_fused_experts: bool = False,
+    fuses_experts: bool = False,
 ) -> dict[str, Any]:
     """Return ``adapter_config.json``.
 
     Args:
-        module_names: every module of the model, to know whether the short names select exactly the adapted ones.
+        module_names, experts, fuses_experts: as for ``peft_targets``.
         fan_in_fan_out: whether the targets store their weight transposed (GPT-2's ``Conv1D``).
         modules_to_save: modules trained in full (a task head).
-        experts: every fused parameter with adapted experts.
-        has_fused_experts: whether the model has such parameters at all, adapted or not.
     """
     total_rank = dense_rank(adapter.structure, adapter.rank)
-    linears = [name for name in adapter.regions if name.rpartition(".")[0] not in experts]
-    by_weight = [name for name in linears if has_fused_experts and name.rpartition(".")[2] in _NAMES_OF_EXPERTS]
-    by_name = [name for name in linears if name not in set(by_weight)]
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -101,11 +96,29 @@ def peft_config(
         "lora_alpha": total_rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": _short_names(by_name, module_names),
-        "target_parameters": [*experts, *(f"{name}.weight" for name in by_weight)] or None,
+        **peft_targets(list(adapter.regions), module_names, experts=experts, fuses_experts=fuses_experts),
         "fan_in_fan_out": fan_in_fan_out,
         "modules_to_save": list(modules_to_save) or None,
         "inference_mode": True,
+    }
+
+
+def peft_targets(
+    adapted: Sequence[str], module_names: Sequence[str], *, experts: Sequence[str] = (), fuses_experts: bool = False
+) -> dict[str, list[str] | None]:
+    """Return what PEFT's configuration says of the adapted matrices: ``target_modules``, ``target_parameters``.
+
+    Args:
+        module_names: every module of the model, to know whether the short names select exactly the adapted ones.
+        experts: every fused parameter with adapted experts.
+        fuses_experts: whether transformers fuses the experts of this type of model, if this one has any.
+    """
+    linears = [name for name in adapted if name.rpartition(".")[0] not in experts]
+    by_weight = [name for name in linears if fuses_experts and name.rpartition(".")[2] in _NAMES_OF_EXPERTS]
+    by_name = [name for name in linears if name not in set(by_weight)]
+    return {
+        "target_modules": _short_names(by_name, module_names),
+        "target_parameters": [*experts, *(f"{name}.weight" for name in by_weight)] or None,
     }
 
 

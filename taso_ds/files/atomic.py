@@ -1,6 +1,7 @@
 """Writing files whole or not at all, with errors a user can act on."""
 
 import json
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # False, too, where nobody may look
         raise UserError(f"cannot write {path}: it is a folder; name a file")
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from taso_ds.adapters.adapter import TasoAdapter, merge_into
-from taso_ds.adapters.fused_experts import ExpertMatrix, fused_parameters, fused_sizes
-from taso_ds.adapters.peft_format import PEFT_CONFIG_FILE, PEFT_FILE, peft_config, save_adapter
+from taso_ds.adapters.fused_experts import ExpertMatrix, fused_sizes
+from taso_ds.adapters.peft_format import PEFT_CONFIG_FILE, PEFT_FILE, peft_config, peft_targets, save_adapter
 from taso_ds.adapters.targets import get_target, matrix_shape
 from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
@@ -17,6 +17,7 @@ from taso_ds.files.atomic import write_json
 from taso_ds.files.tensors import dtype_name, write_tensors
 from taso_ds.methods.disk_tensors import DiskTensors
 from taso_ds.methods.lora import KIND, lora_parameters, lora_tensors
+from taso_ds.methods.peft_names import fuses_experts
 from taso_ds.methods.prove import MERGE_ROUNDING, relative_distance
 from taso_ds.methods.saved import Deltas
 from taso_ds.runs.folder import ADAPTER, MODEL, RunFolder
@@ -61,7 +62,7 @@ def save_taso(
         fan_in_fan_out=_any_transposed(model, list(adapter.regions)),
         modules_to_save=head_modules(model, head),
         experts=list(experts),
-        has_fused_experts=any(map(fused_parameters, model.modules())),
+        fuses_experts=fuses_experts(model),
     )
 
     def write() -> None:
@@ -83,12 +84,13 @@ def save_lora(
     tensors = lora_tensors(lora_parameters(model))
     tensors |= {f"base_model.model.{name}": zero.full_copy(parameter) for name, parameter in head.items()}
     settings = config.to_dict()
+    modules = [name for name, _ in model.named_modules()]
+    settings |= peft_targets(sorted(config.target_modules), modules, fuses_experts=fuses_experts(model))
     settings |= {
         "base_model_name_or_path": base_name,
         "task_type": task_type(head=bool(head)),
         "modules_to_save": head_modules(model, head) or None,
         "inference_mode": True,
-        "target_modules": sorted(settings["target_modules"]),
         "peft_type": "LORA",
     }
 

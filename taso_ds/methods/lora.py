@@ -39,7 +39,8 @@ def attach_lora(model: nn.Module, targets: Sequence[str], *, rank: int, scaling:
         fan_in_fan_out=transposed,
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)  # which freezes whatever is not its own
+    # Which freezes whatever is not its own. In a module of no type: of some types PEFT takes other targets than these.
+    inject_adapter_in_model(config, nn.ModuleDict({"model": model}), adapter_name=_ADAPTER)
     for parameter in trainable:
         parameter.requires_grad_(True)
     for parameter in lora_parameters(model).values():
@@ -51,7 +52,6 @@ def detach_lora(model: Any, targets: Sequence[str]) -> None:
     """Undo ``attach_lora``: the model has its own modules again."""
     for name in targets:
         model.set_submodule(name, model.get_submodule(name).get_base_layer())
-    del model.peft_config
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

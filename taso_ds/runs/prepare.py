@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from taso_ds.distributed import environment, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.ds_config_check import check_ds_config
 from taso_ds.errors import UserError
+from taso_ds.methods.peft_names import check_read_back
+from taso_ds.models.bfloat16 import check_bfloat16
 from taso_ds.models.model_class import choice_in_words
 from taso_ds.models.quantization import quantization_of
 from taso_ds.training.arguments import BatchSizes, batch_sizes
@@ -202,6 +204,29 @@ def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str,
     name = alters_bits(ds_config)
     if name is not None:
         raise UserError(f"{config.run.ds_config}: zero_optimization.{name} alters the bits of quantized weights")
+
+
+def check_base(
+    config: RunConfig,
+    base_config: Any,
+    ds_config: dict[str, Any],
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    head: bool,
+    trains: bool = True,
+) -> None:
+    """Refuse what a base (without weights) cannot do.
+
+    Args:
+        names: the matrices to adapt.
+        trains: whether there will be an adapter to export.
+    """
+    check_checkpointing(config, model)
+    check_quantization(config, base_config, ds_config, model)
+    check_bfloat16(config.model, base_config, model, head=head)
+    if trains and config.adapter.method != "full" and config.run.verify_export:
+        check_read_back(model, list(names))
 
 
 def alters_bits(ds_config: Mapping[str, Any]) -> str | None:

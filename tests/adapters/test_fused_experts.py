@@ -269,7 +269,7 @@ def opened_by_peft(model: Any, adapter: TasoAdapter, folder: Path) -> Any:
         fan_in_fan_out=False,
         modules_to_save=[],
         experts=list(experts),
-        has_fused_experts=True,
+        fuses_experts=True,
     )
     save_adapter(folder, adapter, adapter.flat.detach(), config=config, head={}, experts=experts)
     return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()

@@ -156,6 +156,8 @@ for flags, words in {
     add(f"plan {flags}", flags, *words, script="plan")
 for flag in ("--json", "--plot"):
     add(f"plan writes {flag} into a folder", f"{flag} .", "cannot write .", "a folder", "name a file", script="plan")
+for script, flag in (("plan", "json"), ("plan", "plot"), ("slurm", "write")):
+    add(f"{script} --{flag} with a name too long", f"--{flag} {'x' * 300}", flag, "short enough", script=script)
 add("unknown task", "--task sst3", "task", "'sst3'", "nearest: 'sst2'", "known: ")
 for name, values in {
     "seed": ("-1", "18446744073709551616"),

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import tiny_models
 import torch
@@ -88,6 +89,53 @@ def test_a_model_that_cannot_be_planned_trains_all_the_same(llama_folder: Path, 
 
 
 # Tokens without an embedding ------------------------------------------------------------------------------------------
+
+
+def family(name: str, folder: Path) -> Path:
+    (found,) = (entry for entry in families.FAMILIES if entry.name == name)
+    return families.write(found, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "flags"),
+    [
+        ("fnet", "train", ""),
+        ("fnet", "plan", "--load_in_4bit"),
+        ("deberta", "train --dry_run", ""),
+        ("deberta", "train", "--load_in_4bit"),
+        ("xlnet", "train", ""),
+    ],
+)
+def test_a_base_that_does_not_compute_in_bfloat16(
+    name: str, script: str, flags: str, desk: Path, forbid_weights: None
+) -> None:
+    folder, rows = family(name, desk / "model"), sentences(desk)
+    before = contents(desk)
+    script, *more = script.split()
+    task = ["--head", "classification", "--task", "sst2"] if name != "xlnet" else ["--task", "completion"]
+    given = ["--model_name_or_path", str(folder), *task, "--max_seq_length", "64"]
+    if script == "train":
+        given = [
+            *GOOD.format(llama=folder).replace("--no_bf16 ", "").split(),
+            *(rows if name != "xlnet" else ()),
+            *more,
+        ]
+    finished = call_main(script, [*given, *flags.split()])
+    assert_one_line(finished, "bf16", f"({name})", "bfloat16", "--no_bf16")
+    assert contents(desk) == before
+
+
+@pytest.mark.parametrize("script", ["train", "train --dry_run", "plan"])
+def test_an_export_that_peft_would_not_read_is_refused(script: str, desk: Path, forbid_weights: None) -> None:
+    folder = family("laguna", desk / "model")
+    before = contents(desk)
+    script, *more = script.split()
+    given = ["--model_name_or_path", str(folder), "--task", "completion", "--max_seq_length", "64"]
+    if script == "train":
+        given = [*GOOD.format(llama=folder).replace("--no_verify_export", "--verify_export").split(), *more]
+    finished = call_main(script, given)
+    assert_one_line(finished, "target_modules", "shared_experts.down_proj and 2 more", "--no_verify_export", "--merge")
+    assert contents(desk) == before
 
 
 def larger_tokenizer(folder: Path, *, pads: bool) -> str:

@@ -84,7 +84,8 @@ def write_checkpoint(folder: Path) -> None:
 
 def write_indexed_checkpoint(folder: Path) -> None:
     write_checkpoint(folder)
-    index = {"metadata": {"total_size": 31}, "weight_map": dict.fromkeys("abc", "model.safetensors")}
+    (folder / "model.safetensors").rename(folder / "part.safetensors")  # under its own name it would be read instead
+    index = {"metadata": {"total_size": 31}, "weight_map": dict.fromkeys("abc", "part.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 

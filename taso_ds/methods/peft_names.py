@@ -1,0 +1,68 @@
+"""What PEFT makes of names, where transformers has rearranged a type of model since its checkpoints were published.
+
+Of such a type PEFT takes an adapter for one of the older arrangement, whatever the model at hand holds: it renames the
+targets and the tensors that it reads, so that an export can end up on other matrices, or nowhere.
+"""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from taso_ds.adapters.fused_experts import fused_sizes
+from taso_ds.adapters.peft_format import peft_targets
+from taso_ds.errors import UserError
+
+_PREFIX = "base_model.model."
+
+
+def fuses_experts(model: Any) -> bool:
+    """Say whether transformers puts the experts of this type of model into one parameter as it loads them."""
+    from transformers.core_model_loading import MergeModulelist
+
+    steps = (step for rule in _rearrangements(model) for step in getattr(rule, "operations", ()))
+    return any(isinstance(step, MergeModulelist) for step in steps)
+
+
+def check_read_back(model: Any, names: Sequence[str]) -> None:
+    """Refuse targets in a model (without weights) whose export PEFT would not read."""
+    lost = not_read_back(model, names)
+    if lost:
+        raise UserError(
+            f"target_modules: of {type(model).__name__}, peft does not read back what it writes of {lost[0]}"
+            f"{f' and {len(lost) - 1} more' if lost[1:] else ''}; name --target_modules without them, or pass"
+            " --no_verify_export and merge the adapter (launch/export.py --merge)"
+        )
+
+
+def not_read_back(model: Any, names: Sequence[str]) -> list[str]:
+    """Return the modules that PEFT wraps for these targets, and does not find again in the file that it writes.
+
+    Args:
+        model: on the meta device; it stays as it is.
+    """
+    if not _rearrangements(model):
+        return []
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    targets = peft_targets(
+        names, _module_names(model), experts=list(fused_sizes(model, names)), fuses_experts=fuses_experts(model)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT would say of a model it is to train
+        opened = PeftModel(copy.deepcopy(model), LoraConfig(r=1, **targets))  # type: ignore[arg-type]
+        written = get_peft_model_state_dict(opened, save_embedding_layers=False)
+        read: Any = set_peft_model_state_dict(opened, written)
+    lost = (name.partition(".lora_")[0] for name in read.missing_keys if ".lora_" in name)
+    return sorted({name.removeprefix(_PREFIX) for name in lost})
+
+
+def _rearrangements(model: Any) -> list[Any]:
+    """Return transformers' rules for the type of the model, by which PEFT decides too."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return list(get_checkpoint_conversion_mapping(model.config.model_type) or [])
+
+
+def _module_names(model: Any) -> list[str]:
+    return [name for name, _ in model.named_modules()]

@@ -1,0 +1,64 @@
+"""Whether a model computes in bfloat16: one forward says it, on tensors that have shapes and dtypes but no values.
+
+Most families do. Some code of transformers mixes dtypes or asks for a transform that exists in float32 only, and would
+end within the first forward, long after the weights were loaded.
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from taso_ds.errors import UserError
+from taso_ds.models.arguments import ModelArguments
+from taso_ds.models.model_class import model_class
+
+_TOKENS = 16  # enough for models that shorten sequences on the way (Funnel)
+
+
+def check_bfloat16(arguments: ModelArguments, config: Any, model: nn.Module, *, head: bool) -> None:
+    """Refuse bfloat16 for a model (without weights) whose forward runs in float32 only.
+
+    One that runs in neither, because values decide what it computes, is given the benefit of the doubt.
+    """
+    if not arguments.bf16:
+        return
+    why = _what_ends_it(arguments, config, torch.bfloat16, head=head)
+    if why is not None and _what_ends_it(arguments, config, torch.float32, head=head) is None:
+        raise UserError(
+            f"bf16: {type(model).__name__} ({config.model_type}) does not compute in bfloat16 in this version of"
+            f" transformers ({' '.join(str(why).split())[:200]}); pass --no_bf16"
+        )
+
+
+def _what_ends_it(arguments: ModelArguments, config: Any, dtype: torch.dtype, *, head: bool) -> Exception | None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers.initialization import no_init_weights
+
+    with _silence(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), no_init_weights():
+        try:
+            model = model_class(head=head).from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=arguments.trust_remote_code
+            )
+            model.eval()(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64))
+        except Exception as error:  # whatever a forward meets; float32 tells what is the dtype's
+            return error
+    return None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what torch and transformers log and warn of such a model to ourselves: it is not the one that is used."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
