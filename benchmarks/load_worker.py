@@ -14,7 +14,8 @@ from taso_ds.distributed import comm, engine, process_group, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint
 from taso_ds.models.arguments import ModelArguments
-from taso_ds.models.load import load_base_model, load_config
+from taso_ds.models.load import load_base_model
+from taso_ds.models.spec import read_spec
 
 
 class ReadClock:
@@ -66,9 +67,7 @@ def load(how: str, folder: Path, *, load_in_4bit: bool) -> dict[str, float]:
     before, started = resident.forget_peak(), time.perf_counter()
     if how == "sharded":
         arguments = ModelArguments(model_name_or_path=str(folder), load_in_4bit=load_in_4bit)
-        model = load_base_model(
-            arguments, str(folder), load_config(arguments, str(folder)), head=False, seed=0, ds_config=config
-        ).model
+        model = load_base_model(read_spec(arguments, str(folder)), seed=0, ds_config=config).model
     elif load_in_4bit:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.bfloat16, quantization_config=nf4()

@@ -20,7 +20,7 @@ import shapes
 from published import compare_published, in_words
 
 from taso_ds.config import RunConfig, parse_run_config
-from taso_ds.models.load import meta_model
+from taso_ds.models.spec import BaseSpec
 from taso_ds.planning.count_model import count_model
 from taso_ds.planning.numbers.devices import get_device
 from taso_ds.planning.numbers.memory import Usage, phase_usage
@@ -55,8 +55,8 @@ def measure(flags: list[str], *, keep_heap: bool) -> dict[str, dict[str, float]]
 
 def predict(config: RunConfig, base_config: Any, stage: int) -> dict[str, Usage]:
     """Return the plan of one rank for the same run."""
-    model = meta_model(config.model, base_config, head=False)
-    shape = count_model(config, model, base_config, prepare.target_shapes(config, model))
+    base = BaseSpec(config.model, str(config.model.model_name_or_path), base_config, head=False)
+    shape = count_model(config, base, prepare.targets_of(config, base))
     strategy = Strategy(
         stage,
         bits=4 if config.model.load_in_4bit else 16,

@@ -51,11 +51,11 @@ class Phases:
 
 def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
     phases, config = Phases(), setup.config
-    base, targets, shapes = load_base(setup)
+    base, targets = load_base(setup)
     phases.end("load")
-    found = find_regions(setup, base, targets, shapes)
+    found = find_regions(setup, base, targets)
     phases.end("score")
-    trained = attach(setup, base, shapes, found)
+    trained = attach(setup, base, targets, found)
     engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.ds_config)
     engine.train()
     steps = config.training.max_steps

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from taso_ds.config import parse_run_config
-from taso_ds.models.load import meta_model
+from taso_ds.models.spec import BaseSpec
 from taso_ds.planning.count_model import count_model
 from taso_ds.planning.numbers.devices import get_device, get_network
 from taso_ds.planning.numbers.memory import phase_usage
@@ -139,9 +139,8 @@ def count_llama(values: dict[str, Any]) -> ModelShape:
     from transformers import LlamaConfig
 
     config = parse_run_config(["--model_name_or_path", "llama", "--task", "completion"])
-    base_config = LlamaConfig(**values, architectures=["LlamaForCausalLM"])
-    model = meta_model(config.model, base_config, head=False)
-    return count_model(config, model, base_config, prepare.target_shapes(config, model))
+    base = BaseSpec(config.model, "llama", LlamaConfig(**values, architectures=["LlamaForCausalLM"]), head=False)
+    return count_model(config, base, prepare.targets_of(config, base))
 
 
 def compare_published() -> list[Comparison]:

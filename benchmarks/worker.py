@@ -44,10 +44,10 @@ def make_setup(flags: Sequence[str]) -> Setup:
 
 def make_trainer(setup: Setup, steps: int) -> Trainer:
     """Build one method's engine, as a run does. Regions come from magnitudes: where they lie changes no time."""
-    base, targets, shapes = load_base(setup)
+    base, targets = load_base(setup)
     method = setup.config.adapter.method
-    found = find_regions(setup, base, targets, shapes) if method == "taso" else None
-    trained = attach(setup, base, shapes, found)
+    found = find_regions(setup, base, targets) if method == "taso" else None
+    trained = attach(setup, base, targets, found)
     engine = engines.training_engine(base.model, make_optimizer(trained.groups, setup.config.training), setup.ds_config)
     engine.train()
     plan = BatchPlan(len(setup.rows), setup.sizes.global_batch_size, seed=0)
@@ -102,18 +102,18 @@ class ScoringJobs:
 @contextmanager
 def scoring_jobs(*flags: str) -> Iterator[ScoringJobs]:
     setup = make_setup(["--importance", "importance", *flags])
-    base, targets, shapes = load_base(setup)
+    base, targets = load_base(setup)
     rows = prepare.calibration_rows(setup.config, list(setup.rows))
     dealt = dealt_batches(rows, batch_size=8, collate=setup.collate, filler=setup.filler)
     batches = [on_device(batch) for _, batch in dealt]
     settings = calibrate.ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0)
     # the same gathering and selecting, without a backward before it
     weights_only = dataclasses.replace(settings, score="magnitude")
-    weights: list[Any] = [module.weight for module in targets.values()]
-    numels = [shape.numel for shape in shapes.values()]
+    weights: list[Any] = [target.matrix.weight for target in targets.values()]
+    numels = [shape.numel for shape in targets.shapes.values()]
     losses = setup.loss_sum
     with engines.scoring_engine(base.model, setup.ds_config) as model:
-        score = partial(calibrate.score_regions, model, targets, shapes, loss_sum=losses)
+        score = partial(calibrate.score_regions, model, targets, loss_sum=losses)
         jobs = ScoringJobs(
             backward=partial(_plain_backward, model, weights, batches, losses),
             score=partial(score, batches=batches, settings=settings),

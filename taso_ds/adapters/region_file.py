@@ -96,30 +96,30 @@ def _check_scores(scores: RegionScores, where: str) -> None:
             raise UserError(f"{where}: importance is not finite: made by no scoring")
 
 
-def check_region_shapes(file: RegionFile, targets: Mapping[str, MatrixShape], *, source: str) -> None:
+def check_region_shapes(file: RegionFile, shapes: Mapping[str, MatrixShape], *, source: str) -> None:
     """Refuse regions of other modules or shapes, before any weight is loaded.
 
     Raises:
         UserError: naming the first difference.
     """
-    missing = [name for name in targets if name not in file.scores]
-    unknown = [name for name in file.scores if name not in targets]
+    missing = [name for name in shapes if name not in file.scores]
+    unknown = [name for name in file.scores if name not in shapes]
     if missing or unknown:
         what = f"no region for {missing[0]}" if missing else f"a region for {unknown[0]}, which is not a target"
         raise UserError(f"core_regions: {source} has {what}; it was made for other target modules or another model")
-    for name, shape in targets.items():
+    for name, shape in shapes.items():
         found = (file.scores[name].row_counts.shape[1], file.scores[name].col_counts.shape[1])
         wanted = (shape.out_features, shape.in_features)
         if found != wanted:
             raise UserError(f"core_regions: {source} has {name} as {found}, the model has {wanted}: another model")
 
 
-def check_region_file(file: RegionFile, targets: Mapping[str, MatrixShape], *, fingerprint: str, source: str) -> None:
+def check_region_file(file: RegionFile, shapes: Mapping[str, MatrixShape], *, fingerprint: str, source: str) -> None:
     """Refuse regions of another model: other module names, other shapes, or other weights.
 
     Raises:
         UserError: naming the first difference.
     """
-    check_region_shapes(file, targets, source=source)
+    check_region_shapes(file, shapes, source=source)
     if file.fingerprint != fingerprint:
         raise UserError(f"core_regions: {source} was scored on other weights than this base; score again")

@@ -11,7 +11,7 @@ adapter would have no effect there; and so is what chooses tokens for sparse att
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from taso_ds.adapters.experts import in_expert_list
 from taso_ds.adapters.fused_experts import ExpertMatrix, expert_matrices, get_expert_matrix
+from taso_ds.adapters.structure import count_dense, count_parameters
 from taso_ds.adapters.towers import inside, textless_parts
 from taso_ds.errors import UserError, nearest
 
@@ -37,6 +38,108 @@ class MatrixShape:
         return self.out_features * self.in_features
 
 
+# A linear, or what stands for one.
+Matrix = nn.Module | ExpertMatrix
+# The whole shape of a parameter that may be partitioned.
+ShapeOf = Callable[[nn.Parameter], torch.Size]
+
+
+def _own_shape(parameter: nn.Parameter) -> torch.Size:
+    return parameter.shape
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One matrix to adapt, and its shape."""
+
+    matrix: Matrix
+    shape: MatrixShape
+
+
+class Targets(Mapping[str, Target]):
+    """The matrices of one model to adapt, by module name and in model order."""
+
+    def __init__(self, found: Mapping[str, Target]) -> None:
+        self._found = dict(found)
+
+    def __getitem__(self, name: str) -> Target:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def shapes(self) -> dict[str, MatrixShape]:
+        return {name: target.shape for name, target in self.items()}
+
+    @property
+    def linears(self) -> dict[str, nn.Module]:
+        """Those that are modules."""
+        return {name: one.matrix for name, one in self.items() if not isinstance(one.matrix, ExpertMatrix)}
+
+    @property
+    def experts(self) -> dict[str, ExpertMatrix]:
+        """Those that are slices of a fused parameter."""
+        return {name: one.matrix for name, one in self.items() if isinstance(one.matrix, ExpertMatrix)}
+
+    @property
+    def numel(self) -> int:
+        return sum(target.shape.numel for target in self.values())
+
+    @property
+    def edges(self) -> int:
+        """Rows and columns of all matrices: the entries of a low-rank pair of rank 1."""
+        return sum(target.shape.out_features + target.shape.in_features for target in self.values())
+
+    @property
+    def any_transposed(self) -> bool:
+        return any(target.shape.transposed for target in self.values())
+
+    def count(self, structure: str, *, rank: int, core_fraction: float) -> int:
+        """Return the trainable parameters of an adapter on all matrices."""
+        return sum(
+            count_parameters(
+                structure,
+                out_features=target.shape.out_features,
+                in_features=target.shape.in_features,
+                rank=rank,
+                core_fraction=core_fraction,
+            )
+            for target in self.values()
+        )
+
+    def count_dense(self, structure: str, *, rank: int) -> int:
+        """Return the entries of that adapter's dense pairs, pruned ones included."""
+        return sum(
+            count_dense(
+                structure, out_features=target.shape.out_features, in_features=target.shape.in_features, rank=rank
+            )
+            for target in self.values()
+        )
+
+    def some(self, names: Sequence[str]) -> "Targets":
+        """Return the targets of these names only."""
+        return Targets({name: self[name] for name in names})
+
+    def within(self, model: nn.Module, *, shape_of: ShapeOf = _own_shape) -> "Targets":
+        """Return the same matrices of another copy of the model, such as one with weights.
+
+        Args:
+            model: the copy. Quantization may have replaced its linears, and their weights lie otherwise then.
+            shape_of: the whole shape of a parameter that may be partitioned.
+        """
+        return Targets({name: _target(get_target(model, name), shape_of) for name in self})
+
+
+def _target(matrix: Matrix, shape_of: ShapeOf) -> Target:
+    shape = matrix_shape(matrix, shape_of=shape_of)
+    assert shape is not None
+    return Target(matrix, shape)
+
+
 # What chooses the tokens that sparse attention looks at: a choice passes no gradient.
 _CHOOSER = ".indexer."
 # By model type, the linears whose weights are taken past the module: on some devices, by some kernels or always.
@@ -49,13 +152,7 @@ _TAKEN_PAST: dict[str, tuple[str, ...]] = {
 }
 
 
-# A linear, or what stands for one.
-Target = nn.Module | ExpertMatrix
-
-
-def matrix_shape(
-    module: Any, *, shape_of: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape
-) -> MatrixShape | None:
+def matrix_shape(module: Matrix, *, shape_of: ShapeOf = _own_shape) -> MatrixShape | None:
     """Return the shape of a linear map, or None for any other module. Reads no weight, which may be partitioned.
 
     Args:
@@ -66,8 +163,9 @@ def matrix_shape(
         return MatrixShape(second, first, transposed=True) if module.transposed else MatrixShape(first, second)
     if isinstance(module, nn.Linear):
         return MatrixShape(module.out_features, module.in_features)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
-        return MatrixShape(int(module.nf), int(module.nx), transposed=True)
+    rows, cols = getattr(module, "nf", None), getattr(module, "nx", None)
+    if type(module).__name__ == "Conv1D" and isinstance(rows, int) and isinstance(cols, int):
+        return MatrixShape(rows, cols, transposed=True)
     return None
 
 
@@ -99,18 +197,16 @@ def _computes_linear(module: nn.Linear) -> bool:
     return isinstance(found, torch.Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted)
 
 
-def get_target(model: nn.Module, name: str) -> Target:
-    """Return the target of this name."""
+def get_target(model: nn.Module, name: str) -> Matrix:
+    """Return the matrix of this name."""
     return get_expert_matrix(model, name) or model.get_submodule(name)
 
 
-def find_targets(
-    model: nn.Module, target_modules: Sequence[str] | None = None, *, experts: bool = False
-) -> dict[str, Target]:
+def find_targets(model: nn.Module, target_modules: Sequence[str] | None = None, *, experts: bool = False) -> Targets:
     """Return the matrices to adapt by module name, in model order.
 
     Args:
-        model: any model whose blocks stand in an ``nn.ModuleList``.
+        model: any model whose blocks stand in an ``nn.ModuleList``, with whole parameters or without weights.
         target_modules: None for every linear inside the blocks; otherwise names matched against the end of the module
             path (``q_proj``, ``mlp.down_proj``), or a regular expression for the whole path. The matrices of a fused
             parameter answer to the parameter's name too.
@@ -122,14 +218,12 @@ def find_targets(
     linears = _linears(model, experts=experts)
     if not target_modules:
         blocks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-        found = {
-            name: module for name, module in linears.items() if any(name.startswith(f"{block}.") for block in blocks)
-        }
-        if not found:
+        inner = [name for name in linears if any(name.startswith(f"{block}.") for block in blocks)]
+        if not inner:
             raise UserError(f"{type(model).__name__} has no linear inside a block list: name --target_modules")
-        return found
+        return linears.some(inner)
     called = {
-        name: (name, name.rpartition(".")[0]) if isinstance(target, ExpertMatrix) else (name,)
+        name: (name, name.rpartition(".")[0]) if isinstance(target.matrix, ExpertMatrix) else (name,)
         for name, target in linears.items()
     }
     matches = {
@@ -144,26 +238,28 @@ def find_targets(
                 f"{nearest(pattern, suffixes)}; there are {', '.join(suffixes)}"
             )
     chosen = {name for names in matches.values() for name in names}
-    found = {name: module for name, module in linears.items() if name in chosen}
-    if experts and not any(isinstance(target, ExpertMatrix) for target in found.values()):
+    found = linears.some([name for name in linears if name in chosen])
+    if experts and not found.experts:
         raise UserError("adapt_experts: target_modules names no experts; name theirs too, or drop the flag")
     return found
 
 
-def _linears(model: nn.Module, *, experts: bool) -> dict[str, Target]:
+def _linears(model: nn.Module, *, experts: bool) -> Targets:
     linears: dict[str, Target] = {}
     taken_past, textless = _taken_past(model), textless_parts(model)
     for name, module in model.named_modules():
         if inside(name, textless) or _CHOOSER in name:
             continue
-        is_linear = matrix_shape(module) is not None and is_linear_map(module)
-        if is_linear and not in_expert_list(name) and not name.endswith(taken_past):
-            linears[name] = module
+        shape = matrix_shape(module)
+        if shape is not None and is_linear_map(module) and not in_expert_list(name) and not name.endswith(taken_past):
+            linears[name] = Target(module, shape)
         if experts:
-            linears |= {f"{name}.{inner}": matrix for inner, matrix in expert_matrices(module).items()}
-    if experts and not any(isinstance(target, ExpertMatrix) for target in linears.values()):
+            matrices = expert_matrices(module)
+            linears |= {f"{name}.{inner}": _target(matrix, _own_shape) for inner, matrix in matrices.items()}
+    found = Targets(linears)
+    if experts and not found.experts:
         raise UserError(f"adapt_experts: {type(model).__name__} has no experts in fused parameters; drop the flag")
-    return linears
+    return found
 
 
 def _taken_past(model: nn.Module) -> tuple[str, ...]:

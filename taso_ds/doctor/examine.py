@@ -117,13 +117,13 @@ def _planned(job: Job) -> tuple[dict[str, float] | None, HubModel | None, list[F
     model = job.config.model
     name = str(model.model_name_or_path)
     try:
-        shape, shapes = read_shape(job.config)
+        shape, targets = read_shape(job.config)
     except NotCountedError as error:
         return None, None, [warn("model", str(error), "it trains all the same; leave room on the disk")]
     except UserError as error:
         remedy = "correct the flag; a Hub id must be in the cache, or the Hub in reach"
         return None, None, [fail("model", " ".join(str(error).split()), remedy)]
-    needed = planned_files(job.config, shape, shapes)
+    needed = planned_files(job.config, shape, targets)
     is_local = Path(name).is_dir() or model.gguf_file is not None
     hub = None if is_local else HubModel(name, model.model_revision, float(shape.stored_bytes))
     found = f"{name}: {shape.parameters:,} parameters, {shape.trainable:,} to train"

@@ -9,41 +9,39 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import nn
 
 from taso_ds.errors import UserError
-from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.model_class import model_class
+from taso_ds.models.spec import BaseSpec
 
 _TOKENS = 16  # enough for models that shorten sequences on the way (Funnel)
 
 
-def check_bfloat16(arguments: ModelArguments, config: Any, model: nn.Module, *, head: bool) -> None:
-    """Refuse bfloat16 for a model (without weights) whose forward runs in float32 only.
+def check_bfloat16(base: BaseSpec) -> None:
+    """Refuse bfloat16 for a model whose forward runs in float32 only.
 
     One that runs in neither, because values decide what it computes, is given the benefit of the doubt.
     """
-    if not arguments.bf16:
+    if not base.arguments.bf16:
         return
-    why = _what_ends_it(arguments, config, torch.bfloat16, head=head)
-    if why is not None and _what_ends_it(arguments, config, torch.float32, head=head) is None:
+    why = _what_ends_it(base, torch.bfloat16)
+    if why is not None and _what_ends_it(base, torch.float32) is None:
         raise UserError(
-            f"bf16: {type(model).__name__} ({config.model_type}) does not compute in bfloat16 in this version of"
+            f"bf16: {type(base.meta).__name__} ({base.config.model_type}) does not compute in bfloat16 in this version of"
             f" transformers ({' '.join(str(why).split())[:200]}); pass --no_bf16"
         )
 
 
-def _what_ends_it(arguments: ModelArguments, config: Any, dtype: torch.dtype, *, head: bool) -> Exception | None:
+def _what_ends_it(base: BaseSpec, dtype: torch.dtype) -> Exception | None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.initialization import no_init_weights
 
     with _silence(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), no_init_weights():
         try:
-            model = model_class(head=head).from_config(
-                copy.deepcopy(config), dtype=dtype, trust_remote_code=arguments.trust_remote_code
+            model = model_class(head=base.head).from_config(
+                copy.deepcopy(base.config), dtype=dtype, trust_remote_code=base.arguments.trust_remote_code
             )
             model.eval()(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64))
         except Exception as error:  # whatever a forward meets; float32 tells what is the dtype's

@@ -1,4 +1,4 @@
-"""The frozen pretrained model and its tokenizer, from a folder, the Hub or a GGUF file."""
+"""Load the frozen base: whole on every rank's device, or at ZeRO stage 3 straight into partitions."""
 
 import copy
 import logging
@@ -9,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from taso_ds.adapters.adapter import ADAPTER_MODULE
 from taso_ds.distributed import comm, engine, zero
 from taso_ds.errors import UserError
-from taso_ds.files.json_text import parse_json
-from taso_ds.files.safetensors_ranges import has_checkpoint, weight_files
-from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.load_quantized import QuantizedLoad
 from taso_ds.models.load_sharded import (
     LoadReport,
@@ -29,15 +24,12 @@ from taso_ds.models.load_sharded import (
     why_not_sharded,
 )
 from taso_ds.models.model_class import model_class
-from taso_ds.models.quantization import Quantization, adopt_linears, quantization_of
+from taso_ds.models.quantization import adopt_linears
 from taso_ds.models.quantized_linear import QuantizedLinear
 from taso_ds.models.source import Loaded, loading
-from taso_ds.models.stored_names import open_for, stored_keys
+from taso_ds.models.spec import BaseSpec, in_pooler, outside_body
 
 log = logging.getLogger(__name__)
-
-# What encoders put between their body and a classification head, and some checkpoints lack.
-_POOLER = "pooler"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,143 +37,47 @@ class BaseModel:
     """A loaded base.
 
     Attributes:
-        head: whether it ends in a classification head, which trains in full.
+        spec: what was known of it before.
+        model: frozen but for the head.
         new_pooler: parameters of the body's pooler that the checkpoint lacks: they belong to the head.
     """
 
+    spec: BaseSpec
     model: nn.Module
-    config: Any
-    head: bool
-    quantization: Quantization | None = None
     new_pooler: frozenset[str] = frozenset()
 
     @property
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the classification head: everything outside the pretrained body and an attached adapter."""
-        if not self.head:
-            return {}
-        others = (f"{self.model.base_model_prefix}.", f"{ADAPTER_MODULE}.")
-        return {
-            name: value
-            for name, value in self.model.named_parameters()
-            if name in self.new_pooler or not name.startswith(others)
-        }
+        """Parameters of the classification head; empty without one."""
+        return outside_body(self.model, new_pooler=self.new_pooler) if self.spec.head else {}
 
 
-def check_weight_files(source: str) -> None:
-    """Refuse a folder with a damaged safetensors file, on every rank, before partitioned loading could hang on it."""
-    for path in weight_files(Path(source)):
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"model_name_or_path: {path} is damaged, copy it again ({error})") from error
-
-
-def load_config(arguments: ModelArguments, source: str) -> Any:
-    """Return the transformers configuration of the base."""
-    from transformers import AutoConfig
-
-    file = Path(source) / "config.json"
-    if file.is_file() or file.is_symlink():  # of a key given twice transformers would keep the last
-        text = loading(str(file), partial(file.read_text, encoding="utf-8"))
-        parse_json(text, f"model_name_or_path: {file}", constants=True)
-    return loading(
-        source,
-        lambda: AutoConfig.from_pretrained(
-            source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
-        ),
-    )
-
-
-def read_config(arguments: ModelArguments) -> Any:
-    """Return the configuration from the checkpoint as it is: of a GGUF file only the header is read."""
-    name, file = str(arguments.model_name_or_path), arguments.gguf_file
-    if file is None:
-        return load_config(arguments, name)
-    from transformers import AutoConfig
-
-    return loading(f"{name}/{file}", lambda: AutoConfig.from_pretrained(name, gguf_file=file))
-
-
-def load_tokenizer(arguments: ModelArguments, source: str) -> Any:
-    """Return the tokenizer, the base's own unless another is named."""
-    from transformers import AutoTokenizer
-
-    name = arguments.tokenizer_name or source
-    return loading(
-        f"a tokenizer from {name}",
-        lambda: AutoTokenizer.from_pretrained(
-            name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
-        ),
-        flag="tokenizer_name",
-    )
-
-
-def meta_model(arguments: ModelArguments, config: Any, *, head: bool) -> nn.Module:
-    """Return the model without weights, for counting.
-
-    Raises:
-        UserError: when it cannot be built, or its classification head cannot be told from its body.
-    """
-
-    def build() -> nn.Module:
-        with torch.device("meta"):
-            model: nn.Module = model_class(head=head).from_config(
-                copy.deepcopy(config), trust_remote_code=arguments.trust_remote_code
-            )
-        return model
-
-    name = str(arguments.model_name_or_path)
-    model = loading(name, build)
-    if head and not BaseModel(model, config, head).head_parameters:
-        raise UserError(f"model_name_or_path: {name}: {type(model).__name__} has no head of its own to train")
-    return model
-
-
-def without_weights(model: nn.Module, config: Any, source: str, *, head: bool) -> BaseModel:
-    """Return the base of a meta model, for counting.
+def load_base_model(spec: BaseSpec, *, seed: int, ds_config: dict[str, Any]) -> BaseModel:
+    """Load the base in the engine's dtype, frozen but for a classification head; partitioned at once at stage 3.
 
     Args:
-        source: where its checkpoint will be; of safetensors files that are there it is known what they lack.
-    """
-    if not head or not has_checkpoint(Path(source)):
-        return BaseModel(model, config, head)
-    with open_for(model, source) as checkpoint:
-        stored = stored_keys(model, checkpoint)
-    lacking = (name for name, _ in model.named_parameters() if name not in stored)
-    return BaseModel(model, config, head, new_pooler=frozenset(filter(_in_pooler, lacking)))
-
-
-def load_base_model(
-    arguments: ModelArguments, source: str, config: Any, *, head: bool, seed: int, ds_config: dict[str, Any]
-) -> BaseModel:
-    """Load the base in the engine's dtype, frozen but for a classification head; partitioned at once at stage 3.
+        spec: which base.
+        seed: a new head starts from it, the same at every world size and stage.
+        ds_config: the resolved DeepSpeed dict.
 
     Raises:
         UserError: when the checkpoint cannot be read.
     """
-    torch.manual_seed(seed)  # a new head starts the same at every world size and stage
-    options: dict[str, Any] = {
-        "dtype": torch.bfloat16 if arguments.bf16 else torch.float32,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
-    if arguments.attn_implementation is not None:
-        options["attn_implementation"] = arguments.attn_implementation
-    quantization = quantization_of(arguments, config)
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"dtype": spec.dtype, "trust_remote_code": spec.arguments.trust_remote_code}
+    if spec.arguments.attn_implementation is not None:
+        options["attn_implementation"] = spec.arguments.attn_implementation
     if engine.zero_stage(ds_config) == 3:
-        model, report = _load_partitioned(
-            arguments, source, config, options, head=head, ds_config=ds_config, quantization=quantization
-        )
+        model, report = _load_partitioned(spec, options, ds_config=ds_config)
         zero.assert_partitioned(model)
     else:
-        model, report = _load_whole(arguments, source, config, options, head=head, quantization=quantization)
-    new_pooler = _check_complete(model, report, source, head=head)
-    if quantization is not None:
-        _say_what_is_quantized(model, quantization.bits)
+        model, report = _load_whole(spec, options)
+    new_pooler = _check_complete(model, report, spec)
+    if spec.quantization is not None:
+        _say_what_is_quantized(model, spec.quantization.bits)
     model.config.use_cache = False
     model.requires_grad_(False)
-    base = BaseModel(model, config, head, quantization, new_pooler)
+    base = BaseModel(spec, model, new_pooler)
     for parameter in base.head_parameters.values():
         parameter.requires_grad_(True)
     return base
@@ -194,21 +90,13 @@ def _say_what_is_quantized(model: Any, bits: int) -> None:
     log.info("%.0f %% of the weights in %d bits, the others stay as they are", 100 * small / (small + large), bits)
 
 
-def _load_whole(
-    arguments: ModelArguments,
-    source: str,
-    config: Any,
-    options: dict[str, Any],
-    *,
-    head: bool,
-    quantization: Quantization | None,
-) -> tuple[Any, LoadReport]:
+def _load_whole(spec: BaseSpec, options: dict[str, Any]) -> tuple[Any, LoadReport]:
     """Load through transformers, a whole model on every rank's device."""
-    if quantization is not None:
-        options = options | quantization.options(meta_model(arguments, config, head=head))
-    model, report = comm.together(lambda: _from_pretrained(arguments, source, config, options, head=head, whole=True))
-    if quantization is not None:
-        adopt_linears(model, quantization)
+    if spec.quantization is not None:
+        options = options | spec.quantization.options(spec.meta)
+    model, report = comm.together(lambda: _from_pretrained(spec, options, whole=True))
+    if spec.quantization is not None:
+        adopt_linears(model, spec.quantization)
         _leave_files(model)
     model.to(comm.device())
     return model, report
@@ -227,53 +115,45 @@ def _leave_files(model: Any) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _from_pretrained(
-    arguments: ModelArguments, source: str, config: Any, options: dict[str, Any], *, head: bool, whole: bool
-) -> tuple[Any, LoadReport]:
+def _from_pretrained(spec: BaseSpec, options: dict[str, Any], *, whole: bool) -> tuple[Any, LoadReport]:
     def load() -> tuple[Any, Mapping[str, Any]]:
-        loaded: tuple[Any, Mapping[str, Any]] = model_class(head=head).from_pretrained(
-            source,
-            config=config,
-            revision=arguments.model_revision,
+        loaded: tuple[Any, Mapping[str, Any]] = model_class(head=spec.head).from_pretrained(
+            spec.source,
+            config=spec.config,
+            revision=spec.arguments.model_revision,
             output_loading_info=True,
             ignore_mismatched_sizes=whole,  # reported by name afterwards; ZeRO-3 loading cannot
             **options,
         )
         return loaded
 
-    model, found = loading(source, load)
+    model, found = loading(spec.source, load)
     return model, LoadReport(found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
 
 
-def _load_partitioned(
-    arguments: ModelArguments,
-    source: str,
-    config: Any,
-    options: dict[str, Any],
-    *,
-    head: bool,
-    ds_config: dict[str, Any],
-    quantization: Quantization | None,
-) -> tuple[Any, LoadReport]:
+def _load_partitioned(spec: BaseSpec, options: dict[str, Any], *, ds_config: dict[str, Any]) -> tuple[Any, LoadReport]:
     """Load into ZeRO-3 partitions: sharded where the checkpoint allows it, through transformers where not."""
-    model = loading(source, lambda: build_without_memory(model_class(head=head), copy.deepcopy(config), **options))
+    source = spec.source
+    model = loading(
+        source, lambda: build_without_memory(model_class(head=spec.head), copy.deepcopy(spec.config), **options)
+    )
     reason = comm.together(lambda: why_not_sharded(source, model))
     if reason is None:
         tie_weights(model, source)
-        loads = comm.together(lambda: QuantizedLoad(quantization, model))
+        loads = comm.together(lambda: QuantizedLoad(spec.quantization, model))
         report = comm.together(lambda: load_sharded(model, source, ds_config, loads))
         loads.finish()
         _read_generation_config(model, source)
         return model, report
-    if quantization is not None:
+    if spec.quantization is not None:
         # transformers quantizes whole matrices, after which nothing is left for ZeRO to partition on the way.
         log.info("loading %s whole on every rank, to partition it then: %s", source, reason)
-        model, report = _load_whole(arguments, source, config, options, head=head, quantization=quantization)
+        model, report = _load_whole(spec, options)
         partition_whole(model, ds_config)
         return model, report
     log.info("loading %s through transformers, rank 0 reads for all: %s", source, reason)
     with engine.zero3_loading(ds_config):
-        return _said_by_each_rank(lambda: _from_pretrained(arguments, source, config, options, head=head, whole=False))
+        return _said_by_each_rank(lambda: _from_pretrained(spec, options, whole=False))
 
 
 def _read_generation_config(model: Any, source: str) -> None:
@@ -301,17 +181,18 @@ def _said_by_each_rank(load: Callable[[], Loaded]) -> Loaded:
         raise
 
 
-def _check_complete(model: Any, report: LoadReport, source: str, *, head: bool) -> frozenset[str]:
+def _check_complete(model: Any, report: LoadReport, spec: BaseSpec) -> frozenset[str]:
     """Refuse a checkpoint that left weights of the model at random values; only a head may start there.
 
     Returns:
         The parameters of a pooler that encoders are published without: they begin at random, and train with the head.
     """
+    source = spec.source
     if report.unexpected_keys:
         log.warning("%s holds %s, which the model has no place for", source, some_of(report.unexpected_keys))
     body = f"{model.base_model_prefix}."
-    missing = {name for name in report.missing_keys if name.startswith(body) or not head}
-    new_pooler = frozenset(filter(_in_pooler, missing)) if head else frozenset()
+    missing = {name for name in report.missing_keys if name.startswith(body) or not spec.head}
+    new_pooler = frozenset(filter(in_pooler, missing)) if spec.head else frozenset()
     faults = []
     if report.mismatched_keys:
         found = (
@@ -325,7 +206,3 @@ def _check_complete(model: Any, report: LoadReport, source: str, *, head: bool) 
     if new_pooler:
         log.info("%s lacks %s: the pooler is trained in full, as part of the head", source, some_of(new_pooler))
     return new_pooler
-
-
-def _in_pooler(name: str) -> bool:
-    return _POOLER in name.split(".")

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from taso_ds.adapters.targets import MatrixShape
+from taso_ds.adapters.targets import MatrixShape, Targets
 from taso_ds.distributed import comm, zero
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint, has_checkpoint, open_checkpoint
+from taso_ds.models.load import BaseModel
 from taso_ds.models.stored_names import stored_keys
 
 _CHUNK = 1 << 22
@@ -61,19 +62,23 @@ class StoredWeights:
 
 
 @contextmanager
-def stored_weights(
-    model: nn.Module, source: str, shapes: Mapping[str, MatrixShape], *, revision: str
-) -> Iterator[StoredWeights | None]:
-    """Open the checkpoint of a loaded model; None when its files do not hold the targets one by one."""
-    folder = _folder(source, revision)
-    if not has_checkpoint(folder):
+def stored_weights(base: BaseModel, targets: Targets) -> Iterator[StoredWeights | None]:
+    """Open the checkpoint of a quantized base; the weights of any other are all in the model.
+
+    Yields:
+        None when the base is not quantized, or its files do not hold the targets one by one.
+    """
+    spec = base.spec
+    folder = None if spec.quantization is None else _folder(spec.source, spec.arguments.model_revision)
+    if folder is None or not has_checkpoint(folder):
         yield None
         return
+    shapes = targets.within(spec.meta).shapes  # of the matrices before they were quantized, as they are stored
     with open_checkpoint(folder) as checkpoint:
-        stored = stored_keys(model, checkpoint)
-        keys = {name: stored.get(f"{name}.weight") for name in shapes}
+        stored = stored_keys(base.model, checkpoint)
+        keys = {name: stored.get(f"{name}.weight") for name in targets}
         found = {name: key for name, key in keys.items() if key is not None}
-        yield StoredWeights(checkpoint, found, shapes) if len(found) == len(shapes) else None
+        yield StoredWeights(checkpoint, found, shapes) if len(found) == len(targets) else None
 
 
 def _folder(source: str, revision: str) -> Path:

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from taso_ds.adapters.selection import ladder_with
-from taso_ds.adapters.targets import MatrixShape
+from taso_ds.adapters.targets import Targets
 from taso_ds.config import RunConfig
 from taso_ds.data.tasks import get_task
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
-from taso_ds.models.load import meta_model, read_config
-from taso_ds.models.model_class import wants_head
-from taso_ds.models.quantization import quantization_of
+from taso_ds.models.spec import read_spec
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.planning.count_model import can_quantize, count_model
 from taso_ds.planning.numbers.command import DECIDED_FLAGS
@@ -65,31 +63,30 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
     """
     if config.model.model_name_or_path is None:
         config = with_defaults(config)
-    base_config = read_config(config.model)
+    task = None if config.data.task is None else get_task(config.data.task)
+    base = read_spec(config.model, num_labels=None if task is None else prepare.num_labels(task))
     world_size = plan.nodes * plan.gpus_per_node
     prepare.check_world_size(config, world_size)
     prepare.check_held_out(config)
-    prepare.check_length(config, base_config)
-    head = wants_head(config.model, base_config)
-    if config.data.task is not None:
-        prepare.prepare_labels(base_config, get_task(config.data.task), head=head)
-    model = meta_model(config.model, base_config, head=head)
-    shapes = prepare.target_shapes(config, model)
+    prepare.check_length(config, base)
+    if task is not None:
+        prepare.check_labels(task, head=base.head)
+    targets = prepare.targets_of(config, base)
     ds_config, _ = prepare.resolve_deepspeed(config, world_size, ranks_per_node=plan.gpus_per_node)
-    prepare.check_base(config, base_config, ds_config, model, shapes, head=head)
-    read_regions(config, shapes)
-    shape = count_model(config, model, base_config, shapes)
+    prepare.check_base(config, base, ds_config, targets)
+    read_regions(config, targets.shapes)
+    shape = count_model(config, base, targets)
     work = workload(config, nodes=plan.nodes, gpus_per_node=plan.gpus_per_node, share=plan.supervised_share)
     hardware = plan.hardware()
 
-    quantization = quantization_of(config.model, base_config)
+    quantization = base.quantization
     kept = _decided(config, given)
     bits: tuple[int, ...] = (16, 4)
     if quantization is not None:
         bits = (quantization.bits,)
-    elif "load_in_4bit" in kept or not can_quantize(config, model):
+    elif "load_in_4bit" in kept or not can_quantize(config, base):
         bits = (16,)
-    decided = "gradient_checkpointing" in kept or not prepare.can_recompute(model)
+    decided = "gradient_checkpointing" in kept or not prepare.can_recompute(base.meta)
     freedom = Freedom(
         bits=bits,
         checkpointing=(config.training.gradient_checkpointing,) if decided else (False, True),
@@ -151,26 +148,25 @@ def strategy_of(config: RunConfig, zero: Mapping[str, Any], *, bits: int = 16) -
     )
 
 
-def read_shape(config: RunConfig) -> tuple[ModelShape, dict[str, MatrixShape]]:
+def read_shape(config: RunConfig) -> tuple[ModelShape, Targets]:
     """Count a run's model from ``config.json``; also returns the matrices to adapt.
 
     Raises:
         UserError: a model that cannot be read or built.
     """
-    base_config = read_config(config.model)
-    prepare.check_length(config, base_config)
-    model = meta_model(config.model, base_config, head=wants_head(config.model, base_config))
-    shapes = prepare.target_shapes(config, model)
-    return count_model(config, model, base_config, shapes), shapes
+    base = read_spec(config.model)
+    prepare.check_length(config, base)
+    targets = prepare.targets_of(config, base)
+    return count_model(config, base, targets), targets
 
 
-def planned_files(config: RunConfig, shape: ModelShape, shapes: Mapping[str, MatrixShape]) -> dict[str, float]:
+def planned_files(config: RunConfig, shape: ModelShape, targets: Targets) -> dict[str, float]:
     """Return the bytes a run will have in its folder at most, by cause."""
     is_taso = config.adapter.method == "taso"
     return disk_bytes(
         shape,
         element=2 if config.model.bf16 else 4,
-        edges=sum(matrix.out_features + matrix.in_features for matrix in shapes.values()) if is_taso else 0,
+        edges=targets.edges if is_taso else 0,
         core_fraction=config.calibration.core_fraction,
         ladder=len(ladder_with(config.calibration.element_fraction)),
         checkpoints=config.training.save_total_limit + 1,  # the oldest goes when the newest is whole

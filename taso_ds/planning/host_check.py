@@ -5,14 +5,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
-from taso_ds.adapters.targets import MatrixShape
+from taso_ds.adapters.targets import Targets
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm, environment
 from taso_ds.errors import UserError
-from taso_ds.models.quantization import quantization_of
+from taso_ds.models.spec import BaseSpec
 from taso_ds.planning.count_model import NotCountedError, count_model
 from taso_ds.planning.forecast import strategy_of, workload
 from taso_ds.planning.host_memory import available_host_bytes
@@ -25,13 +23,11 @@ log = logging.getLogger(__name__)
 
 def check_this_host(
     config: RunConfig,
-    model: nn.Module,
-    base_config: Any,
-    shapes: Mapping[str, MatrixShape],
+    base: BaseSpec,
+    targets: Targets,
     rows: Sequence[EncodedRow],
     *,
     ds_config: Mapping[str, Any],
-    source: str,
     trains: bool,
 ) -> None:
     """Refuse to load what this node's memory cannot hold; ``--force`` skips this.
@@ -45,10 +41,8 @@ def check_this_host(
     if config.run.force:
         return
     device = DEVICES["cpu" if comm.device().type == "cpu" else "a100-80"]  # of which only the kind matters here
-    quantization = quantization_of(config.model, base_config)
-    strategy = strategy_of(
-        config, ds_config["zero_optimization"], bits=16 if quantization is None else quantization.bits
-    )
+    bits = 16 if base.quantization is None else base.quantization.bits
+    strategy = strategy_of(config, ds_config["zero_optimization"], bits=bits)
     if device.is_host and strategy.place == "cpu":  # where they are anyway
         strategy = dataclasses.replace(strategy, place="device")
     local = min(environment.local_world_size(), comm.world_size())
@@ -62,7 +56,7 @@ def check_this_host(
         length=length,
     )
     try:
-        shape = count_model(config, model, base_config, shapes, source=source)
+        shape = count_model(config, base, targets)
     except NotCountedError as error:
         log.warning("%s; whether it fits into memory was not checked", error)
         return

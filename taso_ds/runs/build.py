@@ -2,8 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.region_file import load_region_file
-from taso_ds.adapters.targets import MatrixShape, Target
+from taso_ds.adapters.targets import Targets
 from taso_ds.config import RunConfig
 from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate, collate_head, empty_row
@@ -24,11 +23,11 @@ from taso_ds.distributed import comm, environment, placement, process_group, zer
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config_check import check_device
 from taso_ds.methods.lora import attach_lora, lora_parameters
-from taso_ds.models.load import BaseModel, check_weight_files, load_base_model, load_config, load_tokenizer, meta_model
-from taso_ds.models.model_class import wants_head
+from taso_ds.models.load import BaseModel, load_base_model
 from taso_ds.models.quantized_linear import quiet_bitsandbytes
 from taso_ds.models.source import model_source
-from taso_ds.models.stored_weights import StoredWeights, stored_weights
+from taso_ds.models.spec import BaseSpec, check_weight_files, read_spec
+from taso_ds.models.stored_weights import stored_weights
 from taso_ds.objectives.batches import Collate
 from taso_ds.objectives.chunked_loss import LanguageModelLoss
 from taso_ds.objectives.evaluate import Evaluator
@@ -49,25 +48,22 @@ class Setup:
     """Everything known before weights are loaded."""
 
     config: RunConfig
-    source: str
+    base: BaseSpec
     ds_config: dict[str, Any]
     sizes: BatchSizes
     data: prepare.TaskData
-    tokenizer: Any
-    base_config: Any
-    head: bool
     rows: Sequence[EncodedRow]
-    shapes: Mapping[str, MatrixShape]
+    targets: Targets
     region_file: regions.RegionFile | None
 
     @property
     def filler(self) -> EncodedRow:
-        return empty_row(pad_token_id(self.tokenizer))
+        return empty_row(pad_token_id(self.base.tokenizer))
 
     @property
     def collate(self) -> Collate:
-        pad_id = pad_token_id(self.tokenizer)
-        if self.head:
+        pad_id = pad_token_id(self.base.tokenizer)
+        if self.base.head:
             return partial(collate_head, pad_id=pad_id, is_regression=self.data.task.is_regression)
         return partial(collate, pad_id=pad_id)
 
@@ -88,7 +84,7 @@ class Setup:
     @cached_property
     def loss_sum(self) -> LossSum:
         """One object for scoring, training and evaluation: it looks at the model once."""
-        return partial(loss_sum, head=True) if self.head else LanguageModelLoss(self.shapes)
+        return partial(loss_sum, head=True) if self.base.head else LanguageModelLoss(self.targets)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -96,8 +92,8 @@ class Setup:
         return Evaluator(
             examples=self.data.evaluation,
             task=self.data.task,
-            tokenizer=self.tokenizer,
-            head=self.head,
+            tokenizer=self.base.tokenizer,
+            head=self.base.head,
             loss_sum=self.loss_sum,
             source=self.data.eval_source,
             batch_size=training.per_device_eval_batch_size,
@@ -137,37 +133,33 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     placement.check_nvme(ds_config)
     data = prepare.load_task_data(config)
     source = model_source(config.model)
-    base_config = load_config(config.model, source)
+    base = read_spec(config.model, source, num_labels=prepare.num_labels(data.task))
     check_weight_files(source)
-    prepare.check_length(config, base_config)
-    head = wants_head(config.model, base_config)
-    tokenizer = load_tokenizer(config.model, source)
-    check_padding(tokenizer, base_config)
-    prepare.prepare_base_config(base_config, data.task, tokenizer, head=head)
-    model = meta_model(config.model, base_config, head=head)
-    shapes = prepare.target_shapes(config, model)
-    prepare.check_base(config, base_config, ds_config, model, shapes, head=head, trains=trains)
+    prepare.check_length(config, base)
+    check_padding(base)
+    base.pad_with(pad_token_id(base.tokenizer))
+    prepare.check_labels(data.task, head=base.head)
+    targets = prepare.targets_of(config, base)
+    prepare.check_base(config, base, ds_config, targets, trains=trains)
     check_device(ds_config, config.run.ds_config)
-    region_file = regions.read_regions(config, shapes)
-    rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
+    region_file = regions.read_regions(config, targets.shapes)
+    rows = prepare.encode_training_rows(config, data, base.tokenizer, head=base.head)
     prepare.check_accumulation(sizes, rows)
-    check_this_host(config, model, base_config, shapes, rows, ds_config=ds_config, source=source, trains=trains)
-    setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
-    setup.evaluator.check(prepare.num_positions(base_config))
-    check_tokens(tokenizer, base_config, {data.train_source: rows, data.eval_source: setup.evaluator.rows()})
+    check_this_host(config, base, targets, rows, ds_config=ds_config, trains=trains)
+    setup = Setup(config, base, ds_config, sizes, data, rows, targets, region_file)
+    setup.evaluator.check(base.num_positions)
+    check_tokens(base, {data.train_source: rows, data.eval_source: setup.evaluator.rows()})
     log.info("train: %d rows from %s", len(rows), data.train_source)
     log.info("evaluation: %d rows from %s", len(data.evaluation), data.eval_source)
-    for line in prepare.base_in_words(config, base_config, model, shapes):
+    for line in prepare.base_in_words(config, base, targets):
         log.info(line)
     return setup
 
 
-def load_base(setup: Setup) -> tuple[BaseModel, dict[str, Target], dict[str, MatrixShape]]:
+def load_base(setup: Setup) -> tuple[BaseModel, Targets]:
     """Load the base and find its targets."""
     config = setup.config
-    base = load_base_model(
-        config.model, setup.source, setup.base_config, head=setup.head, seed=config.run.seed, ds_config=setup.ds_config
-    )
+    base = load_base_model(setup.base, seed=config.run.seed, ds_config=setup.ds_config)
     if config.training.gradient_checkpointing:
         # ZeRO-3 empties frozen weights between a block's recomputation and the check of its tensors' shapes, which
         # would then fail on weights that are gathered again before use; the numbers are covered by a test.
@@ -175,17 +167,10 @@ def load_base(setup: Setup) -> tuple[BaseModel, dict[str, Target], dict[str, Mat
         base.model.gradient_checkpointing_enable({"use_reentrant": False, **check})  # type: ignore[operator]
     if engines.zero_stage(setup.ds_config) == 3:
         engines.set_leaf_modules(base.model, find_experts(base.model, shape_of=zero.full_shape).blocks)
-    return base, prepare.targets_of(config, base.model), prepare.target_shapes(config, base.model)
+    return base, setup.targets.within(base.model, shape_of=zero.full_shape)
 
 
-def find_regions(
-    setup: Setup,
-    base: BaseModel,
-    targets: Mapping[str, Target],
-    shapes: Mapping[str, MatrixShape],
-    *,
-    earlier: Path | None = None,
-) -> regions.Regions:
+def find_regions(setup: Setup, base: BaseModel, targets: Targets, *, earlier: Path | None = None) -> regions.Regions:
     """Read or score the core regions.
 
     Args:
@@ -193,18 +178,17 @@ def find_regions(
     """
     config = setup.config
     rows = prepare.calibration_rows(config, list(setup.rows))
-    with _stored(setup, base) as stored:
+    with stored_weights(base, targets) as stored:
         if earlier is not None:
             file, known = comm.on_main(lambda: load_region_file(earlier)), rows if setup.region_file is None else []
-            return regions.reuse_regions(config, file, targets, shapes, source=str(earlier), rows=known, stored=stored)
+            return regions.reuse_regions(config, file, targets, source=str(earlier), rows=known, stored=stored)
         if setup.region_file is not None:
             source = str(config.calibration.core_regions)
-            return regions.reuse_regions(config, setup.region_file, targets, shapes, source=source, stored=stored)
+            return regions.reuse_regions(config, setup.region_file, targets, source=source, stored=stored)
         return regions.score_base(
             config,
             base.model,
             targets,
-            shapes,
             rows,
             collate=setup.collate,
             filler=setup.filler,
@@ -212,21 +196,6 @@ def find_regions(
             ds_config=setup.ds_config,
             stored=stored,
         )
-
-
-def base_fingerprint(setup: Setup, base: BaseModel, targets: Mapping[str, Target]) -> str:
-    """Return the digest of the base's target weights; empty where training changes them. A collective."""
-    if setup.config.adapter.method == "full":
-        return ""
-    with _stored(setup, base) as stored:
-        return regions.fingerprint(targets, stored)
-
-
-def _stored(setup: Setup, base: BaseModel) -> AbstractContextManager[StoredWeights | None]:
-    """Open the checkpoint of a quantized base; the weights of any other are all in the model."""
-    if base.quantization is None:
-        return nullcontext()
-    return stored_weights(base.model, setup.source, setup.shapes, revision=setup.config.model.model_revision)
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,11 +207,11 @@ class Trained:
     groups: list[Group]
 
 
-def attach(setup: Setup, base: BaseModel, shapes: Mapping[str, MatrixShape], found: regions.Regions | None) -> Trained:
+def attach(setup: Setup, base: BaseModel, targets: Targets, found: regions.Regions | None) -> Trained:
     """Make the method's parameters part of the model, trainable beside a task head."""
     config, model = setup.config, base.model
     head = list(base.head_parameters.values())
-    count = prepare.count_adapter(config, dict(shapes))
+    count = prepare.count_adapter(config, targets)
     adapter, lora_config, trained, full = None, None, [], []
     if config.adapter.method == "taso":
         assert found is not None
@@ -261,10 +230,10 @@ def attach(setup: Setup, base: BaseModel, shapes: Mapping[str, MatrixShape], fou
         torch.manual_seed(config.run.seed)
         lora_config = attach_lora(
             model,
-            list(shapes),
+            list(targets),
             rank=config.adapter.rank,
             scaling=config.adapter.scaling,
-            transposed=any(shape.transposed for shape in shapes.values()),
+            transposed=targets.any_transposed,
         )
         trained = list(lora_parameters(model).values())
     else:

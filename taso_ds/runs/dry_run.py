@@ -9,8 +9,7 @@ from taso_ds.config import RunConfig
 from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.tasks import get_task
 from taso_ds.distributed.ds_config import without_secrets
-from taso_ds.models.load import meta_model, read_config, without_weights
-from taso_ds.models.model_class import wants_head
+from taso_ds.models.spec import read_spec
 from taso_ds.runs import prepare
 from taso_ds.runs.output_folder import choose_folder
 from taso_ds.scoring.regions import read_regions
@@ -31,18 +30,15 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
     prepare.check_held_out(config)
     folder = choose_folder(config, goes_on=goes_on)
     ds_config, sizes = prepare.resolve_deepspeed(config, world_size)
-    base_config = read_config(config.model)
-    prepare.check_length(config, base_config)
-    head = wants_head(config.model, base_config)
-    prepare.prepare_labels(base_config, task, head=head)
-    model = meta_model(config.model, base_config, head=head)
-    shapes = prepare.target_shapes(config, model)
-    prepare.check_base(config, base_config, ds_config, model, shapes, head=head)
-    read_regions(config, shapes)
-    count = prepare.count_adapter(config, shapes)
-    base = without_weights(model, base_config, str(config.model.model_name_or_path), head=head)
+    base = read_spec(config.model, num_labels=prepare.num_labels(task))
+    prepare.check_length(config, base)
+    prepare.check_labels(task, head=base.head)
+    targets = prepare.targets_of(config, base)
+    prepare.check_base(config, base, ds_config, targets)
+    read_regions(config, targets.shapes)
+    count = prepare.count_adapter(config, targets)
     heads = list(base.head_parameters.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in base.meta.parameters())
     steps, rows_in_words = config.training.max_steps, "rows not counted: max_steps is set"
     if steps <= 0:
         data = prepare.load_task_data(config)
@@ -53,7 +49,7 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
     is_full = config.adapter.method == "full"
     adapter = [] if is_full else [nn.Parameter(torch.empty(count.trainable, device="meta"))]
     known = {id(parameter) for parameter in heads}
-    full = [parameter for parameter in model.parameters() if is_full and id(parameter) not in known]
+    full = [parameter for parameter in base.meta.parameters() if is_full and id(parameter) not in known]
     groups = make_groups(config.training, adapter=adapter, head=heads, full=full, rho=count.rho)
     table = learning_rate_table(groups, schedule)
     trainable = sum(row["parameters"] for row in table)
@@ -66,8 +62,8 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
         f"run folder: {folder}",
         f"batch: {sizes.in_words()}",
         f"steps: {steps} ({rows_in_words})",
-        f"targets: {len(shapes)} matrices",
-        *prepare.base_in_words(config, base_config, model, shapes),
+        f"targets: {len(targets)} matrices",
+        *prepare.base_in_words(config, base, targets),
         f"parameters: {trainable:,} trainable of {everything:,} ({trainable / everything:.3%})",
         *describe_groups(table),
     ]

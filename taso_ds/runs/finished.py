@@ -17,8 +17,7 @@ from taso_ds.methods import export
 from taso_ds.methods.disk_tensors import DiskTensors
 from taso_ds.methods.prove import probe_logits, relative_distance
 from taso_ds.methods.saved import SavedAdapter, is_model, read_adapter, saved_folder
-from taso_ds.models.load import BaseModel, meta_model, without_weights
-from taso_ds.models.quantization import quantization_of
+from taso_ds.models.load import BaseModel
 from taso_ds.runs.build import Setup, load_base, set_up
 from taso_ds.runs.folder import MODEL, RunFolder
 from taso_ds.runs.output_folder import check_no_model
@@ -40,11 +39,10 @@ def _read(setup: Setup, run: str | None) -> SavedAdapter | None:
 
 def _check_fits(setup: Setup, saved: SavedAdapter, run: str) -> None:
     """Refuse an adapter whose matrices or head this base does not have, before its weights are loaded."""
-    model = meta_model(setup.config.model, setup.base_config, head=setup.head)
     for name, shape in saved.shapes.items():
-        if _shape_of(model, name) != shape:
+        if _shape_of(setup.base.meta, name) != shape:
             raise UserError(f"run: the adapter in {run} has {name}, which this base does not have in that shape")
-    head = without_weights(model, setup.base_config, setup.source, head=setup.head).head_parameters
+    head = setup.base.head_parameters
     for name in sorted(head.keys() | saved.head.keys()):
         if name not in saved.head:
             raise UserError(f"run: the adapter in {run} has no {name}, which would be untrained: drop --head")
@@ -65,7 +63,7 @@ def _shape_of(model: nn.Module, name: str) -> tuple[int, int] | None:
 
 def _load(setup: Setup, saved: SavedAdapter | None) -> BaseModel:
     """Load the base, and the adapter onto it."""
-    base, _, _ = load_base(setup)
+    base, _ = load_base(setup)
     if saved is not None:
         saved.attach(base.model)
         export.load_head(base.model, saved.head)
@@ -118,7 +116,7 @@ def _merge(config: RunConfig, run: str) -> Path:
         unquantized = dataclasses.replace(config.model, load_in_4bit=False, load_in_8bit=False)
         config = dataclasses.replace(config, model=unquantized)
     setup, folder = set_up(config, trains=False), RunFolder(Path(run))
-    if quantization_of(config.model, setup.base_config) is not None:
+    if setup.base.quantization is not None:
         raise UserError(f"merge: {config.model.model_name_or_path} is quantized; merge into the base it was made from")
     saved = _read(setup, run)
     assert saved is not None
@@ -132,5 +130,5 @@ def _merge(config: RunConfig, run: str) -> Path:
         export.merge_adapter(base.model, deltas, disk)
         error = export.check_merged(probe_logits(base.model, rows), live, dtype=base.model.dtype)
         log.info(export.describe_merged(error, effect, dtype=base.model.dtype))
-        export.save_model(folder, base.model, base.model.state_dict(), setup.tokenizer)
+        export.save_model(folder, base.model, base.model.state_dict(), setup.base.tokenizer)
     return folder.path / MODEL

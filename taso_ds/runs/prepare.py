@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,20 @@ from torch import nn
 
 from taso_ds.adapters.compensation import parse_rho, pruned_share
 from taso_ds.adapters.experts import find_experts
-from taso_ds.adapters.structure import count_dense, count_parameters
-from taso_ds.adapters.targets import MatrixShape, Target, find_targets, matrix_shape
+from taso_ds.adapters.targets import Targets
 from taso_ds.adapters.towers import left_out_in_words
 from taso_ds.config import RunConfig
 from taso_ds.data.embedded import EMBEDDED_DATA, embedded_records
-from taso_ds.data.encode import EncodedRow, encode_examples, pad_token_id
+from taso_ds.data.encode import EncodedRow, encode_examples
 from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
 from taso_ds.data.tasks import Example, Task, get_task
-from taso_ds.distributed import environment, zero
+from taso_ds.distributed import environment
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.ds_config_check import check_ds_config
 from taso_ds.errors import UserError
 from taso_ds.methods.peft_names import check_read_back
 from taso_ds.models.bfloat16 import check_bfloat16
-from taso_ds.models.model_class import choice_in_words
-from taso_ds.models.quantization import quantization_of
+from taso_ds.models.spec import BaseSpec
 from taso_ds.training.arguments import BatchSizes, batch_sizes
 
 # Ways to move partitions that compute with them on the way.
@@ -163,17 +161,11 @@ def calibration_rows(config: RunConfig, rows: list[EncodedRow]) -> list[EncodedR
     return [rows[index] for index in sorted(order[:number].tolist())]
 
 
-def check_length(config: RunConfig, base_config: Any) -> None:
+def check_length(config: RunConfig, base: BaseSpec) -> None:
     """Refuse sequences the base has no positions for."""
-    limit = num_positions(base_config)
+    limit = base.num_positions
     if limit is not None and config.data.max_seq_length > limit:
         raise UserError(f"max_seq_length: {config.data.max_seq_length} exceeds the model's {limit} positions")
-
-
-def num_positions(base_config: Any) -> int | None:
-    """Return how many positions the base has; None where it names no number."""
-    limit = getattr(base_config, "max_position_embeddings", None) or getattr(base_config, "n_positions", None)
-    return limit if limit is not None and limit > 0 else None  # XLNet says -1: any length
 
 
 def can_recompute(model: nn.Module) -> bool:
@@ -191,12 +183,11 @@ def check_checkpointing(config: RunConfig, model: nn.Module) -> None:
         )
 
 
-def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str, Any], model: nn.Module) -> None:
-    """Refuse what a quantized base cannot do, and a base (without weights) that cannot be quantized."""
-    quantization = quantization_of(config.model, base_config)
-    if quantization is None:
+def check_quantization(config: RunConfig, base: BaseSpec, ds_config: dict[str, Any]) -> None:
+    """Refuse what a quantized base cannot do, and a base that cannot be quantized."""
+    if base.quantization is None:
         return
-    quantization.names(model)
+    base.quantization.names(base.meta)
     if config.adapter.adapt_experts:
         raise UserError("adapt_experts: the base is quantized; drop the flag, or load the base in 16 bits")
     if config.adapter.method == "full":
@@ -207,26 +198,19 @@ def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str,
 
 
 def check_base(
-    config: RunConfig,
-    base_config: Any,
-    ds_config: dict[str, Any],
-    model: nn.Module,
-    names: Iterable[str],
-    *,
-    head: bool,
-    trains: bool = True,
+    config: RunConfig, base: BaseSpec, ds_config: dict[str, Any], targets: Targets, *, trains: bool = True
 ) -> None:
-    """Refuse what a base (without weights) cannot do.
+    """Refuse what a base cannot do.
 
     Args:
-        names: the matrices to adapt.
+        targets: the matrices to adapt.
         trains: whether there will be an adapter to export.
     """
-    check_checkpointing(config, model)
-    check_quantization(config, base_config, ds_config, model)
-    check_bfloat16(config.model, base_config, model, head=head)
+    check_checkpointing(config, base.meta)
+    check_quantization(config, base, ds_config)
+    check_bfloat16(base)
     if trains and config.adapter.method != "full" and config.run.verify_export:
-        check_read_back(model, list(names))
+        check_read_back(base.meta, list(targets))
 
 
 def alters_bits(ds_config: Mapping[str, Any]) -> str | None:
@@ -234,27 +218,18 @@ def alters_bits(ds_config: Mapping[str, Any]) -> str | None:
     return next((name for name in _ALTERS_BITS if ds_config["zero_optimization"].get(name)), None)
 
 
-def num_labels(task: Task) -> int:
-    return 1 if task.is_regression else len(task.labels)
+def num_labels(task: Task) -> int | None:
+    """Return the outputs of a classification head for this task; None when it has no labels."""
+    return 1 if task.is_regression else len(task.labels) or None
 
 
-def prepare_base_config(base_config: Any, task: Task, tokenizer: Any, *, head: bool) -> Any:
-    """Tell the model's configuration about padding and, for a head, about the labels."""
-    base_config.pad_token_id = pad_token_id(tokenizer)
-    prepare_labels(base_config, task, head=head)
-    return base_config
-
-
-def prepare_labels(base_config: Any, task: Task, *, head: bool) -> None:
-    """Give a classification head its labels; UserError when the task has none."""
-    if not head:
-        return
-    if not (task.labels or task.is_regression):
+def check_labels(task: Task, *, head: bool) -> None:
+    """Refuse a classification head for a task without labels."""
+    if head and num_labels(task) is None:
         raise UserError(
             f"task {task.name} has no labels for a classification head; use a causal language model (--head lm, if the"
             " base is one)"
         )
-    base_config.num_labels = num_labels(task)
 
 
 def resolve_deepspeed(
@@ -281,29 +256,17 @@ def resolve_deepspeed(
     return resolved, sizes
 
 
-def targets_of(config: RunConfig, model: nn.Module) -> dict[str, Target]:
-    """Return the matrices to adapt by module name."""
-    return find_targets(model, config.adapter.target_modules, experts=config.adapter.adapt_experts)
+def targets_of(config: RunConfig, base: BaseSpec) -> Targets:
+    """Return the matrices to adapt."""
+    return base.targets(config.adapter.target_modules, experts=config.adapter.adapt_experts)
 
 
-def base_in_words(
-    config: RunConfig, base_config: Any, model: nn.Module, shapes: Mapping[str, MatrixShape]
-) -> list[str]:
+def base_in_words(config: RunConfig, base: BaseSpec, targets: Targets) -> list[str]:
     """Return lines on what was decided about the base: its head, and what of it stays as it is."""
-    lines = [choice_in_words(config.model, base_config)]
+    lines = [base.head_in_words]
     if config.adapter.method != "full":
-        lines += [left_out_in_words(model), find_experts(model).left_in_words(shapes)]
+        lines += [left_out_in_words(base.meta), find_experts(base.meta).left_in_words(targets)]
     return [line for line in lines if line is not None]
-
-
-def target_shapes(config: RunConfig, model: nn.Module) -> dict[str, MatrixShape]:
-    """Return the shape of every matrix to adapt, by module name."""
-    shapes = {}
-    for name, module in targets_of(config, model).items():
-        shape = matrix_shape(module, shape_of=zero.full_shape)
-        assert shape is not None
-        shapes[name] = shape
-    return shapes
 
 
 @dataclass(frozen=True)
@@ -320,29 +283,15 @@ def _check_countable(number: int, rank: int) -> None:
         raise UserError(f"rank: {rank} makes {number:,} parameters, more than a tensor can have: lower it")
 
 
-def count_adapter(config: RunConfig, shapes: dict[str, MatrixShape]) -> AdapterCount:
+def count_adapter(config: RunConfig, targets: Targets) -> AdapterCount:
     """Count what ``--method taso`` or ``lora`` trains on these matrices."""
     adapter, p = config.adapter, config.calibration.core_fraction
     if adapter.method == "lora":
-        number = sum(adapter.rank * (shape.out_features + shape.in_features) for shape in shapes.values())
+        number = adapter.rank * targets.edges
         _check_countable(number, adapter.rank)
         return AdapterCount(number, number, 0.0)
-    trainable = sum(
-        count_parameters(
-            adapter.structure,
-            out_features=shape.out_features,
-            in_features=shape.in_features,
-            rank=adapter.rank,
-            core_fraction=p,
-        )
-        for shape in shapes.values()
-    )
+    trainable = targets.count(adapter.structure, rank=adapter.rank, core_fraction=p)
     _check_countable(trainable, adapter.rank)
-    dense = sum(
-        count_dense(
-            adapter.structure, out_features=shape.out_features, in_features=shape.in_features, rank=adapter.rank
-        )
-        for shape in shapes.values()
-    )
+    dense = targets.count_dense(adapter.structure, rank=adapter.rank)
     rho = pruned_share(parse_rho(adapter.rho), core_fraction=p, num_trainable=trainable, num_dense=dense)
     return AdapterCount(trainable, dense, rho)

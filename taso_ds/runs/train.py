@@ -21,10 +21,11 @@ from taso_ds.interrupts import Interrupts
 from taso_ds.methods import export
 from taso_ds.methods.prove import Proof, probe_logits, prove_export
 from taso_ds.methods.saved import is_model, saved_folder
+from taso_ds.models.fingerprint import base_fingerprint
 from taso_ds.models.load import BaseModel
 from taso_ds.models.quantization import num_parameters
 from taso_ds.runs import prepare
-from taso_ds.runs.build import Setup, Trained, attach, base_fingerprint, find_regions, load_base, set_up
+from taso_ds.runs.build import Setup, Trained, attach, find_regions, load_base, set_up
 from taso_ds.runs.folder import ADAPTER, PICTURE, RESULTS, RUN, RunFolder, versions
 from taso_ds.runs.nodes import check_no_run_elsewhere, say_who_sees
 from taso_ds.runs.output_folder import take_folder
@@ -99,12 +100,15 @@ def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrup
     if start.progress is not None:
         comm.on_main(lambda: check_data(setup.data_digest, start))
         comm.on_main(lambda: check_length(steps, start))
-    base, targets, shapes = load_base(setup)
-    taso = config.adapter.method == "taso"
-    found = find_regions(setup, base, targets, shapes, earlier=start.regions) if taso else None
-    fingerprint = base_fingerprint(setup, base, targets) if found is None else found.file.fingerprint
+    base, targets = load_base(setup)
+    found, fingerprint = None, ""  # of the base: none where training changes it
+    if config.adapter.method == "taso":
+        found = find_regions(setup, base, targets, earlier=start.regions)
+        fingerprint = found.file.fingerprint
+    elif config.adapter.method == "lora":
+        fingerprint = base_fingerprint(base, targets)
     comm.on_main(lambda: check_base(fingerprint, start))
-    trained = attach(setup, base, shapes, found)
+    trained = attach(setup, base, targets, found)
     schedule = make_schedule(config.training, steps)
     record = run_record(asked, setup, base.model, trained.groups, schedule)
     comm.on_main(lambda: _start(folder, config, record, found, start))
@@ -223,7 +227,7 @@ def save(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, liv
     elif trained.lora_config is not None:
         export.save_lora(folder, base.model, config=trained.lora_config, base_name=name, head=base.head_parameters)
     else:
-        export.save_full(folder, base.model, setup.tokenizer)
+        export.save_full(folder, base.model, setup.base.tokenizer)
     if not config.run.verify_export:
         return None
     rows = export.probe_rows(setup.rows)
@@ -238,14 +242,14 @@ def prove(setup: Setup, folder: RunFolder, base: BaseModel, rows: Sequence[list[
     method = config.adapter.method
     proof = prove_export(
         saved_folder(method, folder.path),
-        source=None if is_model(method) else setup.source,
+        source=None if is_model(method) else setup.base.source,
         revision=config.model.model_revision,
         trust_remote_code=config.model.trust_remote_code,
-        head=setup.head,
-        num_labels=prepare.num_labels(setup.data.task) if setup.head else 0,
+        head=setup.base.head,
+        num_labels=setup.base.config.num_labels if setup.base.head else 0,
         dtype="bfloat16" if config.model.bf16 else "float32",
-        quantization=None if base.quantization is None else base.quantization.settings(base.model),
-        pad_id=pad_token_id(setup.tokenizer),
+        quantization=None if setup.base.quantization is None else setup.base.quantization.settings(base.model),
+        pad_id=pad_token_id(setup.base.tokenizer),
         rows=rows,
         live=live,
     )
@@ -271,8 +275,8 @@ def calibrate(config: RunConfig) -> Path:
 
 def _calibrate(config: RunConfig, folder: RunFolder) -> None:
     setup = comm.together(lambda: set_up(config))
-    base, targets, shapes = load_base(setup)
-    found = find_regions(setup, base, targets, shapes)
+    base, targets = load_base(setup)
+    found = find_regions(setup, base, targets)
     record = _record_start(config, setup) | {
         "data": {"train": setup.data.train_source},
         "concentration": found.mean_concentration(config.calibration.element_fraction),

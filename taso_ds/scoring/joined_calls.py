@@ -6,15 +6,13 @@ after the other, give the whole gradient at once.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from taso_ds.adapters.fused_experts import ExpertMatrix
-from taso_ds.adapters.targets import Target
+from taso_ds.adapters.targets import Targets
 
 # What backward brings: module name, inputs (tokens, in), output gradient (tokens, out).
 Deliver = Callable[[str, Tensor, Tensor], None]
@@ -23,19 +21,17 @@ Deliver = Callable[[str, Tensor, Tensor], None]
 class JoinedCalls:
     """Delivers every matrix once per backward, however often the forward called it."""
 
-    def __init__(self, targets: Mapping[str, Target], deliver: Deliver) -> None:
-        self._modules: dict[str, Any] = {
-            name: target.experts if isinstance(target, ExpertMatrix) else target for name, target in targets.items()
-        }
+    def __init__(self, targets: Targets, deliver: Deliver) -> None:
+        self._modules = targets.linears | {name: matrix.experts for name, matrix in targets.experts.items()}
         self._deliver = deliver
-        self._calls: Counter[Any] = Counter()
+        self._calls: Counter[nn.Module] = Counter()
         self._waiting: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count the calls of one forward, not those of its recomputation in backward."""
 
-        def count(module: Any, _args: Any) -> None:
+        def count(module: nn.Module, _inputs: object) -> None:
             if torch.is_grad_enabled():
                 self._calls[module] += 1
 

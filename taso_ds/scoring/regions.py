@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.region_file import (
     RegionFile,
     check_region_file,
@@ -21,12 +20,13 @@ from taso_ds.adapters.region_file import (
     save_region_file,
 )
 from taso_ds.adapters.selection import CoreRegion, RegionScores, concentration, ladder_with
-from taso_ds.adapters.targets import MatrixShape, Target
+from taso_ds.adapters.targets import MatrixShape, Targets
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
-from taso_ds.distributed import comm, zero
+from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
+from taso_ds.models.fingerprint import fingerprint
 from taso_ds.models.stored_weights import StoredWeights
 from taso_ds.objectives.batches import Collate, dealt_batches, on_device
 from taso_ds.objectives.loss import LossSum
@@ -67,32 +67,6 @@ class Regions:
         }
 
 
-def fingerprint(targets: Mapping[str, Target], stored: StoredWeights | None = None) -> str:
-    """Return a digest of the target weights that does not depend on sharding or on fp32/bf16 loading. A collective.
-
-    Of a quantized base it is the digest of what is ``stored``: the same whether a run quantizes the base or not.
-    """
-    if stored is None:
-        weights = _own_weights(targets)
-        shapes, sums = [zero.full_shape(weight) for weight in weights.values()], zero.checksum(list(weights.values()))
-        names = list(weights)
-    else:
-        shapes, sums = [stored.stored_shape(name) for name in targets], stored.checksums()
-        names = list(targets)
-    lines = [f"{name} {tuple(shape)} {value}" for name, shape, value in zip(names, shapes, sums, strict=True)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _own_weights(targets: Mapping[str, Any]) -> dict[str, nn.Parameter]:
-    """Return the parameters the targets lie in, a fused one once and by its own name."""
-    return {
-        name.rpartition(".")[0] if isinstance(target, ExpertMatrix) else name: (
-            target.parameter if isinstance(target, ExpertMatrix) else target.weight
-        )
-        for name, target in targets.items()
-    }
-
-
 def read_regions(config: RunConfig, shapes: Mapping[str, MatrixShape]) -> RegionFile | None:
     """Read ``--core_regions`` before anything heavy loads; None when regions are to be scored."""
     path = config.calibration.core_regions
@@ -123,8 +97,7 @@ def _check_agrees(config: RunConfig, file: RegionFile, path: str) -> None:
 def reuse_regions(
     config: RunConfig,
     file: RegionFile,
-    targets: Mapping[str, Target],
-    shapes: Mapping[str, MatrixShape],
+    targets: Targets,
     *,
     source: str,
     rows: Sequence[EncodedRow] = (),
@@ -136,7 +109,7 @@ def reuse_regions(
         rows: what it was scored on, where that is known.
     """
     digest = fingerprint(targets, stored)
-    comm.together(lambda: check_region_file(file, shapes, fingerprint=digest, source=source))
+    comm.together(lambda: check_region_file(file, targets.shapes, fingerprint=digest, source=source))
     log.info("core regions: read from %s, cut at p = %s", source, config.calibration.core_fraction)
     return Regions(file, _cut(config, file, source), rows)
 
@@ -144,8 +117,7 @@ def reuse_regions(
 def score_base(
     config: RunConfig,
     model: nn.Module,
-    targets: Mapping[str, Target],
-    shapes: Mapping[str, MatrixShape],
+    targets: Targets,
     rows: Sequence[EncodedRow],
     *,
     collate: Collate,
@@ -187,7 +159,6 @@ def score_base(
         scores = score_regions(
             scored,
             targets,
-            shapes,
             [on_device(batch) for _, batch in batches],
             loss_sum=loss_sum,
             settings=settings,

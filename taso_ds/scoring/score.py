@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.importance import needs_gradient, tap_expert_gradients, tap_gradient
 from taso_ds.adapters.selection import RegionScores
-from taso_ds.adapters.targets import MatrixShape, Target
+from taso_ds.adapters.targets import MatrixShape, Targets
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.objectives.loss import LossSum
@@ -36,16 +35,16 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 
 
-def split_passes(shapes: Mapping[str, MatrixShape], passes: int) -> list[dict[str, MatrixShape]]:
+def split_passes(targets: Targets, passes: int) -> list[Targets]:
     """Cut the matrices, in model order, into at most ``passes`` groups of about the same size."""
-    total = sum(shape.numel for shape in shapes.values())
-    groups: dict[int, dict[str, MatrixShape]] = {}
+    total = targets.numel
+    groups: dict[int, list[str]] = {}
     before = 0
-    for name, shape in shapes.items():
-        middle = before + shape.numel // 2
-        groups.setdefault(min(passes - 1, middle * passes // total), {})[name] = shape
-        before += shape.numel
-    return list(groups.values())
+    for name, target in targets.items():
+        middle = before + target.shape.numel // 2
+        groups.setdefault(min(passes - 1, middle * passes // total), []).append(name)
+        before += target.shape.numel
+    return [targets.some(names) for names in groups.values()]
 
 
 @contextmanager
@@ -72,12 +71,10 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _tapped(model: nn.Module, targets: Mapping[str, Target], deliver: Deliver) -> Iterator[None]:
+def _tapped(model: nn.Module, targets: Targets, deliver: Deliver) -> Iterator[None]:
     """Deliver the inputs and output gradients of the targets, in ``scoring_mode``; no weight wants a gradient."""
-    experts = {name: target for name, target in targets.items() if isinstance(target, ExpertMatrix)}
-    linears = {name: target for name, target in targets.items() if not isinstance(target, ExpertMatrix)}
-    handles: list[Any] = [tap_gradient(module, partial(deliver, name)) for name, module in linears.items()]
-    handles += tap_expert_gradients(experts, deliver)
+    handles: list[Any] = [tap_gradient(module, partial(deliver, name)) for name, module in targets.linears.items()]
+    handles += tap_expert_gradients(targets.experts, deliver)
     heads = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in heads:  # a task head: its gradients are not asked for here
         parameter.requires_grad_(False)
@@ -93,8 +90,7 @@ def _tapped(model: nn.Module, targets: Mapping[str, Target], deliver: Deliver) -
 
 def score_regions(
     model: nn.Module,
-    targets: Mapping[str, Target],
-    shapes: Mapping[str, MatrixShape],
+    targets: Targets,
     batches: Sequence[Batch],
     *,
     loss_sum: LossSum,
@@ -116,17 +112,17 @@ def score_regions(
         UserError: when the ranks disagree on the result, or a score is not finite; names the matrix.
     """
     known = dict(done or {})
-    passes = [group for group in split_passes(shapes, settings.passes) if not known.keys() >= group.keys()]
-    seeds = {name: settings.seed + number for number, name in enumerate(shapes)}
+    passes = [group for group in split_passes(targets, settings.passes) if not known.keys() >= group.keys()]
+    seeds = {name: settings.seed + number for number, name in enumerate(targets)}
     for number, group in enumerate(passes):
-        scorer = ScoringPass(targets, group, settings, seeds)
+        scorer = ScoringPass(group, settings, seeds)
         if needs_gradient(settings.score):
             title = "scoring" if len(passes) == 1 else f"scoring, pass {number + 1} of {len(passes)}"
             _run_backward(model, scorer, batches, loss_sum=loss_sum, title=title)
-        known |= _share(scorer.finish(), group, scorer.owners, settings.ladder)
+        known |= _share(scorer.finish(), group.shapes, scorer.owners, settings.ladder)
         if on_pass is not None:
             on_pass(known)
-    scores = {name: known[name] for name in shapes}
+    scores = {name: known[name] for name in targets}
     _assert_agreement(scores)
     return scores
 

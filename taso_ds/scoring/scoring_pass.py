@@ -7,7 +7,6 @@ happens on all owners at the same time.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.importance import needs_gradient, needs_weight, score_matrix
 from taso_ds.adapters.selection import RegionScores, score_rows_and_cols
-from taso_ds.adapters.targets import MatrixShape, Target
+from taso_ds.adapters.targets import Matrix, MatrixShape, Targets
 from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
 from taso_ds.models.quantized_linear import weight_of
@@ -53,18 +52,12 @@ def assign_owners(shapes: Mapping[str, MatrixShape], world_size: int) -> dict[st
 class ScoringPass:
     """One group of matrices on its way from gradients to row and column scores."""
 
-    def __init__(
-        self,
-        targets: Mapping[str, Target],
-        shapes: Mapping[str, MatrixShape],
-        settings: ScoringSettings,
-        seeds: Mapping[str, int],
-    ) -> None:
-        self.targets: dict[str, Any] = {name: targets[name] for name in shapes}
-        self.owners = assign_owners(shapes, comm.world_size())
+    def __init__(self, targets: Targets, settings: ScoringSettings, seeds: Mapping[str, int]) -> None:
+        self.targets = targets
+        self.owners = assign_owners(targets.shapes, comm.world_size())
         self.per_batch = settings.reduction == "per_batch_abs"
-        self._shapes, self._settings, self._seeds = shapes, settings, seeds
-        self._gradients = GradientSum(shapes, self.owners, absolute=self.per_batch, offload=settings.offload)
+        self._settings, self._seeds = settings, seeds
+        self._gradients = GradientSum(targets.shapes, self.owners, absolute=self.per_batch, offload=settings.offload)
         self._units = torch.zeros(1, dtype=torch.float64, device=comm.device())
         # At the owners, with the weight as it is stored; at most one matrix of each, and known to all ranks.
         self._waiting: dict[str, Tensor | None] = {}
@@ -116,7 +109,7 @@ class ScoringPass:
     def _take_weight(self, name: str) -> None:
         """Let a matrix wait at its owner. A collective: its weight is gathered to the owner."""
         is_read = needs_weight(self._settings.score) and self._settings.original_weight is None
-        self._waiting[name] = _stored_on(self.targets[name], self.owners[name]) if is_read else None
+        self._waiting[name] = _stored_on(self.targets[name].matrix, self.owners[name]) if is_read else None
         self._taken.add(name)
 
     def _select_waiting(self) -> None:
@@ -126,8 +119,9 @@ class ScoringPass:
 
     def _select(self, name: str, stored: Tensor | None) -> None:
         """Score one matrix, which this rank owns."""
-        score, shape, original = self._settings.score, self._shapes[name], self._settings.original_weight
-        weight = weight_of(self.targets[name], stored) if stored is not None else None
+        score, target, original = self._settings.score, self.targets[name], self._settings.original_weight
+        shape = target.shape
+        weight = weight_of(target.matrix, stored) if stored is not None else None
         if needs_weight(score) and original is not None:
             weight = original(name).to(comm.device())
         grad = self._gradients.take(name)
@@ -155,7 +149,7 @@ def _by_turns(names: Sequence[str], owners: Mapping[str, int]) -> list[str]:
     return [name for turn in turns for name in turn if name is not None]
 
 
-def _stored_on(target: Any, owner: int) -> Tensor | None:
-    if isinstance(target, ExpertMatrix):
-        return zero.gathered_on(target.parameter, owner, index=target.index)
-    return zero.gathered_on(target.weight, owner)
+def _stored_on(matrix: Matrix, owner: int) -> Tensor | None:
+    if isinstance(matrix, ExpertMatrix):
+        return zero.gathered_on(matrix.parameter, owner, index=matrix.index)
+    return zero.gathered_on(matrix.weight, owner)

@@ -16,23 +16,22 @@ from trained_adapters import losses_of_steps
 from taso_ds.adapters.adapter import ADAPTER_MODULE, TasoAdapter, merge_into, num_dense_entries
 from taso_ds.adapters.selection import CoreRegion, share
 from taso_ds.adapters.structure import STRUCTURES, count_parameters
-from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
+from taso_ds.adapters.targets import find_targets, matrix_shape
 
 BATCH = tiny_models.token_batch()
 BODY = {"input_ids": BATCH["input_ids"], "attention_mask": BATCH["attention_mask"]}
 
 
-def shape_of(module: nn.Module) -> MatrixShape:
+def is_transposed(module: nn.Module) -> bool:
     shape = matrix_shape(module)
     assert shape is not None
-    return shape
+    return shape.transposed
 
 
 def random_regions(model: nn.Module, p: float, *, targets: list[str] | None = None) -> dict[str, CoreRegion]:
     generator = torch.Generator().manual_seed(7)
     regions = {}
-    for name, module in find_targets(model, targets).items():
-        shape = shape_of(module)
+    for name, shape in find_targets(model, targets).shapes.items():
         regions[name] = CoreRegion(
             torch.randperm(shape.out_features, generator=generator)[: share(p, shape.out_features)].sort().values,
             torch.randperm(shape.in_features, generator=generator)[: share(p, shape.in_features)].sort().values,
@@ -98,7 +97,7 @@ class DenseTimesMask:
         for name, (mask_a, mask_b) in self.masks.items():
             module: Any = self.model.get_submodule(name)
             delta = self.scaling * ((self.B[name] * mask_b) @ (self.A[name] * mask_a))
-            weights[f"{name}.weight"] = module.weight + (delta.t() if shape_of(module).transposed else delta)
+            weights[f"{name}.weight"] = module.weight + (delta.t() if is_transposed(module) else delta)
         return functional_call(self.model, weights, kwargs=inputs)
 
     def kept(self, values: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
@@ -303,8 +302,9 @@ def test_merged_weights_compute_the_same(make: Callable[[], Any], structure: str
     merged = copy.deepcopy(model)
     for name in adapter.regions:
         module: Any = merged.get_submodule(name)
-        transposed = shape_of(module).transposed
-        module.weight.data = merge_into(module.weight.data, adapter.delta_weight(name), transposed=transposed)
+        module.weight.data = merge_into(
+            module.weight.data, adapter.delta_weight(name), transposed=is_transposed(module)
+        )
     adapter.attach(model)
     torch.testing.assert_close(merged(**BODY).logits, model(**BODY).logits, rtol=1e-4, atol=1e-4)
     assert (merged(**BODY).logits - base).abs().max() > 0.01
@@ -380,7 +380,7 @@ def test_gradient_checkpointing_changes_nothing(make: Callable[[], Any]) -> None
                 if hasattr(module, "gradient_checkpointing"):
                     module.training = True
         forwards: list[int] = []
-        next(iter(find_targets(model).values())).register_forward_hook(lambda *_, seen=forwards: seen.append(1))
+        next(iter(find_targets(model).linears.values())).register_forward_hook(lambda *_, seen=forwards: seen.append(1))
         loss = model(**BATCH).loss
         loss.backward()
         assert len(forwards) == (2 if checkpointing else 1)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from taso_ds.adapters.structure import count_parameters
-from taso_ds.adapters.targets import find_targets, matrix_shape
+from taso_ds.adapters.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -85,19 +84,13 @@ def on_meta(model: Published) -> nn.Module:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_published_counts(name: str) -> None:
     published = MODELS[name]
-    shapes = [matrix_shape(module) for module in find_targets(on_meta(published)).values()]
-    assert len(shapes) == 7 * published.layers
+    targets = find_targets(on_meta(published))
+    assert len(targets) == 7 * published.layers
 
     def total(structure: str) -> int:
-        return sum(
-            count_parameters(
-                structure, out_features=shape.out_features, in_features=shape.in_features, rank=1, core_fraction=0.1
-            )
-            for shape in shapes
-            if shape is not None
-        )
+        return targets.count(structure, rank=1, core_fraction=0.1)
 
-    lora = sum(shape.out_features + shape.in_features for shape in shapes if shape is not None)
+    lora = targets.edges
     assert total("union") == published.union
     assert total("intersection") == published.intersection
     assert lora == published.lora_1

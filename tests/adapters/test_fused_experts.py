@@ -29,7 +29,7 @@ Make = Callable[..., Any]
 
 
 def matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
-    return {name: one for name, one in find_targets(model, experts=True).items() if isinstance(one, ExpertMatrix)}
+    return find_targets(model, experts=True).experts
 
 
 def checkpointed(model: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taso_ds.adapters.importance import SCORES, importance, needs_gradient, score_matrix, tap_gradient, weight_gradient
-from taso_ds.adapters.targets import find_targets, matrix_shape
+from taso_ds.adapters.targets import find_targets
 
 BATCH = tiny_models.token_batch()
 
@@ -36,7 +36,7 @@ def tapped_gradients(model: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
 
         return deliver
 
-    handles = [tap_gradient(module, deliver_to(name)) for name, module in find_targets(model).items()]
+    handles = [tap_gradient(module, deliver_to(name)) for name, module in find_targets(model).linears.items()]
     backward_from_embeddings(model)
     for handle in handles:
         handle.remove()
@@ -48,10 +48,9 @@ def autograd_gradients(model: Any) -> dict[str, Tensor]:
     model.requires_grad_(True)
     backward_from_embeddings(model)
     found = {}
-    for name, module in find_targets(model).items():
-        shape = matrix_shape(module)
-        assert shape is not None
-        found[name] = module.weight.grad.t() if shape.transposed else module.weight.grad
+    for name, target in find_targets(model).items():
+        grad = target.matrix.weight.grad
+        found[name] = grad.t() if target.shape.transposed else grad
     return found
 
 
@@ -67,7 +66,7 @@ def test_the_tapped_gradient_is_autograds(make: Callable[[], Any], checkpointing
                 module.training = True  # blocks checkpoint in training mode only; their dropouts stay in eval mode
                 assert module.gradient_checkpointing
     forwards: list[int] = []
-    counter = next(iter(find_targets(model).values())).register_forward_hook(lambda *_: forwards.append(1))
+    counter = next(iter(find_targets(model).linears.values())).register_forward_hook(lambda *_: forwards.append(1))
     sums, deliveries = tapped_gradients(model)
     counter.remove()
     assert len(forwards) == (2 if checkpointing else 1)
@@ -85,7 +84,8 @@ def test_the_tap_changes_no_output_and_removes_itself() -> None:
     before = model(BATCH["input_ids"]).logits
     calls: list[int] = []
     handles = [
-        tap_gradient(module, lambda _x, _g: calls.append(1)) for module in find_targets(model, ["q_proj"]).values()
+        tap_gradient(module, lambda _x, _g: calls.append(1))
+        for module in find_targets(model, ["q_proj"]).linears.values()
     ]
     assert torch.equal(model(BATCH["input_ids"]).logits, before)
     for handle in handles:

@@ -94,8 +94,8 @@ def test_a_model_without_blocks_asks_for_names() -> None:
 def test_shapes_are_out_by_in_whatever_the_storage() -> None:
     q, k = (find_targets(tiny_models.llama(layers=1), [name]) for name in ("q_proj", "k_proj"))
     # 4 heads of 8 and 2 key/value heads of 8, from 32.
-    assert matrix_shape(q["model.layers.0.self_attn.q_proj"]) == MatrixShape(32, 32)
-    assert matrix_shape(k["model.layers.0.self_attn.k_proj"]) == MatrixShape(16, 32)
+    assert q["model.layers.0.self_attn.q_proj"].shape == MatrixShape(32, 32)
+    assert k["model.layers.0.self_attn.k_proj"].shape == MatrixShape(16, 32)
     fused = tiny_models.gpt2().transformer.h[0].attn.c_attn
     assert tuple(fused.weight.shape) == (32, 96)
     assert matrix_shape(fused) == MatrixShape(96, 32, transposed=True)

@@ -11,7 +11,7 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.peft_format import peft_config
 from taso_ds.adapters.selection import CoreRegion
-from taso_ds.adapters.targets import find_targets, matrix_shape
+from taso_ds.adapters.targets import find_targets
 from taso_ds.adapters.towers import inside, left_out_in_words, textless_parts
 from taso_ds.errors import UserError
 
@@ -110,8 +110,7 @@ def test_peft_opens_what_is_adapted_and_nothing_of_the_tower() -> None:
     model = tiny_models.gemma3()
     regions = {
         name: CoreRegion(torch.arange(1), torch.arange(1), shape.out_features, shape.in_features)
-        for name, module in find_targets(model).items()
-        if (shape := matrix_shape(module)) is not None
+        for name, shape in find_targets(model).shapes.items()
     }
     config = peft_config(
         TasoAdapter(regions, structure="union", rank=1, scaling=1.0, seed=0, dtype=torch.float32),

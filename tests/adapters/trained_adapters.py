@@ -7,7 +7,7 @@ from torch import Tensor
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion, share
-from taso_ds.adapters.targets import find_targets, matrix_shape
+from taso_ds.adapters.targets import find_targets
 
 
 def trained_adapter(
@@ -16,9 +16,7 @@ def trained_adapter(
     """An adapter on 30 % of the rows and columns of linears and experts, with random values everywhere."""
     generator = torch.Generator().manual_seed(1)
     regions = {}
-    for name, target in find_targets(model, targets, experts=experts).items():
-        shape = matrix_shape(target)
-        assert shape is not None
+    for name, shape in find_targets(model, targets, experts=experts).shapes.items():
         rows, cols = (
             torch.randperm(size, generator=generator)[: share(0.3, size)].sort().values
             for size in (shape.out_features, shape.in_features)

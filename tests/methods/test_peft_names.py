@@ -11,7 +11,7 @@ from families import FAMILIES, build
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
-from taso_ds.adapters.targets import find_targets, matrix_shape
+from taso_ds.adapters.targets import find_targets
 from taso_ds.methods.export import save_lora, save_taso
 from taso_ds.methods.lora import attach_lora, detach_lora, lora_parameters
 from taso_ds.methods.peft_names import fuses_experts, not_read_back
@@ -29,9 +29,7 @@ def family(name: str, **options: Any) -> Any:
 
 def save_trained_taso(model: Any, folder: RunFolder) -> Any:
     regions = {}
-    for name, target in find_targets(model).items():
-        shape = matrix_shape(target)
-        assert shape is not None
+    for name, shape in find_targets(model).shapes.items():
         rows, cols = torch.arange(shape.out_features // 2), torch.arange(shape.in_features)
         regions[name] = CoreRegion(rows, cols, shape.out_features, shape.in_features)
     adapter = TasoAdapter(regions, structure="intersection", rank=1, scaling=1.0, seed=0, dtype=torch.float32)

@@ -10,12 +10,13 @@ from families import FAMILIES, build
 from taso_ds.errors import UserError
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.bfloat16 import check_bfloat16
+from taso_ds.models.spec import BaseSpec
 
 
 def check(name: str, **flags: Any) -> None:
     (family,) = (entry for entry in FAMILIES if entry.name == name)
     model = build(family, device="meta")
-    check_bfloat16(ModelArguments(**flags), model.config, model, head=family.kind == "encoder")
+    check_bfloat16(BaseSpec(ModelArguments(**flags), name, model.config, head=family.kind == "encoder"))
 
 
 @pytest.mark.parametrize("name", ["llama", "funnel", "rwkv", "mixtral", "jetmoe"])

@@ -1,5 +1,6 @@
 """The base and its head: which parameters train in full, whatever is attached."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
-from taso_ds.adapters.targets import find_targets, matrix_shape
+from taso_ds.adapters.targets import find_targets
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.methods.export import head_modules
 from taso_ds.models.arguments import ModelArguments
-from taso_ds.models.load import BaseModel, _said_by_each_rank, load_base_model, load_config, meta_model, without_weights
+from taso_ds.models.load import BaseModel, _said_by_each_rank, load_base_model
+from taso_ds.models.spec import BaseSpec, load_config, outside_body
 
 STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
 
@@ -24,7 +26,7 @@ def load(folder: Path, *, head: bool, bf16: bool = False, num_labels: int | None
     config = load_config(arguments, str(folder))
     if num_labels is not None:
         config.num_labels = num_labels
-    return load_base_model(arguments, str(folder), config, head=head, seed=0, ds_config=STAGE_0)
+    return load_base_model(BaseSpec(arguments, str(folder), config, head), seed=0, ds_config=STAGE_0)
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +68,8 @@ def test_a_pooler_that_the_checkpoint_lacks_is_part_of_the_head(bert_folder: Pat
     assert [name for name, value in base.model.named_parameters() if value.requires_grad] == list(base.head_parameters)
     assert head_modules(base.model, base.head_parameters) == ["bert.pooler", "classifier"]
     # Before anything is loaded the same is known, where there are safetensors files to ask.
-    arguments = ModelArguments(model_name_or_path=str(folder), bf16=False)
-    model = meta_model(arguments, base.config, head=True)
     for source, number in ((folder, 4), (bert_folder, 2), (tmp_path / "nowhere", 2)):
-        assert len(without_weights(model, base.config, str(source), head=True).head_parameters) == number
+        assert len(dataclasses.replace(base.spec, source=str(source)).head_parameters) == number
 
 
 @pytest.mark.parametrize("lacking", ["layer.1.output.dense.weight", "position_embeddings", "attention.self.query.bias"])
@@ -101,7 +101,7 @@ def test_peft_trains_and_saves_the_head_and_nothing_else(model_type: str) -> Non
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type))
         pooler = frozenset(name for name, _ in model.named_parameters() if ".pooler." in name)
-        head = BaseModel(model, model.config, True, new_pooler=pooler).head_parameters
+        head = outside_body(model, new_pooler=pooler)
         modules = head_modules(model, head)
         assert modules == HEADS[model_type]
         target = list(find_targets(model))[:1]
@@ -115,15 +115,14 @@ def test_a_head_that_is_part_of_the_body_is_refused() -> None:
     from transformers import PerceiverConfig
 
     with pytest.raises(UserError, match="PerceiverForSequenceClassification has no head of its own"):
-        meta_model(ModelArguments(model_name_or_path="some/model"), PerceiverConfig(), head=True)
+        _ = BaseSpec(ModelArguments(model_name_or_path="some/model"), "some/model", PerceiverConfig(), head=True).meta
 
 
 def test_an_attached_adapter_is_no_part_of_the_head(bert_folder: Path) -> None:
     base = load(bert_folder, head=True)
     regions = {
         name: CoreRegion(torch.arange(2), torch.arange(2), shape.out_features, shape.in_features)
-        for name, module in find_targets(base.model).items()
-        if (shape := matrix_shape(module)) is not None
+        for name, shape in find_targets(base.model).shapes.items()
     }
     adapter = TasoAdapter(regions, structure="union", rank=1, scaling=1.0, seed=0, dtype=torch.float32)
     adapter.attach(base.model)

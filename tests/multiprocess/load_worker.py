@@ -26,8 +26,8 @@ from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.placement import check_nvme
 from taso_ds.errors import UserError
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint
-from taso_ds.models.load import load_base_model, load_config
-from taso_ds.models.model_class import wants_head
+from taso_ds.models.load import load_base_model
+from taso_ds.models.spec import read_spec
 
 
 def digest(tensor: Tensor) -> str:
@@ -113,10 +113,9 @@ def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
         nvme_path=str(folder.parent / f"nvme{comm.world_size()}"),
     )
     check_nvme(ds_config)
-    transformers_config = load_config(config.model, str(folder))
-    head = wants_head(config.model, transformers_config)
+    spec = read_spec(config.model, str(folder))
     with watched() as seen:
-        base = load_base_model(config.model, str(folder), transformers_config, head=head, seed=7, ds_config=ds_config)
+        base = load_base_model(spec, seed=7, ds_config=ds_config)
     found = {name: digest(zero.full_copy(value)) for name, value in base.model.named_parameters(remove_duplicate=False)}
     buffers = {name: digest(value) for name, value in base.model.named_buffers()}
     shards = comm.gather_objects(sum(zero.local_shard(value)[0].numel() for value in base.model.parameters()))

@@ -30,12 +30,13 @@ from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.methods.lora import attach_lora, lora_parameters
-from taso_ds.models.load import load_config
+from taso_ds.models.spec import BaseSpec, load_config
 from taso_ds.objectives import chunked_loss
 from taso_ds.objectives.batches import dealt_batches
 from taso_ds.objectives.chunked_loss import LanguageModelLoss
 from taso_ds.objectives.loss import loss_sum
 from taso_ds.runs.build import load_base
+from taso_ds.runs.prepare import targets_of
 from taso_ds.scoring import score as calibrate
 from taso_ds.scoring import scoring_pass
 from taso_ds.scoring.score import score_regions
@@ -71,14 +72,13 @@ def load(
     checkpointing: bool = False,
     experts: bool = False,
 ) -> Any:
-    """The base, its targets and their shapes, as a run loads them."""
+    """The base and its targets, as a run loads them."""
     flags = ["--model_name_or_path", folder, "--task", "sst2", "--bf16" if bf16 else "--no_bf16"]
     flags += ["--seed", str(case.SEED), *(["--gradient_checkpointing"] if checkpointing else [])]
     flags += ["--adapt_experts"] if experts else []
     config = parse_run_config(flags)
-    setup: Any = SimpleNamespace(
-        config=config, source=folder, base_config=load_config(config.model, folder), head=head, ds_config=ds_config
-    )
+    spec = BaseSpec(config.model, folder, load_config(config.model, folder), head)
+    setup: Any = SimpleNamespace(config=config, base=spec, targets=targets_of(config, spec), ds_config=ds_config)
     return load_base(setup)
 
 
@@ -152,11 +152,11 @@ def score(
 ) -> tuple[dict[str, Any], Any]:
     """Score one base several times; ``runs`` are (label, score, reduction, rows per batch)."""
     ds_config = ds_config_of(stage, case.SPLITS[comm.world_size()][0], bf16=bf16)
-    base, targets, shapes = load(folder, ds_config, bf16=bf16, checkpointing=checkpointing, experts=experts)
+    base, targets = load(folder, ds_config, bf16=bf16, checkpointing=checkpointing, experts=experts)
     scoring_pass.GradientSum, calibrate.ScoringPass = Watched, WatchedPass  # type: ignore[misc]
     hooks_before = left_behind(base.model, stage)
     found: dict[str, Any] = {"held": {}, "turns": {}}
-    language_model_loss = LanguageModelLoss(shapes)
+    language_model_loss = LanguageModelLoss(targets)
     with engines.scoring_engine(base.model, ds_config) as scored:
         for label, kind, reduction, batch_size in runs:
             Watched.elements, WatchedPass.turns = 0, []
@@ -164,7 +164,7 @@ def score(
             passes = case.PASSES if "passes" in label else 1
             settings = ScoringSettings(kind, reduction, case.LADDER, case.SEED, passes=passes, offload=passes > 1)
             scores = score_regions(
-                scored, targets, shapes, [batch for _, batch in batches],
+                scored, targets, [batch for _, batch in batches],
                 loss_sum=language_model_loss, settings=settings,
             )  # fmt: skip
             found[label] = as_json(scores)
@@ -173,8 +173,8 @@ def score(
     found["left_behind"] = comm.gather_objects(
         [what for what in left_behind(base.model, stage) if what not in hooks_before]
     )
-    found["target_elements"] = sum(shape.numel for shape in shapes.values())
-    found["largest_target"] = max(shape.numel for shape in shapes.values())
+    found["target_elements"] = targets.numel
+    found["largest_target"] = max(shape.numel for shape in targets.shapes.values())
     return found, base
 
 
@@ -313,7 +313,7 @@ def train_stage(stage: int, folders: dict[str, str], regions: Regions, scored_ba
         found["checkpointed"] = train(base, groups, ds_config, first)
         found["checkpointed"]["forwards"] = len(forwards)
 
-        base, targets, _ = load(folders["llama"], ds_config)
+        base, targets = load(folders["llama"], ds_config)
         torch.manual_seed(case.SEED)
         attach_lora(base.model, list(targets), rank=2, scaling=1.0, transposed=False)
         trained = list(lora_parameters(base.model).values())
@@ -324,10 +324,10 @@ def train_stage(stage: int, folders: dict[str, str], regions: Regions, scored_ba
             found["lora"]["partitioned"] = all(zero.is_partitioned(value) for value in shards)
 
     ds_config = ds_config_of(stage, first)
-    base, _, shapes = load(folders["bert"], ds_config, head=True)
+    base, targets = load(folders["bert"], ds_config, head=True)
     corner = {
         name: CoreRegion(torch.arange(4), torch.arange(5), shape.out_features, shape.in_features)
-        for name, shape in shapes.items()
+        for name, shape in targets.shapes.items()
     }
     groups = taso_groups(base, corner)
     values = [values_of(groups)]  # before the first step, and after each

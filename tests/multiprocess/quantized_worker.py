@@ -26,14 +26,14 @@ from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.methods.lora import attach_lora, lora_parameters
-from taso_ds.models.load import load_config
-from taso_ds.models.model_class import wants_head
+from taso_ds.models.fingerprint import fingerprint
 from taso_ds.models.quantized_linear import QuantizedLinear
+from taso_ds.models.spec import read_spec
 from taso_ds.models.stored_weights import stored_weights
 from taso_ds.objectives.batches import dealt_batches
 from taso_ds.objectives.loss import loss_sum
 from taso_ds.runs.build import load_base
-from taso_ds.scoring.regions import fingerprint
+from taso_ds.runs.prepare import targets_of
 from taso_ds.scoring.score import score_regions
 from taso_ds.scoring.scoring_pass import ScoringSettings
 from taso_ds.training.optim import make_groups
@@ -45,7 +45,7 @@ ROWS_PER_BATCH = 5
 
 
 def load(folder: str, stage: int, *flags: str, bf16: bool = False, **zero_options: Any) -> Any:
-    """The base, its targets and their shapes, as a run loads them, and the DeepSpeed configuration."""
+    """The base and its targets, as a run loads them, and the DeepSpeed configuration."""
     config = parse_run_config(
         ["--model_name_or_path", folder, "--task", "sst2", "--bf16" if bf16 else "--no_bf16", *flags]
     )
@@ -59,9 +59,8 @@ def load(folder: str, stage: int, *flags: str, bf16: bool = False, **zero_option
         bf16=bf16,
         max_grad_norm=case.MAX_GRAD_NORM,
     )
-    base_config = load_config(config.model, folder)
-    head = wants_head(config.model, base_config)
-    setup: Any = SimpleNamespace(config=config, source=folder, base_config=base_config, head=head, ds_config=ds_config)
+    spec = read_spec(config.model, folder)
+    setup: Any = SimpleNamespace(config=config, base=spec, targets=targets_of(config, spec), ds_config=ds_config)
     return *load_base(setup), ds_config
 
 
@@ -93,7 +92,7 @@ def held(folder: str, stage: int, *flags: str) -> dict[str, Any]:
 
 
 def train_lora(folder: str, stage: int, *flags: str) -> list[float]:
-    base, targets, _, ds_config = load(folder, stage, *flags)
+    base, targets, ds_config = load(folder, stage, *flags)
     torch.manual_seed(case.SEED)
     attach_lora(base.model, list(targets), rank=2, scaling=1.0, transposed=False)
     trained = list(lora_parameters(base.model).values())
@@ -103,7 +102,7 @@ def train_lora(folder: str, stage: int, *flags: str) -> list[float]:
 
 
 def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
-    base, targets, shapes, ds_config = load(folder, stage, *flags)
+    base, targets, ds_config = load(folder, stage, *flags)
     batches = [
         batch
         for _, batch in dealt_batches(
@@ -112,22 +111,20 @@ def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
     ]
     found: dict[str, Any] = {}
     with (
-        stored_weights(base.model, folder, shapes, revision="main") as stored,
+        stored_weights(base, targets) as stored,
         engines.scoring_engine(base.model, ds_config) as scored,
     ):
         assert stored is not None
         found["fingerprint"] = fingerprint(targets, stored)
         for label, original in (("loaded", None), ("original", stored.read)):
             settings = ScoringSettings("importance", "signed_mean", case.LADDER, case.SEED, original_weight=original)
-            scores = score_regions(
-                scored, targets, shapes, batches, loss_sum=partial(loss_sum, head=False), settings=settings
-            )
+            scores = score_regions(scored, targets, batches, loss_sum=partial(loss_sum, head=False), settings=settings)
             found[label] = parity.as_json(scores)
     return found
 
 
 def train(folder: str, stage: int, regions: parity.Regions, *flags: str) -> dict[str, Any]:
-    base, _, _, ds_config = load(folder, stage, *flags)
+    base, _, ds_config = load(folder, stage, *flags)
     found = {"digests": digests(base.model)}
     return found | parity.train(base, parity.taso_groups(base, regions), ds_config, SPLIT)
 
@@ -136,12 +133,12 @@ def kept_for_backward(folder: str, *flags: str) -> list[int]:
     """Return how many of the targets' weights a forward gathers, and how many of them it keeps for backward."""
     # Live parameters are released at once, as they are in a model too large to keep any.
     options = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    base, targets, _, ds_config = load(folder, 3, *flags, **options)
+    base, targets, ds_config = load(folder, 3, *flags, **options)
     batch = collate(case.CALIBRATION[:2], pad_id=0)
     alive: list[StorageWeakRef] = []
     with engines.scoring_engine(base.model, ds_config) as scored, ExitStack() as hooks:
-        for module in targets.values():
-            hook = module.register_forward_pre_hook(
+        for target in targets.values():
+            hook = target.matrix.register_forward_pre_hook(
                 lambda own, _: alive.append(StorageWeakRef(own.weight.data.untyped_storage()))
             )
             hooks.callback(hook.remove)

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
-from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
+from taso_ds.adapters.targets import find_targets
 from taso_ds.distributed import comm, engine, process_group, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.models.load_sharded import partition_whole
@@ -116,22 +116,20 @@ def measure(hidden_size: int) -> dict[str, float]:
     model: nn.Module = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
     partition_whole(model, ds_config)
     targets = find_targets(model)
-    shapes = {name: matrix_shape(module) for name, module in targets.items()}
-    known: dict[str, MatrixShape] = {name: shape for name, shape in shapes.items() if shape is not None}
     generator = torch.Generator().manual_seed(comm.rank())
     rows = [torch.randint(0, 256, (1, 16), generator=generator) for _ in range(2)]
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in rows]
     found: dict[str, float] = {
-        "elements": sum(shape.numel for shape in known.values()),
-        "largest": max(shape.numel for shape in known.values()),
+        "elements": targets.numel,
+        "largest": max(shape.numel for shape in targets.shapes.values()),
     }
     with engine.scoring_engine(model, ds_config) as live:
 
         def score(batches: Sequence[dict[str, Tensor]], passes: int = 1) -> None:
             settings = ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0, passes=passes)
-            score_regions(live, targets, known, batches, loss_sum=language_model_loss, settings=settings)
+            score_regions(live, targets, batches, loss_sum=language_model_loss, settings=settings)
 
-        weights = [module.weight for module in targets.values()]
+        weights = [target.matrix.weight for target in targets.values()]
         jobs: dict[str, Callable[[], object]] = {
             "plain": lambda: plain_backward(live, weights, batches),
             "scoring": lambda: score(batches),

@@ -21,7 +21,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from taso_ds.adapters.targets import find_targets
 from taso_ds.data.collate import collate
-from taso_ds.scoring.regions import fingerprint
+from taso_ds.models.fingerprint import fingerprint
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 

@@ -8,7 +8,7 @@ import tiny_models
 
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.errors import UserError
-from taso_ds.models.load import meta_model
+from taso_ds.models.spec import BaseSpec
 from taso_ds.planning.count_model import can_quantize, count_model
 from taso_ds.planning.forecast import strategy_of
 from taso_ds.planning.numbers.devices import get_device
@@ -31,9 +31,8 @@ def counted(model: Any, *flags: str, source: str | None = None, **stored: Any) -
     base_config.architectures = [type(model).__name__]
     if stored:
         base_config.quantization_config = stored
-    without_weights = meta_model(config.model, base_config, head=False)
-    shapes = prepare.target_shapes(config, without_weights)
-    return count_model(config, without_weights, base_config, shapes, source=source)
+    base = BaseSpec(config.model, source or "tiny", base_config, head=False)
+    return count_model(config, base, prepare.targets_of(config, base))
 
 
 def test_experts_are_merged_and_not_quantized() -> None:

@@ -6,29 +6,38 @@ from typing import Any
 
 import pytest
 import tiny_models
+import torch
+from torch import nn
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import select_core_region
-from taso_ds.adapters.targets import MatrixShape
+from taso_ds.adapters.targets import MatrixShape, Target, Targets
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.data.encode import EncodedRow
 from taso_ds.defaults import with_defaults
 from taso_ds.errors import UserError
+from taso_ds.models.arguments import ModelArguments
+from taso_ds.models.spec import BaseSpec, read_spec
 from taso_ds.runs.prepare import (
     calibration_rows,
+    check_labels,
     check_length,
     check_quantization,
     count_adapter,
     encode_training_rows,
     load_task_data,
-    prepare_base_config,
+    num_labels,
     resolve_deepspeed,
-    target_shapes,
+    targets_of,
 )
 
 
 def config_of(*flags: str) -> RunConfig:
     return parse_run_config(["--model_name_or_path", "base", "--task", "completion", *flags])
+
+
+def spec_of(config: RunConfig, model: Any) -> BaseSpec:
+    return BaseSpec(config.model, "base", model.config, head="ForCausalLM" not in type(model).__name__)
 
 
 @pytest.fixture
@@ -134,6 +143,7 @@ def test_training_rows_without_evaluation_rows_are_refused(data: list[str]) -> N
 # Counts ---------------------------------------------------------------------------------------------------------------
 
 SHAPES = {"a": MatrixShape(40, 30), "b": MatrixShape(25, 64, transposed=True)}
+TARGETS = Targets({name: Target(nn.Identity(), shape) for name, shape in SHAPES.items()})
 
 
 @pytest.mark.parametrize(
@@ -148,7 +158,7 @@ SHAPES = {"a": MatrixShape(40, 30), "b": MatrixShape(25, 64, transposed=True)}
     ],
 )
 def test_counts_by_hand(flags: list[str], trainable: int, dense: int) -> None:
-    count = count_adapter(config_of(*flags), SHAPES)
+    count = count_adapter(config_of(*flags), TARGETS)
     assert (count.trainable, count.dense) == (trainable, dense)
 
 
@@ -164,24 +174,22 @@ def test_counts_by_hand(flags: list[str], trainable: int, dense: int) -> None:
     ],
 )
 def test_rho_of_a_run(flags: list[str], rho: float) -> None:
-    assert count_adapter(config_of(*flags), SHAPES).rho == pytest.approx(rho)
+    assert count_adapter(config_of(*flags), TARGETS).rho == pytest.approx(rho)
 
 
 @pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.gpt2, tiny_models.bert])
 @pytest.mark.parametrize("structure", ["union", "intersection"])
 def test_the_count_is_the_adapters_own(make: Any, structure: str) -> None:
-    import torch
-
     config = config_of("--structure", structure, "--rank", "2", "--core_fraction", "0.3")
-    shapes = target_shapes(config, make())
+    targets = targets_of(config, spec_of(config, make()))
     regions = {
         name: select_core_region(
             torch.rand(shape.out_features, shape.in_features), element_fraction=0.05, core_fraction=0.3
         )
-        for name, shape in shapes.items()
+        for name, shape in targets.shapes.items()
     }
     adapter = TasoAdapter(regions, structure=structure, rank=2, scaling=1.0, seed=0, dtype=torch.float32)
-    count = count_adapter(config, shapes)
+    count = count_adapter(config, targets)
     assert (count.trainable, count.dense) == (adapter.flat.numel(), adapter.num_dense)
 
 
@@ -192,7 +200,8 @@ def test_experts_count_once_they_are_adapted() -> None:
     for flags, number in (([], attention), (["--adapt_experts"], attention + experts)):
         config = config_of("--core_fraction", "1.0", *flags)
         # union at p = 1: two full branches
-        assert count_adapter(config, target_shapes(config, tiny_models.mixtral())).trainable == 2 * number
+        targets = targets_of(config, spec_of(config, tiny_models.mixtral()))
+        assert count_adapter(config, targets).trainable == 2 * number
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -203,9 +212,8 @@ def test_only_taso_adapts_experts(method: str) -> None:
 
 def test_experts_of_a_quantized_base_are_refused() -> None:
     config = config_of("--adapt_experts", "--load_in_4bit")
-    model = tiny_models.mixtral()
     with pytest.raises(UserError, match="adapt_experts: the base is quantized"):
-        check_quantization(config, model.config, {"zero_optimization": {}}, model)
+        check_quantization(config, spec_of(config, tiny_models.mixtral()), {"zero_optimization": {}})
 
 
 # The rest -------------------------------------------------------------------------------------------------------------
@@ -221,30 +229,36 @@ def test_a_model_without_a_task_is_refused() -> None:
 def test_sequences_longer_than_the_model_are_refused() -> None:
     from transformers import XLNetConfig
 
+    def check(length: int, base_config: Any) -> None:
+        config = config_of("--max_seq_length", str(length))
+        check_length(config, BaseSpec(config.model, "base", base_config, head=False))
+
     base = tiny_models.llama(layers=1).config  # 128 positions
-    check_length(config_of("--max_seq_length", "128"), base)
+    check(128, base)
     with pytest.raises(UserError, match="max_seq_length: 129 exceeds the model's 128 positions"):
-        check_length(config_of("--max_seq_length", "129"), base)
+        check(129, base)
     with pytest.raises(UserError, match="exceeds the model's 128 positions"):
-        check_length(config_of("--max_seq_length", "129"), tiny_models.gpt2().config)
-    check_length(config_of("--max_seq_length", "4096"), XLNetConfig(n_layer=1))  # any length
+        check(129, tiny_models.gpt2().config)
+    check(4096, XLNetConfig(n_layer=1))  # any length
 
 
 @pytest.mark.parametrize(("task", "labels"), [("rte", 2), ("stsb", 1)])
-def test_a_head_gets_the_tasks_labels(task: str, labels: int) -> None:
+def test_a_head_gets_the_tasks_labels(task: str, labels: int, tmp_path: Path) -> None:
     from taso_ds.data.tasks import get_task
 
-    base = prepare_base_config(
-        tiny_models.bert(num_labels=5).config, get_task(task), tiny_models.byte_tokenizer(), head=True
-    )
-    assert (base.num_labels, base.pad_token_id) == (labels, 0)
+    tiny_models.bert(num_labels=5).config.save_pretrained(tmp_path)
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), head="classification")
+    base = read_spec(arguments, str(tmp_path), num_labels=num_labels(get_task(task)))
+    base.pad_with(0)
+    assert (base.config.num_labels, base.config.pad_token_id) == (labels, 0)
+    assert base.meta.config.num_labels == labels
 
 
 def test_a_task_without_labels_has_no_head() -> None:
     from taso_ds.data.tasks import get_task
 
     with pytest.raises(UserError, match="gsm8k has no labels for a classification head"):
-        prepare_base_config(tiny_models.bert().config, get_task("gsm8k"), tiny_models.byte_tokenizer(), head=True)
+        check_labels(get_task("gsm8k"), head=True)
 
 
 def test_the_deepspeed_dict_has_the_runs_numbers() -> None:

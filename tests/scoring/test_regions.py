@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 
-from taso_ds.adapters.targets import find_targets, matrix_shape
+from taso_ds.adapters.targets import find_targets
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.data.collate import collate, empty_row
 from taso_ds.data.encode import EncodedRow
@@ -43,9 +43,8 @@ def rows() -> list[EncodedRow]:
 
 def score(config: RunConfig, model: Any, *, calibration: list[EncodedRow] | None = None) -> regions.Regions:
     targets = find_targets(model)
-    shapes = {name: shape for name, module in targets.items() if (shape := matrix_shape(module)) is not None}
     return regions.score_base(
-        config, model, targets, shapes, calibration or rows(), collate=partial(collate, pad_id=0), filler=empty_row(0),
+        config, model, targets, calibration or rows(), collate=partial(collate, pad_id=0), filler=empty_row(0),
         loss_sum=partial(loss_sum, head=False), ds_config=STAGE_0,
     )  # fmt: skip
 
@@ -113,13 +112,10 @@ def test_the_flag_reaches_the_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_passes_cover_every_matrix_once_and_about_evenly() -> None:
-    model = tiny_models.llama(layers=4)
-    shapes = {
-        name: shape for name, module in find_targets(model).items() if (shape := matrix_shape(module)) is not None
-    }
+    targets = find_targets(tiny_models.llama(layers=4))
     for passes in (1, 2, 3, 5, 100):
-        groups = split_passes(shapes, passes)
-        assert [name for group in groups for name in group] == list(shapes)
-        sizes = [sum(shape.numel for shape in group.values()) for group in groups]
-        largest = max(shape.numel for shape in shapes.values())
+        groups = split_passes(targets, passes)
+        assert [name for group in groups for name in group] == list(targets)
+        sizes = [group.numel for group in groups]
+        largest = max(shape.numel for shape in targets.shapes.values())
         assert max(sizes) <= sum(sizes) / passes + largest

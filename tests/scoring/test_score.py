@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.region_file import RegionFile
 from taso_ds.adapters.selection import concentration, ladder_with, score_rows_and_cols
-from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
+from taso_ds.adapters.targets import MatrixShape, find_targets
 from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
+from taso_ds.models.fingerprint import fingerprint
 from taso_ds.objectives.loss import loss_sum
 from taso_ds.scoring.gradient_sum import GradientSum
-from taso_ds.scoring.regions import Regions, describe_regions, fingerprint
+from taso_ds.scoring.regions import Regions, describe_regions
 from taso_ds.scoring.score import score_regions, scoring_mode
 from taso_ds.scoring.scoring_pass import ScoringSettings, assign_owners
 
@@ -31,10 +32,6 @@ LADDER = ladder_with(0.05)
 @pytest.fixture(autouse=True)
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
-
-
-def shapes_of(targets: dict[str, nn.Module]) -> dict[str, MatrixShape]:
-    return {name: shape for name, module in targets.items() if (shape := matrix_shape(module)) is not None}
 
 
 def scores_of(
@@ -51,7 +48,7 @@ def scores_of(
     targets = find_targets(model, experts=experts)
     settings = ScoringSettings(score=score, reduction=reduction, ladder=LADDER, seed=0, passes=passes, offload=offload)
     loss = partial(loss_sum, head=head)
-    return score_regions(model, targets, shapes_of(targets), batches, loss_sum=loss, settings=settings)
+    return score_regions(model, targets, batches, loss_sum=loss, settings=settings)
 
 
 def reference(model: Any, batches: list[dict[str, Tensor]], *, head: bool = False, experts: bool = False) -> Any:
@@ -63,14 +60,13 @@ def reference(model: Any, batches: list[dict[str, Tensor]], *, head: bool = Fals
         total, units = total + loss, units + number
     (total / units).backward()
     found = {}
-    for name, module in find_targets(model, experts=experts).items():
+    for name, target in find_targets(model, experts=experts).items():
+        module, shape = target.matrix, target.shape
         if isinstance(module, ExpertMatrix):
             weight, grad = module.weight, module.parameter.grad[module.index]  # type: ignore[index]
         else:
             weight, grad = module.weight, module.weight.grad
         value = (weight.detach() * grad).abs()
-        shape = matrix_shape(module)
-        assert shape is not None
         found[name] = score_rows_and_cols(value.t() if shape.transposed else value, LADDER)
     return found
 
@@ -160,7 +156,7 @@ def test_nothing_but_sums_lives_into_the_next_micro_batch() -> None:
         return loss, units
 
     settings = ScoringSettings(score="importance", reduction="signed_mean", ladder=LADDER, seed=0)
-    score_regions(model, targets, shapes_of(targets), batches, loss_sum=losses, settings=settings)
+    score_regions(model, targets, batches, loss_sum=losses, settings=settings)
     assert len(earlier) == len(batches)
 
 
@@ -315,7 +311,7 @@ def test_owners_share_the_elements(sizes: list[tuple[int, int]], world_size: int
 
 
 def test_owners_of_a_llama_are_balanced() -> None:
-    owners = assign_owners(shapes := shapes_of(find_targets(tiny_models.llama(layers=4))), 4)
+    owners = assign_owners(shapes := find_targets(tiny_models.llama(layers=4)).shapes, 4)
     owned = [sum(shapes[name].numel for name in shapes if owners[name] == rank) for rank in range(4)]
     # Per block: q, o 1024 each, k, v 512 each, three of 1536: 7680. Four blocks over four ranks: 7680 each.
     assert owned == [7680] * 4

@@ -3,13 +3,12 @@
 import torch
 from torch import nn
 
-from taso_ds.adapters.targets import MatrixShape, find_targets, matrix_shape
+from taso_ds.adapters.targets import MatrixShape, find_targets
 from taso_ds.planning.numbers.model_shape import ModelShape, read_model_shape
 
 
 def shapes_of(model: nn.Module) -> dict[str, MatrixShape]:
-    found = {name: matrix_shape(module) for name, module in find_targets(model).items()}
-    return {name: shape for name, shape in found.items() if shape is not None}
+    return find_targets(model).shapes
 
 
 def counted(config: object, *, trainable: int = 1000) -> ModelShape:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from counted_models import counted, llama, shapes_of
+from counted_models import counted, llama
 from torch import Tensor, nn
 
 from taso_ds.adapters.targets import MatrixShape, find_targets
@@ -44,9 +44,8 @@ def saved_bytes(config: object, *, tokens: int) -> int:
         inner.register_forward_hook(hook)
 
     kept: list[tuple[nn.Parameter, nn.Parameter]] = []
-    targets = find_targets(model)
-    for name, shape in shapes_of(model).items():
-        adapt(targets[name], shape)
+    for target in find_targets(model).values():
+        adapt(target.matrix, target.shape)
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -1,0 +1,48 @@
+"""A digest by which a run and a region file recognize their base: of the weights that are adapted, not of a folder."""
+
+import hashlib
+
+from torch import nn
+
+from taso_ds.adapters.targets import Targets
+from taso_ds.distributed import zero
+from taso_ds.models.load import BaseModel
+from taso_ds.models.stored_weights import StoredWeights, stored_weights
+
+
+def base_fingerprint(base: BaseModel, targets: Targets) -> str:
+    """Return the digest of a loaded base; a quantized one's checkpoint is opened for it. A collective."""
+    with stored_weights(base, targets) as stored:
+        return fingerprint(targets, stored)
+
+
+def fingerprint(targets: Targets, stored: StoredWeights | None = None) -> str:
+    """Return a digest of the target weights. A collective.
+
+    It does not depend on how the weights are sharded, nor on whether they were loaded in fp32 or bf16.
+
+    Args:
+        targets: of the loaded model.
+        stored: the checkpoint of a quantized base. The digest is then that of what is stored there: the same whether a
+            run quantizes the base or not.
+    """
+    if stored is None:
+        weights = _weights(targets)
+        shapes, sums = [zero.full_shape(weight) for weight in weights.values()], zero.checksum(list(weights.values()))
+        names = list(weights)
+    else:
+        shapes, sums = [stored.stored_shape(name) for name in targets], stored.checksums()
+        names = list(targets)
+    lines = [f"{name} {tuple(shape)} {value}" for name, shape, value in zip(names, shapes, sums, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _weights(targets: Targets) -> dict[str, nn.Parameter]:
+    """Return the parameters the targets lie in, a fused one once and by its own name."""
+    experts, found = targets.experts, {}
+    for name, target in targets.items():
+        if name in experts:
+            found[name.rpartition(".")[0]] = experts[name].parameter
+        else:
+            found[name] = target.matrix.weight
+    return found
