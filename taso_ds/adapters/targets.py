@@ -55,6 +55,11 @@ class Target:
     matrix: Matrix
     shape: MatrixShape
 
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter it lies in: its own, or one that it shares with other experts."""
+        return self.matrix.parameter if isinstance(self.matrix, ExpertMatrix) else self.matrix.get_parameter("weight")
+
 
 class Targets(Mapping[str, Target]):
     """The matrices of one model to adapt, by module name and in model order."""

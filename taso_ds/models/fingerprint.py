@@ -4,6 +4,7 @@ import hashlib
 
 from torch import nn
 
+from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.targets import Targets
 from taso_ds.distributed import zero
 from taso_ds.models.load import BaseModel
@@ -39,10 +40,7 @@ def fingerprint(targets: Targets, stored: StoredWeights | None = None) -> str:
 
 def _weights(targets: Targets) -> dict[str, nn.Parameter]:
     """Return the parameters the targets lie in, a fused one once and by its own name."""
-    experts, found = targets.experts, {}
-    for name, target in targets.items():
-        if name in experts:
-            found[name.rpartition(".")[0]] = experts[name].parameter
-        else:
-            found[name] = target.matrix.weight
-    return found
+    return {
+        name.rpartition(".")[0] if isinstance(target.matrix, ExpertMatrix) else name: target.parameter
+        for name, target in targets.items()
+    }

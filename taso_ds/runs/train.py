@@ -246,7 +246,7 @@ def prove(setup: Setup, folder: RunFolder, base: BaseModel, rows: Sequence[list[
         revision=config.model.model_revision,
         trust_remote_code=config.model.trust_remote_code,
         head=setup.base.head,
-        num_labels=setup.base.config.num_labels if setup.base.head else 0,
+        num_labels=(setup.base.config.num_labels or 0) if setup.base.head else 0,
         dtype="bfloat16" if config.model.bf16 else "float32",
         quantization=None if setup.base.quantization is None else setup.base.quantization.settings(base.model),
         pad_id=pad_token_id(setup.base.tokenizer),

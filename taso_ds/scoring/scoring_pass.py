@@ -14,7 +14,7 @@ from torch import Tensor
 from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.importance import needs_gradient, needs_weight, score_matrix
 from taso_ds.adapters.selection import RegionScores, score_rows_and_cols
-from taso_ds.adapters.targets import Matrix, MatrixShape, Targets
+from taso_ds.adapters.targets import MatrixShape, Target, Targets
 from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
 from taso_ds.models.quantized_linear import weight_of
@@ -109,7 +109,7 @@ class ScoringPass:
     def _take_weight(self, name: str) -> None:
         """Let a matrix wait at its owner. A collective: its weight is gathered to the owner."""
         is_read = needs_weight(self._settings.score) and self._settings.original_weight is None
-        self._waiting[name] = _stored_on(self.targets[name].matrix, self.owners[name]) if is_read else None
+        self._waiting[name] = _stored_on(self.targets[name], self.owners[name]) if is_read else None
         self._taken.add(name)
 
     def _select_waiting(self) -> None:
@@ -149,7 +149,6 @@ def _by_turns(names: Sequence[str], owners: Mapping[str, int]) -> list[str]:
     return [name for turn in turns for name in turn if name is not None]
 
 
-def _stored_on(matrix: Matrix, owner: int) -> Tensor | None:
-    if isinstance(matrix, ExpertMatrix):
-        return zero.gathered_on(matrix.parameter, owner, index=matrix.index)
-    return zero.gathered_on(matrix.weight, owner)
+def _stored_on(target: Target, owner: int) -> Tensor | None:
+    index = target.matrix.index if isinstance(target.matrix, ExpertMatrix) else None
+    return zero.gathered_on(target.parameter, owner, index=index)

@@ -25,13 +25,17 @@ def run(*flags: str) -> RunConfig:
     return parse_run_config(["--model_name_or_path", "tiny", "--task", "completion", *flags])
 
 
-def counted(model: Any, *flags: str, source: str | None = None, **stored: Any) -> ModelShape:
-    config = run(*flags)
+def spec_of(config: RunConfig, model: Any, *, source: str = "tiny", **stored: Any) -> BaseSpec:
     base_config = model.config
     base_config.architectures = [type(model).__name__]
     if stored:
         base_config.quantization_config = stored
-    base = BaseSpec(config.model, source or "tiny", base_config, head=False)
+    return BaseSpec(config.model, source, base_config, head=False)
+
+
+def counted(model: Any, *flags: str, **options: Any) -> ModelShape:
+    config = run(*flags)
+    base = spec_of(config, model, **options)
     return count_model(config, base, prepare.targets_of(config, base))
 
 
@@ -67,10 +71,10 @@ def test_a_checkpoint_says_itself_what_is_quantized() -> None:
 
 
 def test_what_can_be_quantized() -> None:
-    model = tiny_models.mixtral()
-    assert can_quantize(run(), model)
-    assert not can_quantize(run("--adapt_experts"), model)
-    assert not can_quantize(run("--method", "full"), model)
+    base = spec_of(run(), tiny_models.mixtral())
+    assert can_quantize(run(), base)
+    assert not can_quantize(run("--adapt_experts"), base)
+    assert not can_quantize(run("--method", "full"), base)
     with pytest.raises(UserError, match="gptq"):
         counted(tiny_models.llama(), quant_method="gptq", bits=4)
 
