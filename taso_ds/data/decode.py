@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from taso_ds.data.chat import read_chat
+from taso_ds.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class AnswerReader:
         opening: Text that the chat template puts before every answer.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     end_id: int | None
     opening: str = ""
 
@@ -32,7 +32,7 @@ class AnswerReader:
         return text.removeprefix(self.opening)
 
 
-def answer_reader(tokenizer: Any, *, use_chat_template: bool) -> AnswerReader:
+def answer_reader(tokenizer: Tokenizer, *, use_chat_template: bool) -> AnswerReader:
     """Return what reads the answers of a model that was trained on rows encoded alike."""
     if not use_chat_template:
         return AnswerReader(tokenizer, tokenizer.eos_token_id)

@@ -8,10 +8,10 @@ prompts: when a tokenizer merges across it, the completion is tokenized alone.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from taso_ds.data.chat import chat_prompt, read_chat
 from taso_ds.data.tasks import Example, Task
+from taso_ds.data.tokenizer import Tokenizer
 from taso_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class _Cut:
 
 
 def encode_examples(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     task: Task,
     *,
@@ -96,7 +96,7 @@ def encode_examples(
 
 
 def encode_options(
-    tokenizer: Any, examples: Sequence[Example], *, max_seq_length: int, use_chat_template: bool = False
+    tokenizer: Tokenizer, examples: Sequence[Example], *, max_seq_length: int, use_chat_template: bool = False
 ) -> list[list[EncodedRow]]:
     """Encode every option of every example, each as the completion of its prompt and without an end."""
     rows = _completions(
@@ -109,7 +109,9 @@ def encode_options(
     return [[next(rows).row for _ in example.options] for example in examples]
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, max_seq_length: int, use_chat_template: bool = False) -> EncodedRow:
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, *, max_seq_length: int, use_chat_template: bool = False
+) -> EncodedRow:
     """Encode a prompt alone, to generate from; all labels are -100. Cut on the left, behind a BOS."""
     text = chat_prompt(tokenizer, prompt) if use_chat_template else prompt
     lead = [] if use_chat_template else _lead(tokenizer, text)
@@ -119,12 +121,14 @@ def encode_prompt(tokenizer: Any, prompt: str, *, max_seq_length: int, use_chat_
     return EncodedRow(ids, [IGNORED] * len(ids))
 
 
-def encode_pair(tokenizer: Any, texts: Sequence[str], *, max_seq_length: int, target: int | float | None) -> EncodedRow:
+def encode_pair(
+    tokenizer: Tokenizer, texts: Sequence[str], *, max_seq_length: int, target: int | float | None
+) -> EncodedRow:
     """Encode one or two texts for a classification head; of two, the longer one is cut first."""
     return _pair(tokenizer, texts, target, max_seq_length).row
 
 
-def pad_token_id(tokenizer: Any) -> int:
+def pad_token_id(tokenizer: Tokenizer) -> int:
     """Return an id to pad with. Any will do, since the mask hides it; the tokenizer's own comes first."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     return next((token for token in candidates if token is not None), 0)
@@ -134,7 +138,7 @@ def pad_token_id(tokenizer: Any) -> int:
 
 
 def _completions(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     pairs: Sequence[tuple[str, str]],
     *,
     max_seq_length: int,
@@ -167,14 +171,14 @@ def _completions(
         prompt, full = prompt_ids[index], full_ids[index]
         stable = full[: len(prompt)] == prompt
         answer = full[len(prompt) :] if stable else _ids(tokenizer, [answers[index]])[0]
-        if append_eos and answer[-1:] != [end]:
+        if append_eos and end is not None and answer[-1:] != [end]:
             answer = [*answer, end]
         return _supervise(tokenizer, lead + prompt, answer, len(lead), max_seq_length)
 
     return (row(index) for index in range(len(pairs)))
 
 
-def _supervise(tokenizer: Any, prompt: list[int], answer: list[int], num_lead: int, max_seq_length: int) -> _Cut:
+def _supervise(tokenizer: Tokenizer, prompt: list[int], answer: list[int], num_lead: int, max_seq_length: int) -> _Cut:
     """Cut prompt and answer to length and mask the prompt."""
     kept_answer = answer[: max_seq_length - 1]
     kept_prompt = _fit_left(tokenizer, prompt, num_lead, max_seq_length - len(kept_answer))
@@ -187,12 +191,12 @@ def _supervise(tokenizer: Any, prompt: list[int], answer: list[int], num_lead: i
     return _Cut(row, len(kept_prompt) < len(prompt), len(kept_answer) < len(answer))
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Tokenize bare texts. `verbose` off: its warning about the model's maximal length comes before our cut."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
-def _lead(tokenizer: Any, text: str) -> list[int]:
+def _lead(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the special tokens the tokenizer puts before a text: a BOS, several (GLM) or none.
 
     Those it puts behind (an EOS, a SEP) must not stand between prompt and completion, so they are left out.
@@ -206,7 +210,7 @@ def _lead(tokenizer: Any, text: str) -> list[int]:
     return []
 
 
-def _fit_left(tokenizer: Any, ids: list[int], num_lead: int, room: int) -> list[int]:
+def _fit_left(tokenizer: Tokenizer, ids: list[int], num_lead: int, room: int) -> list[int]:
     """Cut ids on the left to `room` tokens, keeping the special tokens before them (a template's BOS too)."""
     if len(ids) <= room:
         return ids
@@ -219,13 +223,15 @@ def _fit_left(tokenizer: Any, ids: list[int], num_lead: int, room: int) -> list[
 # Classification heads ------------------------------------------------------------------------------------
 
 
-def _pairs(tokenizer: Any, examples: Sequence[Example], is_regression: bool, max_seq_length: int) -> Iterator[_Cut]:
+def _pairs(
+    tokenizer: Tokenizer, examples: Sequence[Example], is_regression: bool, max_seq_length: int
+) -> Iterator[_Cut]:
     for example in examples:
         target = float(example.target) if is_regression else int(example.target)
         yield _pair(tokenizer, example.texts, target, max_seq_length)
 
 
-def _pair(tokenizer: Any, texts: Sequence[str], target: int | float | None, max_seq_length: int) -> _Cut:
+def _pair(tokenizer: Tokenizer, texts: Sequence[str], target: int | float | None, max_seq_length: int) -> _Cut:
     if len(texts) not in (1, 2) or not any(text.strip() for text in texts):
         raise UserError("a classification head reads one or two texts, but the row has none")
     encoding = tokenizer(*texts, verbose=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from taso_ds.models.quantized_linear import QuantizedLinear
 from taso_ds.models.source import Loaded, loading
 from taso_ds.models.spec import BaseSpec, in_pooler, outside_body
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +46,7 @@ class BaseModel:
     """
 
     spec: BaseSpec
-    model: nn.Module
+    model: "PreTrainedModel"
     new_pooler: frozenset[str] = frozenset()
 
     @property
@@ -83,14 +86,14 @@ def load_base_model(spec: BaseSpec, *, seed: int, ds_config: dict[str, Any]) -> 
     return base
 
 
-def _say_what_is_quantized(model: Any, bits: int) -> None:
+def _say_what_is_quantized(model: "PreTrainedModel", bits: int) -> None:
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     small, packed = sum(linear.matrix.numel() for linear in linears), {id(linear.weight) for linear in linears}
     large = sum(zero.full_numel(parameter) for parameter in model.parameters() if id(parameter) not in packed)
     log.info("%.0f %% of the weights in %d bits, the others stay as they are", 100 * small / (small + large), bits)
 
 
-def _load_whole(spec: BaseSpec, options: dict[str, Any]) -> tuple[Any, LoadReport]:
+def _load_whole(spec: BaseSpec, options: dict[str, Any]) -> tuple["PreTrainedModel", LoadReport]:
     """Load through transformers, a whole model on every rank's device."""
     if spec.quantization is not None:
         options = options | spec.quantization.options(spec.meta)
@@ -98,11 +101,11 @@ def _load_whole(spec: BaseSpec, options: dict[str, Any]) -> tuple[Any, LoadRepor
     if spec.quantization is not None:
         adopt_linears(model, spec.quantization)
         _leave_files(model)
-    model.to(comm.device())
+    model.to(comm.device())  # type: ignore[arg-type]  # whose decorator loses ``self``
     return model, report
 
 
-def _leave_files(model: Any) -> None:
+def _leave_files(model: "PreTrainedModel") -> None:
     """Copy parameters that are still pages of the checkpoint: one of them keeps the pages of all in memory.
 
     After quantization those are mostly the 16-bit weights that nobody needs any more.
@@ -115,9 +118,9 @@ def _leave_files(model: Any) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _from_pretrained(spec: BaseSpec, options: dict[str, Any], *, whole: bool) -> tuple[Any, LoadReport]:
-    def load() -> tuple[Any, Mapping[str, Any]]:
-        loaded: tuple[Any, Mapping[str, Any]] = model_class(head=spec.head).from_pretrained(
+def _from_pretrained(spec: BaseSpec, options: dict[str, Any], *, whole: bool) -> tuple["PreTrainedModel", LoadReport]:
+    def load() -> tuple["PreTrainedModel", Mapping[str, Any]]:
+        loaded: tuple[PreTrainedModel, Mapping[str, Any]] = model_class(head=spec.head).from_pretrained(
             spec.source,
             config=spec.config,
             revision=spec.arguments.model_revision,
@@ -131,7 +134,9 @@ def _from_pretrained(spec: BaseSpec, options: dict[str, Any], *, whole: bool) ->
     return model, LoadReport(found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
 
 
-def _load_partitioned(spec: BaseSpec, options: dict[str, Any], *, ds_config: dict[str, Any]) -> tuple[Any, LoadReport]:
+def _load_partitioned(
+    spec: BaseSpec, options: dict[str, Any], *, ds_config: dict[str, Any]
+) -> tuple["PreTrainedModel", LoadReport]:
     """Load into ZeRO-3 partitions: sharded where the checkpoint allows it, through transformers where not."""
     source = spec.source
     model = loading(
@@ -156,7 +161,7 @@ def _load_partitioned(spec: BaseSpec, options: dict[str, Any], *, ds_config: dic
         return _said_by_each_rank(lambda: _from_pretrained(spec, options, whole=False))
 
 
-def _read_generation_config(model: Any, source: str) -> None:
+def _read_generation_config(model: "PreTrainedModel", source: str) -> None:
     """Let the model generate as its folder says, with all its end tokens, which ``from_pretrained`` sees to itself."""
     from transformers import GenerationConfig
 
@@ -181,7 +186,7 @@ def _said_by_each_rank(load: Callable[[], Loaded]) -> Loaded:
         raise
 
 
-def _check_complete(model: Any, report: LoadReport, spec: BaseSpec) -> frozenset[str]:
+def _check_complete(model: "PreTrainedModel", report: LoadReport, spec: BaseSpec) -> frozenset[str]:
     """Refuse a checkpoint that left weights of the model at random values; only a head may start there.
 
     Returns:

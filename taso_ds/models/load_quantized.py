@@ -6,7 +6,7 @@ those of the matrix quantized whole. The statistics of the units are put togethe
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint
 from taso_ds.models.quantization import Quantization, replace_linears
 from taso_ds.models.quantized_linear import quantize_range, share_statistics
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class QuantizedLoad:
     """How ``load_sharded`` fills the parameters of one model, the quantized ones in their own way.
@@ -26,7 +29,7 @@ class QuantizedLoad:
         model: without weights; its linears are replaced.
     """
 
-    def __init__(self, quantization: Quantization | None, model: nn.Module) -> None:
+    def __init__(self, quantization: Quantization | None, model: "PreTrainedModel") -> None:
         self._replaced = {} if quantization is None else replace_linears(model, quantization)
         self._bits = 0 if quantization is None else quantization.bits
         self._stored = quantization is not None and quantization.stored is not None

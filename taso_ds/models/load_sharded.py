@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from taso_ds.errors import UserError
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint, has_checkpoint
 from taso_ds.models.load_quantized import QuantizedLoad
 from taso_ds.models.stored_names import converted_keys, open_for, stored_keys
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ def some_of(names: Iterable[str]) -> str:
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more ({len(found)} in all)" if len(found) > 3 else "")
 
 
-def why_not_sharded(source: str, model: nn.Module) -> str | None:
+def why_not_sharded(source: str, model: "PreTrainedModel") -> str | None:
     """Return why this checkpoint must be loaded by transformers; None when it can be loaded in shards."""
     if not has_checkpoint(Path(source)):
         return "it is not a folder with safetensors files"
@@ -49,12 +52,12 @@ def why_not_sharded(source: str, model: nn.Module) -> str | None:
     return f"transformers merges or splits {converted[0]} as it loads it" if converted else None
 
 
-def build_without_memory(model_class: Any, config: Any, **options: Any) -> nn.Module:
+def build_without_memory(model_class: Any, config: "PretrainedConfig", **options: Any) -> "PreTrainedModel":
     """Return the model with meta parameters and real buffers; its weights are not initialized."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), parameters_without_memory():
-        model: nn.Module = model_class.from_config(config, **options)
+        model: PreTrainedModel = model_class.from_config(config, **options)
     _compute_buffers(model)
     return model
 
@@ -68,7 +71,7 @@ def _compute_buffers(model: Any) -> None:
     model.initialize_weights()
 
 
-def tie_weights(model: Any, source: str) -> None:
+def tie_weights(model: "PreTrainedModel", source: str) -> None:
     """Tie what the config ties, unless the checkpoint holds both tensors and they differ. A collective."""
     with open_for(model, source) as checkpoint:
         stored = stored_keys(model, checkpoint)
@@ -80,7 +83,7 @@ def tie_weights(model: Any, source: str) -> None:
     model.tie_weights(recompute_mapping=False)
 
 
-def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: QuantizedLoad) -> LoadReport:
+def load_sharded(model: "PreTrainedModel", source: str, ds_config: dict[str, Any], loads: QuantizedLoad) -> LoadReport:
     """Fill a model of ``build_without_memory`` from its checkpoint, every parameter as a ZeRO-3 partition.
 
     A parameter that the checkpoint lacks, or has in another shape, is reported and initialized as the model does it,
@@ -118,7 +121,7 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: Quan
             bar.update(_share_of(parameter))
         replace_parameters(model, replacements)
         _load_buffers(model, checkpoint, stored, report)
-    model._adjust_missing_and_unexpected_keys(report)
+    model._adjust_missing_and_unexpected_keys(report)  # type: ignore[arg-type]  # it has the fields that are asked for
     model.eval()
     return report
 
@@ -155,11 +158,11 @@ def _from_tensor(flat: Tensor) -> Fill:
     return fill
 
 
-def _initialized(model: Any, name: str) -> Tensor:
+def _initialized(model: "PreTrainedModel", name: str) -> Tensor:
     """Return the flat initial value that the model gives a parameter."""
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)
-    without_memory = module._parameters[attribute]
+    without_memory = module.get_parameter(attribute)
     value = nn.Parameter(torch.zeros_like(without_memory, device="cpu"), requires_grad=False)
     module._parameters[attribute] = value
     model._init_weights(module)
@@ -188,6 +191,6 @@ def _share_of(parameter: nn.Parameter) -> int:
     return parameter.numel() * parameter.dtype.itemsize // comm.world_size()
 
 
-def _progress(parameters: Iterable[nn.Parameter]) -> Any:
+def _progress(parameters: Iterable[nn.Parameter]) -> "tqdm[NoReturn]":
     total = sum(map(_share_of, parameters))
     return tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not comm.is_main())

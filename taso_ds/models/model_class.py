@@ -4,10 +4,13 @@ There are two: a causal language model, or a model with a classification head. t
 configuration which of them it has.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taso_ds.errors import UserError
 from taso_ds.models.arguments import ModelArguments
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -19,7 +22,7 @@ def model_class(*, head: bool) -> Any:
     return AutoModelForSequenceClassification if head else AutoModelForCausalLM
 
 
-def wants_head(arguments: ModelArguments, config: Any) -> bool:
+def wants_head(arguments: ModelArguments, config: "PretrainedConfig") -> bool:
     """Say whether the base gets a classification head: asked for, or it has no language-model head.
 
     Raises:
@@ -36,7 +39,7 @@ def wants_head(arguments: ModelArguments, config: Any) -> bool:
     return head
 
 
-def choice_in_words(arguments: ModelArguments, config: Any) -> str | None:
+def choice_in_words(arguments: ModelArguments, config: "PretrainedConfig") -> str | None:
     """Return one line on how the class was chosen; None where the flag or ``config.json`` says it."""
     if arguments.head != "auto" or arguments.gguf_file is not None or _said_by(config) is not None:
         return None
@@ -47,7 +50,7 @@ def choice_in_words(arguments: ModelArguments, config: Any) -> str | None:
     return f"head: classification, for config.json {named}, which has no language-model head{remedy}"
 
 
-def _said_by(config: Any) -> bool | None:
+def _said_by(config: "PretrainedConfig") -> bool | None:
     """Return whether the class that ``config.json`` names has a classification head; None when it has neither head."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -57,7 +60,7 @@ def _said_by(config: Any) -> bool | None:
     return True if any(name.endswith("ForSequenceClassification") for name in names) else None
 
 
-def _check(arguments: ModelArguments, config: Any, *, head: bool) -> None:
+def _check(arguments: ModelArguments, config: "PretrainedConfig", *, head: bool) -> None:
     what = f"model_name_or_path: {arguments.model_name_or_path} ({_architectures(config) or config.model_type})"
     if not head and getattr(config, "is_encoder_decoder", False) and "ForCausalLM" not in _architectures(config):
         raise UserError(f"{what} is an encoder-decoder, which is no causal language model{_other(config, head=head)}")
@@ -72,24 +75,24 @@ def _check(arguments: ModelArguments, config: Any, *, head: bool) -> None:
     raise UserError(f"{what} cannot be loaded as {lacking}{_other(config, head=head)}")
 
 
-def _other(config: Any, *, head: bool) -> str:
+def _other(config: "PretrainedConfig", *, head: bool) -> str:
     """Return the remedy: the other head, where there is one."""
     if not _exists(config, head=not head):
         return ""
     return "; --head lm trains it as a language model" if head else "; --head classification gives it a head for labels"
 
 
-def _exists(config: Any, *, head: bool) -> bool:
+def _exists(config: "PretrainedConfig", *, head: bool) -> bool:
     """Say whether transformers, or the code that comes with the checkpoint, has the class."""
     auto = model_class(head=head)
     return auto.__name__ in (getattr(config, "auto_map", None) or {}) or type(config) in auto._model_mapping
 
 
-def _is_encoder(config: Any) -> bool:
+def _is_encoder(config: "PretrainedConfig") -> bool:
     from transformers import AutoModelForMaskedLM
 
     return type(config) in AutoModelForMaskedLM._model_mapping
 
 
-def _architectures(config: Any) -> str:
+def _architectures(config: "PretrainedConfig") -> str:
     return ", ".join(config.architectures or [])

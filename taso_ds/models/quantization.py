@@ -7,7 +7,7 @@ they are. A checkpoint that bitsandbytes has quantized says itself what it quant
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.quantized_linear import NF4, Format, Int8, QuantizedLinear
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Quantization:
     def format(self) -> Format:
         return NF4() if self.bits == 4 else Int8(float((self.stored or {}).get("llm_int8_threshold", 6.0)))
 
-    def names(self, model: Any) -> list[str]:
+    def names(self, model: "PreTrainedModel") -> list[str]:
         """Return the linears of a model without weights that are quantized.
 
         Raises:
@@ -60,8 +63,9 @@ class Quantization:
             from transformers.quantizers.base import HfQuantizer
             from transformers.quantizers.quantizers_utils import should_convert_module
 
+            in_fp32 = model._keep_in_fp32_modules
             skipped = HfQuantizer.get_modules_to_not_convert(
-                model, self.stored.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
+                model, self.stored.get("llm_int8_skip_modules"), None if in_fp32 is None else list(in_fp32)
             )
             found = [name for name in plain if should_convert_module(name, skipped)]
         for name in found:
@@ -97,7 +101,7 @@ class Quantization:
             }
         return found
 
-    def options(self, model: nn.Module) -> dict[str, Any]:
+    def options(self, model: "PreTrainedModel") -> dict[str, Any]:
         """Return what ``from_pretrained`` needs to quantize as it loads, onto this rank's device."""
         from transformers import BitsAndBytesConfig
 
@@ -106,7 +110,7 @@ class Quantization:
         return found if settings is None else found | {"quantization_config": BitsAndBytesConfig(**settings)}
 
 
-def quantization_of(arguments: ModelArguments, config: Any) -> Quantization | None:
+def quantization_of(arguments: ModelArguments, config: "PretrainedConfig") -> Quantization | None:
     """Return how the base of this configuration will be quantized; None when it will not.
 
     Raises:
@@ -139,7 +143,7 @@ class Replaced:
     transposed: bool
 
 
-def replace_linears(model: nn.Module, quantization: Quantization) -> dict[nn.Parameter, Replaced]:
+def replace_linears(model: "PreTrainedModel", quantization: Quantization) -> dict[nn.Parameter, Replaced]:
     """Put quantized linears without weights in place; returned by their weight parameter."""
     found: dict[nn.Parameter, Replaced] = {}
     for name in quantization.names(model):

@@ -207,7 +207,7 @@ class QuantizedLinear(nn.Linear):
         return out.to(input.dtype)
 
 
-def weight_of(module: Any, gathered: Tensor) -> Tensor:
+def weight_of(module: object, gathered: Tensor) -> Tensor:
     """Return a linear's weight from its gathered data, dequantized where it must be: of one matrix at a time."""
     return module.format.dequantize(_aligned(gathered), module) if isinstance(module, QuantizedLinear) else gathered
 

@@ -26,7 +26,7 @@ from taso_ds.models.source import loading
 from taso_ds.models.stored_names import open_for, stored_keys
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # What encoders put between their body and a classification head, and some checkpoints lack.
 _POOLER = "pooler"
@@ -88,16 +88,16 @@ class BaseSpec:
         )
 
     @cached_property
-    def meta(self) -> nn.Module:
+    def meta(self) -> "PreTrainedModel":
         """The model without weights, for counting.
 
         Raises:
             UserError: when it cannot be built, or its classification head cannot be told from its body.
         """
 
-        def build() -> nn.Module:
+        def build() -> "PreTrainedModel":
             with torch.device("meta"):
-                model: nn.Module = model_class(head=self.head).from_config(
+                model: PreTrainedModel = model_class(head=self.head).from_config(
                     copy.deepcopy(self.config), trust_remote_code=self.arguments.trust_remote_code
                 )
             return model
@@ -204,7 +204,7 @@ def check_weight_files(source: str) -> None:
             raise UserError(f"model_name_or_path: {path} is damaged, copy it again ({error})") from error
 
 
-def outside_body(model: nn.Module, *, new_pooler: Collection[str] = ()) -> dict[str, nn.Parameter]:
+def outside_body(model: "PreTrainedModel", *, new_pooler: Collection[str] = ()) -> dict[str, nn.Parameter]:
     """Return the parameters of a classification head: all outside the pretrained body and an attached adapter.
 
     Args:

@@ -8,33 +8,36 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint, has_checkpoint, open_checkpoint
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter, WeightTransform
+
 
 @contextmanager
-def open_for(model: nn.Module, source: str) -> Iterator[SafetensorsCheckpoint]:
+def open_for(model: "PreTrainedModel", source: str) -> Iterator[SafetensorsCheckpoint]:
     """Open a folder's checkpoint with the experts of each block as the one tensor they are in the model."""
     with open_checkpoint(Path(source)) as checkpoint:
         _join_experts(model, checkpoint)
         yield checkpoint
 
 
-def stored_keys(model: nn.Module, checkpoint: SafetensorsCheckpoint) -> dict[str, str]:
+def stored_keys(model: "PreTrainedModel", checkpoint: SafetensorsCheckpoint) -> dict[str, str]:
     """Return the checkpoint's key of each name the model would give it."""
     return {name: key for key, (name, _) in _translated(model, checkpoint.tensors).items()}
 
 
-def converted_keys(model: nn.Module, checkpoint: SafetensorsCheckpoint) -> list[str]:
+def converted_keys(model: "PreTrainedModel", checkpoint: SafetensorsCheckpoint) -> list[str]:
     """Return the keys of tensors that transformers would split or merge."""
     return [key for key, (_, pattern) in _translated(model, checkpoint.tensors).items() if pattern is not None]
 
 
-def merged_names(model: Any, source: Path, *, experts: bool = True) -> list[str]:
+def merged_names(model: "PreTrainedModel", source: Path, *, experts: bool = True) -> list[str]:
     """Return the parameters of a model, on the meta device too, that transformers merges or splits as it loads them.
 
     By the tensors of the checkpoint; where ``source`` has none yet, by the rules for the architecture.
@@ -52,7 +55,7 @@ def merged_names(model: Any, source: Path, *, experts: bool = True) -> list[str]
     return [name for name in own if any(re.search(pattern, name) for pattern in patterns)]
 
 
-def _translated(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+def _translated(model: "PreTrainedModel", keys: Iterable[str]) -> dict[str, tuple[str, str | None]]:
     """Return each key's name in the model, and the pattern by which transformers splits or merges the tensor."""
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -68,20 +71,20 @@ def _translated(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, str | N
     return found
 
 
-def _mapping(model: Any) -> Sequence[Any]:
+def _mapping(model: "PreTrainedModel") -> Sequence["WeightTransform"]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    mapping: Sequence[Any] = get_model_conversion_mapping(model)
+    mapping: Sequence[WeightTransform] = get_model_conversion_mapping(model)
     return mapping
 
 
-def _converters(mapping: Sequence[Any]) -> list[Any]:
+def _converters(mapping: Sequence["WeightTransform"]) -> list["WeightConverter"]:
     from transformers.core_model_loading import WeightConverter
 
     return [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
 
-def _join_experts(model: nn.Module, checkpoint: SafetensorsCheckpoint) -> None:
+def _join_experts(model: "PreTrainedModel", checkpoint: SafetensorsCheckpoint) -> None:
     by_pattern = {
         pattern: converter
         for converter in _converters(_mapping(model))
@@ -105,7 +108,7 @@ def _join_experts(model: nn.Module, checkpoint: SafetensorsCheckpoint) -> None:
             checkpoint.join(name, keys, torch.Size((len(columns[0]), len(columns) * rows, *rest)))
 
 
-def _puts_experts_end_to_end(converter: Any) -> bool:
+def _puts_experts_end_to_end(converter: "WeightConverter") -> bool:
     """Say whether a rule stacks experts, of which each is one matrix or several above one another."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 

@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-from torch import nn
-
 from taso_ds.adapters.targets import Targets
 from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
@@ -38,7 +36,7 @@ def count_model(config: RunConfig, base: BaseSpec, targets: Targets) -> ModelSha
 
 
 def _count(config: RunConfig, base: BaseSpec, targets: Targets) -> ModelShape:
-    adapter, model, folder = config.adapter, base.meta, Path(base.source)
+    adapter, model = config.adapter, base.meta
     heads = sum(value.numel() for value in base.head_parameters.values())
     trains_base = adapter.method == "full"
     if trains_base:
@@ -53,13 +51,13 @@ def _count(config: RunConfig, base: BaseSpec, targets: Targets) -> ModelShape:
         trainable=trainable,
         adapter_dense=targets.count_dense(adapter.structure, rank=adapter.rank) if is_taso else 0,
         quantized=_quantized_names(base),
-        merged=merged_names(model, folder),
+        merged=merged_names(model, Path(base.source)),
     )
     stored = None if base.quantization is None else base.quantization.stored
     return dataclasses.replace(
         found,
         trains_base=trains_base,
-        reads_whole=_is_read_whole(model, folder),
+        reads_whole=_is_read_whole(base),
         double_quantized=stored is None or bool(stored.get("bnb_4bit_use_double_quant")),
     )
 
@@ -81,11 +79,12 @@ def _quantized_names(base: BaseSpec) -> list[str]:
         return []
 
 
-def _is_read_whole(model: nn.Module, folder: Path) -> bool:
+def _is_read_whole(base: BaseSpec) -> bool:
     """Say whether the checkpoint must be loaded by transformers at stage 3 too."""
+    folder = Path(base.source)
     if _holds_weights(folder):
-        return why_not_sharded(str(folder), model) is not None
-    return bool(merged_names(model, folder, experts=False))
+        return why_not_sharded(base.source, base.meta) is not None
+    return bool(merged_names(base.meta, folder, experts=False))
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -164,7 +164,7 @@ def load_base(setup: Setup) -> tuple[BaseModel, Targets]:
         # ZeRO-3 empties frozen weights between a block's recomputation and the check of its tensors' shapes, which
         # would then fail on weights that are gathered again before use; the numbers are covered by a test.
         check = {"determinism_check": "none"} if engines.zero_stage(setup.ds_config) == 3 else {}
-        base.model.gradient_checkpointing_enable({"use_reentrant": False, **check})  # type: ignore[operator]
+        base.model.gradient_checkpointing_enable({"use_reentrant": False, **check})
     if engines.zero_stage(setup.ds_config) == 3:
         engines.set_leaf_modules(base.model, find_experts(base.model, shape_of=zero.full_shape).blocks)
     return base, setup.targets.within(base.model, shape_of=zero.full_shape)
@@ -221,7 +221,7 @@ def attach(setup: Setup, base: BaseModel, targets: Targets, found: regions.Regio
             rank=config.adapter.rank,
             scaling=config.adapter.scaling,
             seed=config.run.seed,
-            dtype=model.dtype,  # type: ignore[arg-type]
+            dtype=model.dtype,
         ).to(comm.device())
         adapter.attach(model)
         trained = [adapter.flat]
