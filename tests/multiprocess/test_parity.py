@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.selection import CoreRegion
-from taso_ds.adapters.targets import find_targets, matrix_shape
+from taso_ds.adapters.targets import Target, find_targets
 from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate, collate_head
 from taso_ds.data.encode import EncodedRow
@@ -81,20 +81,20 @@ def gradients(model: Any, rows: Sequence[EncodedRow], *, experts: bool = False) 
     return {name: as_out_in(target, gradient_of(target)).clone() for name, target in targets.items()}
 
 
-def gradient_of(target: Any) -> Tensor:
-    gradient: Tensor = target.parameter.grad[target.index] if isinstance(target, ExpertMatrix) else target.weight.grad
-    return gradient
+def gradient_of(target: Target) -> Tensor:
+    gradient: Any = target.parameter.grad
+    found: Tensor = gradient[target.matrix.index] if isinstance(target.matrix, ExpertMatrix) else gradient
+    return found
 
 
-def as_out_in(module: Any, value: Tensor) -> Tensor:
-    shape = matrix_shape(module)
-    assert shape is not None
-    return value.detach().t() if shape.transposed else value.detach()
+def as_out_in(target: Target, value: Any) -> Tensor:
+    found: Tensor = value.detach().t() if target.shape.transposed else value.detach()
+    return found
 
 
 def weights(model: Any, *, experts: bool = False) -> dict[str, Tensor]:
     targets = find_targets(model, experts=experts)
-    return {name: as_out_in(target, target.weight) for name, target in targets.items()}
+    return {name: as_out_in(target, target.matrix.weight) for name, target in targets.items()}
 
 
 def longhand(importance: Tensor) -> tuple[list[int], list[int]]:

@@ -202,7 +202,7 @@ def products(model: Any) -> Iterator[dict[str, Tensor]]:
 
         return module.register_forward_hook(forward)
 
-    handles = [listen(name, module) for name, module in find_targets(model).items()]
+    handles = [listen(name, module) for name, module in find_targets(model).linears.items()]
     handles.append(model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].requires_grad_(True)))
     yield found
     for handle in handles:
@@ -218,7 +218,7 @@ def reference(folder: Path, bits: str) -> tuple[dict[str, Tensor], dict[str, Ten
     model = by_bitsandbytes(folder, bits)
     dequantized = {
         name: dequantize_bnb_weight(module.weight, getattr(module, "state", None)).detach().float()
-        for name, module in find_targets(model).items()
+        for name, module in find_targets(model).linears.items()
     }
     if bits == "4":
         plain: Any = AutoModelForCausalLM.from_pretrained(folder)
