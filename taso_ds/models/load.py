@@ -56,7 +56,7 @@ class BaseModel:
 
 
 def load_base_model(spec: BaseSpec, *, seed: int, ds_config: dict[str, Any]) -> BaseModel:
-    """Load the base in the engine's dtype, frozen but for a classification head; partitioned at once at stage 3.
+    """Load the base in the engine's dtype, at ZeRO stage 3 as partitions. Only a classification head is trainable.
 
     Args:
         spec: which base.
@@ -94,7 +94,7 @@ def _say_what_is_quantized(model: "PreTrainedModel", bits: int) -> None:
 
 
 def _load_whole(spec: BaseSpec, options: dict[str, Any]) -> tuple["PreTrainedModel", LoadReport]:
-    """Load through transformers, a whole model on every rank's device."""
+    """Load a whole model on every rank's device, through transformers."""
     if spec.quantization is not None:
         options = options | spec.quantization.options(spec.meta)
     model, report = comm.together(lambda: _from_pretrained(spec, options, whole=True))
@@ -106,11 +106,11 @@ def _load_whole(spec: BaseSpec, options: dict[str, Any]) -> tuple["PreTrainedMod
 
 
 def _leave_files(model: "PreTrainedModel") -> None:
-    """Copy parameters that are still pages of the checkpoint: one of them keeps the pages of all in memory.
+    """Copy the parameters that are still pages of the checkpoint.
 
-    After quantization those are mostly the 16-bit weights that nobody needs any more.
+    A single one keeps the whole file in memory, and after quantization nobody needs most of its 16-bit weights.
     """
-    if comm.device().type != "cpu":  # where the parameters are copied anyway
+    if comm.device().type != "cpu":  # parameters are copied to other devices anyway
         return
     quantized = {id(module.weight) for module in model.modules() if isinstance(module, QuantizedLinear)}
     for parameter in model.parameters():
@@ -137,7 +137,7 @@ def _from_pretrained(spec: BaseSpec, options: dict[str, Any], *, whole: bool) ->
 def _load_partitioned(
     spec: BaseSpec, options: dict[str, Any], *, ds_config: dict[str, Any]
 ) -> tuple["PreTrainedModel", LoadReport]:
-    """Load into ZeRO-3 partitions: sharded where the checkpoint allows it, through transformers where not."""
+    """Load into ZeRO-3 partitions: each rank its own where the checkpoint allows it, otherwise through transformers."""
     source = spec.source
     model = loading(
         source, lambda: build_without_memory(model_class(head=spec.head), copy.deepcopy(spec.config), **options)
@@ -162,7 +162,7 @@ def _load_partitioned(
 
 
 def _read_generation_config(model: "PreTrainedModel", source: str) -> None:
-    """Let the model generate as its folder says, with all its end tokens, which ``from_pretrained`` sees to itself."""
+    """Read how the model generates, its end tokens among it, as ``from_pretrained`` would have done."""
     from transformers import GenerationConfig
 
     if not model.can_generate():
@@ -177,7 +177,10 @@ def _read_generation_config(model: "PreTrainedModel", source: str) -> None:
 
 
 def _said_by_each_rank(load: Callable[[], Loaded]) -> Loaded:
-    """Run ``load``, which is full of collectives: a rank that fails cannot tell the others, so it tells the user."""
+    """Run ``load`` and log its error on the rank that fails.
+
+    ``load`` is full of collectives, so that rank cannot tell the others: it tells the user.
+    """
     try:
         return load()
     except UserError as error:
@@ -187,10 +190,11 @@ def _said_by_each_rank(load: Callable[[], Loaded]) -> Loaded:
 
 
 def _check_complete(model: "PreTrainedModel", report: LoadReport, spec: BaseSpec) -> frozenset[str]:
-    """Refuse a checkpoint that left weights of the model at random values; only a head may start there.
+    """Refuse a checkpoint that leaves weights of the body at random values; only a head may start there.
 
     Returns:
-        The parameters of a pooler that encoders are published without: they begin at random, and train with the head.
+        The parameters of the pooler where the checkpoint lacks it, as encoders are often published. They start at
+        random values and train with the head.
     """
     source = spec.source
     if report.unexpected_keys:

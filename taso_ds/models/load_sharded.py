@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class LoadReport:
-    """How checkpoint and model differ, in the words of ``from_pretrained(output_loading_info=True)``."""
+    """How a checkpoint and a model differ; the fields are those of ``from_pretrained(output_loading_info=True)``."""
 
     missing_keys: set[str] = field(default_factory=set)
     unexpected_keys: set[str] = field(default_factory=set)
@@ -38,7 +38,7 @@ class LoadReport:
 
 
 def some_of(names: Iterable[str]) -> str:
-    """Name up to three, in order, and say how many there are in all."""
+    """Return the first three names in order, and the number of all if there are more."""
     found = sorted(names)
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more ({len(found)} in all)" if len(found) > 3 else "")
 
@@ -63,7 +63,10 @@ def build_without_memory(model_class: Any, config: "PretrainedConfig", **options
 
 
 def _compute_buffers(model: Any) -> None:
-    """Compute the buffers again, as ``from_pretrained`` does: a model built in bf16 computes its tables in bf16."""
+    """Compute the buffers again, as ``from_pretrained`` does.
+
+    A model that is built in bf16 computes its tables in bf16.
+    """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for module in model.modules():
@@ -86,11 +89,17 @@ def tie_weights(model: "PreTrainedModel", source: str) -> None:
 def load_sharded(model: "PreTrainedModel", source: str, ds_config: dict[str, Any], loads: QuantizedLoad) -> LoadReport:
     """Fill a model of ``build_without_memory`` from its checkpoint, every parameter as a ZeRO-3 partition.
 
-    A parameter that the checkpoint lacks, or has in another shape, is reported and initialized as the model does it,
-    from torch's seed, alike on every rank.
+    The report names each parameter that the checkpoint lacks or has in another shape. The model initializes these from
+    torch's seed, alike on every rank.
+
+    Args:
+        model: without memory for its parameters.
+        source: a folder with safetensors files.
+        ds_config: the resolved DeepSpeed dict.
+        loads: how each parameter is filled.
 
     Raises:
-        UserError: when weights that ``loads`` quantizes are not there in their shapes.
+        UserError: when a weight to be quantized is missing, or has another shape.
     """
     report = LoadReport()
     aliases: dict[nn.Parameter, list[str]] = {}

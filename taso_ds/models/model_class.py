@@ -1,4 +1,4 @@
-"""Which transformers class a base is loaded as: decided by its configuration, before anything else is read.
+"""Which transformers class a base is loaded as. Its configuration decides that before anything else is read.
 
 There are two: a causal language model, or a model with a classification head. transformers knows for every type of
 configuration which of them it has.
@@ -16,14 +16,14 @@ _LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def model_class(*, head: bool) -> Any:
-    """Return the class that finds a configuration's own class."""
+    """Return the ``Auto`` class of transformers, which finds the class of a configuration."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification if head else AutoModelForCausalLM
 
 
 def wants_head(arguments: ModelArguments, config: "PretrainedConfig") -> bool:
-    """Say whether the base gets a classification head: asked for, or it has no language-model head.
+    """Say whether the base gets a classification head: the flag asks for it, or the base has no language-model head.
 
     Raises:
         UserError: when transformers has no such class for this configuration.
@@ -51,7 +51,7 @@ def choice_in_words(arguments: ModelArguments, config: "PretrainedConfig") -> st
 
 
 def _said_by(config: "PretrainedConfig") -> bool | None:
-    """Return whether the class that ``config.json`` names has a classification head; None when it has neither head."""
+    """Return whether the class in ``config.json`` has a classification head; None when it has neither head."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = list(config.architectures or [])

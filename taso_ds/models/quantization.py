@@ -144,7 +144,7 @@ class Replaced:
 
 
 def replace_linears(model: "PreTrainedModel", quantization: Quantization) -> dict[nn.Parameter, Replaced]:
-    """Put quantized linears without weights in place; returned by their weight parameter."""
+    """Replace the linears to be quantized by quantized ones without weights, and return these by weight parameter."""
     found: dict[nn.Parameter, Replaced] = {}
     for name in quantization.names(model):
         module: Any = model.get_submodule(name)
@@ -164,7 +164,7 @@ def replace_linears(model: "PreTrainedModel", quantization: Quantization) -> dic
 
 
 def adopt_linears(model: nn.Module, quantization: Quantization) -> None:
-    """Put quantized linears in the place of bitsandbytes' own, with their weights."""
+    """Replace the linears of bitsandbytes by ours, which take over the weights."""
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
         if kind not in ("Linear4bit", "Linear8bitLt"):
@@ -186,13 +186,13 @@ def adopt_linears(model: nn.Module, quantization: Quantization) -> None:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Count weights, quantized ones as what they stand for."""
+    """Return the number of weights; a quantized matrix counts as what it stands for."""
     packed = {id(module.weight): module.matrix for module in model.modules() if isinstance(module, QuantizedLinear)}
     return sum(math.prod(packed.get(id(value), zero.full_shape(value))) for value in model.parameters())
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Say whether transformers would quantize this linear: not one of a class of the model's own."""
+    """Say whether transformers would quantize this linear; it leaves classes of a model's own alone."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 

@@ -160,7 +160,7 @@ class _Product(torch.autograd.Function):
 
 
 def _aligned(packed: Tensor) -> Tensor:
-    """Return the bytes where kernels want them: a gathered weight begins anywhere in ZeRO's buffer."""
+    """Return the bytes at an address that kernels accept: a gathered weight begins anywhere in ZeRO's buffer."""
     data = packed.detach()
     return data.clone() if data.data_ptr() % 16 else data
 
@@ -208,7 +208,7 @@ class QuantizedLinear(nn.Linear):
 
 
 def weight_of(module: object, gathered: Tensor) -> Tensor:
-    """Return a linear's weight from its gathered data, dequantized where it must be: of one matrix at a time."""
+    """Return the weight of one linear from its gathered data, dequantized if the linear is quantized."""
     return module.format.dequantize(_aligned(gathered), module) if isinstance(module, QuantizedLinear) else gathered
 
 

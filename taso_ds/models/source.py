@@ -1,4 +1,4 @@
-"""Where the base is loaded from: a folder on this node, which a Hub id or a GGUF file is turned into first."""
+"""Where the base is loaded from: always a folder on this node. A Hub id and a GGUF file become one first."""
 
 import hashlib
 import logging
@@ -27,10 +27,10 @@ OTHER_FILES = "consolidated*"
 
 
 def model_source(arguments: ModelArguments) -> str:
-    """Return the folder to load from; a Hub id is downloaded and a GGUF file dequantized to the cache first.
+    """Return the folder to load from. A Hub id is downloaded first, and a GGUF file dequantized into the cache.
 
-    Whichever rank of a node comes first does it. The others wait on a file lock, not in a collective that could time
-    out, so this is called before the ranks join.
+    The first rank of a node to come does that. The others wait on a file lock, not in a collective that could time
+    out; so this is called before the ranks join.
 
     Raises:
         UserError: the Hub cannot be reached or does not have the model, or the GGUF file cannot be read.
@@ -53,7 +53,7 @@ def model_source(arguments: ModelArguments) -> str:
 
 @cache
 def _downloaded(name: str, revision: str) -> str:
-    """Return the folder of the Hub's cache that holds the model: its safetensors files where it has any."""
+    """Return the folder of the Hub's cache that holds the model, with its safetensors files where it has any."""
     from huggingface_hub import snapshot_download
 
     def load() -> str:

@@ -74,8 +74,8 @@ class BaseSpec:
         return quantization_of(self.arguments, self.config)
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer, the base's own unless another is named."""
+    def tokenizer(self) -> Any:  # its special tokens are attributes that no type of transformers names
+        """The tokenizer: the base's own unless another is named."""
         from transformers import AutoTokenizer
 
         name = self.arguments.tokenizer_name or self.source

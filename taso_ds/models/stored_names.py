@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_for(model: "PreTrainedModel", source: str) -> Iterator[SafetensorsCheckpoint]:
-    """Open a folder's checkpoint with the experts of each block as the one tensor they are in the model."""
+    """Open a folder's checkpoint. The experts of each block are joined to the one tensor that they are in the model."""
     with open_checkpoint(Path(source)) as checkpoint:
         _join_experts(model, checkpoint)
         yield checkpoint
@@ -38,12 +38,14 @@ def converted_keys(model: "PreTrainedModel", checkpoint: SafetensorsCheckpoint) 
 
 
 def merged_names(model: "PreTrainedModel", source: Path, *, experts: bool = True) -> list[str]:
-    """Return the parameters of a model, on the meta device too, that transformers merges or splits as it loads them.
+    """Return the parameters that transformers merges or splits as it loads them.
 
-    By the tensors of the checkpoint; where ``source`` has none yet, by the rules for the architecture.
+    The tensors of the checkpoint tell them; where ``source`` has none yet, the rules for the architecture do.
 
     Args:
-        experts: count those whose experts are put end to end, which loading in shards does by itself.
+        model: on the meta device, or loaded.
+        source: the checkpoint's folder.
+        experts: count the parameters whose experts are put end to end, which loading in shards does by itself.
     """
     own = [name for name, _ in model.named_parameters()]
     if has_checkpoint(source):
@@ -109,7 +111,7 @@ def _join_experts(model: "PreTrainedModel", checkpoint: SafetensorsCheckpoint) -
 
 
 def _puts_experts_end_to_end(converter: "WeightConverter") -> bool:
-    """Say whether a rule stacks experts, of which each is one matrix or several above one another."""
+    """Say whether a rule stacks experts; each may be one matrix, or several above one another."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     stack, *more = converter.operations
@@ -121,5 +123,5 @@ def _puts_experts_end_to_end(converter: "WeightConverter") -> bool:
 
 
 def _in_numbers(key: str) -> list[int | str]:
-    """Sort expert 10 behind expert 9."""
+    """Return a key that sorts expert 10 behind expert 9."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key)]

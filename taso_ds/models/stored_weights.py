@@ -1,6 +1,7 @@
-"""The weights of a quantized base as its checkpoint holds them: to recognize the base, and to score with its originals.
+"""The weights of a quantized base as its checkpoint holds them.
 
-Neither needs the model in 16 bits: a fingerprint is a sum over ranges, and scoring wants one matrix at a time.
+The fingerprint recognizes the base by them, and scoring may use them in place of the quantized ones. Neither needs the
+whole model in 16 bits: a fingerprint is a sum over ranges, and scoring wants one matrix at a time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -82,7 +83,7 @@ def stored_weights(base: BaseModel, targets: Targets) -> Iterator[StoredWeights 
 
 
 def _folder(source: str, revision: str) -> Path:
-    """Return where the files lie: the folder itself, or the Hub's cache, which loading has filled."""
+    """Return the folder of the files: the source itself, or the folder of the Hub's cache that loading has filled."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_dir():
