@@ -29,8 +29,8 @@ def check_bfloat16(base: BaseSpec) -> None:
     why = _what_ends_it(base, torch.bfloat16)
     if why is not None and _what_ends_it(base, torch.float32) is None:
         raise UserError(
-            f"bf16: {type(base.meta).__name__} ({base.config.model_type}) does not compute in bfloat16 in this version of"
-            f" transformers ({' '.join(str(why).split())[:200]}); pass --no_bf16"
+            f"bf16: {type(base.meta).__name__} ({base.config.model_type}) does not compute in bfloat16 in this version"
+            f" of transformers ({' '.join(str(why).split())[:200]}); pass --no_bf16"
         )
 
 
