@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from taso_ds.launch import slurm
 
 from taso_ds.batch_script import batch_script, parse_job, write_script
 from taso_ds.errors import UserError
+from taso_ds.launch import slurm
 
 SHIPPED = Path(__file__).resolve().parents[1] / "launch" / "slurm"
 # What each shipped script was written with; write it again with --write after a change.

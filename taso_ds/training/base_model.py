@@ -30,7 +30,7 @@ from taso_ds.training.load_sharded import (
     why_not_sharded,
 )
 from taso_ds.training.model_class import model_class
-from taso_ds.training.model_source import Loaded, loading
+from taso_ds.training.model_source import Loaded, check_no_gguf, loading
 from taso_ds.training.quantized_base import Quantization, adopt_linears, quantization_of
 from taso_ds.training.stored_names import open_for, stored_keys
 
@@ -98,6 +98,7 @@ def read_config(arguments: ModelArguments) -> Any:
     """Return the configuration from the checkpoint as it is: of a GGUF file only the header is read."""
     name, file = str(arguments.model_name_or_path), arguments.gguf_file
     if file is None:
+        check_no_gguf(name)
         return load_config(arguments, name)
     from transformers import AutoConfig
 
