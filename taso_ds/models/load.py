@@ -31,7 +31,7 @@ from taso_ds.models.load_sharded import (
 from taso_ds.models.model_class import model_class
 from taso_ds.models.quantization import Quantization, adopt_linears, quantization_of
 from taso_ds.models.quantized_linear import QuantizedLinear
-from taso_ds.models.source import Loaded, loading
+from taso_ds.models.source import Loaded, check_no_gguf, loading
 from taso_ds.models.stored_names import open_for, stored_keys
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def read_config(arguments: ModelArguments) -> Any:
     """Return the configuration from the checkpoint as it is: of a GGUF file only the header is read."""
     name, file = str(arguments.model_name_or_path), arguments.gguf_file
     if file is None:
+        check_no_gguf(name)
         return load_config(arguments, name)
     from transformers import AutoConfig
 

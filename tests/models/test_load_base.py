@@ -1,9 +1,13 @@
 """The base and its head: which parameters train in full, whatever is attached."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -14,7 +18,17 @@ from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.methods.export import head_modules
 from taso_ds.models.arguments import ModelArguments
-from taso_ds.models.load import BaseModel, _said_by_each_rank, load_base_model, load_config, meta_model, without_weights
+from taso_ds.models.load import (
+    BaseModel,
+    _said_by_each_rank,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+    meta_model,
+    read_config,
+    without_weights,
+)
+from taso_ds.models.source import model_source
 
 STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
 
@@ -148,3 +162,23 @@ def test_a_rank_that_cannot_tell_the_others_tells_the_user(
     with pytest.raises(UserError, match="no room left"):
         _said_by_each_rank(load)
     assert [record.getMessage() for record in caplog.records] == ["rank 3: no room left"]
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_only_loads(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("the sun and the moon\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=280,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tiny_models.llama().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = load_tokenizer(ModelArguments(), str(tmp_path))
+    assert tokenizer.decode(tokenizer.encode("the moon", add_special_tokens=False)) == "the moon"
+
+
+@pytest.mark.parametrize("read", [model_source, read_config])
+def test_a_gguf_file_that_is_named_as_the_model_or_not_at_all(tmp_path: Path, read: Any) -> None:
+    (tmp_path / "tiny.gguf").touch()
+    for name in (tmp_path, tmp_path / "tiny.gguf"):
+        with pytest.raises(UserError, match=rf"pass --model_name_or_path {tmp_path} --gguf_file tiny\.gguf$"):
+            read(ModelArguments(model_name_or_path=str(name)))
