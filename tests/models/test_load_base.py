@@ -11,12 +11,13 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.targets import find_targets, matrix_shape
 from taso_ds.distributed import comm
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.methods.export import head_modules
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.load import BaseModel, _said_by_each_rank, load_base_model, load_config, meta_model, without_weights
 
-STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
+STAGE_0 = ZeroConfig({"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}})
 
 
 def load(folder: Path, *, head: bool, bf16: bool = False, num_labels: int | None = None) -> BaseModel:
@@ -24,7 +25,7 @@ def load(folder: Path, *, head: bool, bf16: bool = False, num_labels: int | None
     config = load_config(arguments, str(folder))
     if num_labels is not None:
         config.num_labels = num_labels
-    return load_base_model(arguments, str(folder), config, head=head, seed=0, ds_config=STAGE_0)
+    return load_base_model(arguments, str(folder), config, head=head, seed=0, zero=STAGE_0)
 
 
 @pytest.fixture(autouse=True)
