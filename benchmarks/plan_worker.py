@@ -56,7 +56,7 @@ def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
     found = find_regions(setup, base, targets, shapes)
     phases.end("score")
     trained = attach(setup, base, shapes, found)
-    engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.ds_config)
+    engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.zero)
     engine.train()
     steps = config.training.max_steps
     trainer = Trainer(

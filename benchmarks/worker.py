@@ -48,7 +48,7 @@ def make_trainer(setup: Setup, steps: int) -> Trainer:
     method = setup.config.adapter.method
     found = find_regions(setup, base, targets, shapes) if method == "taso" else None
     trained = attach(setup, base, shapes, found)
-    engine = engines.training_engine(base.model, make_optimizer(trained.groups, setup.config.training), setup.ds_config)
+    engine = engines.training_engine(base.model, make_optimizer(trained.groups, setup.config.training), setup.zero)
     engine.train()
     plan = BatchPlan(len(setup.rows), setup.sizes.global_batch_size, seed=0)
     return Trainer(
@@ -112,7 +112,7 @@ def scoring_jobs(*flags: str) -> Iterator[ScoringJobs]:
     weights: list[Any] = [module.weight for module in targets.values()]
     numels = [shape.numel for shape in shapes.values()]
     losses = setup.loss_sum
-    with engines.scoring_engine(base.model, setup.ds_config) as model:
+    with engines.scoring_engine(base.model, setup.zero) as model:
         score = partial(calibrate.score_regions, model, targets, shapes, loss_sum=losses)
         jobs = ScoringJobs(
             backward=partial(_plain_backward, model, weights, batches, losses),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from taso_ds.distributed import comm
+from taso_ds.distributed.zero_config import ZeroConfig
 
 
 def quiet_deepspeed() -> None:
@@ -18,10 +19,6 @@ def quiet_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING if comm.is_main() else logging.ERROR)
-
-
-def zero_stage(ds_config: dict[str, Any]) -> int:
-    return int(ds_config["zero_optimization"]["stage"])
 
 
 def zero_stage_of(engine: Any) -> int:
@@ -36,18 +33,18 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 @contextmanager
-def zero3_loading(ds_config: dict[str, Any]) -> Iterator[None]:
+def zero3_loading(zero: ZeroConfig) -> Iterator[None]:
     """Make ``from_pretrained`` partition parameters as it creates them, at stage 3; nothing below.
 
     transformers keeps only a weak reference to this object: it must live while models are built, and must be
     gone afterwards, or helper models would be partitioned too.
     """
-    if zero_stage(ds_config) != 3:
+    if zero.stage != 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
 
-    alive = HfDeepSpeedConfig(ds_config)
+    alive = HfDeepSpeedConfig(zero.raw)
     try:
         yield
     finally:
@@ -55,19 +52,19 @@ def zero3_loading(ds_config: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def scoring_engine(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[nn.Module]:
+def scoring_engine(model: nn.Module, zero: ZeroConfig) -> Iterator[nn.Module]:
     """Yield a module that runs forward and backward on the frozen base, at stage 3 with ZeRO's gathering hooks.
 
     Direct ``loss.backward()`` is allowed on it. The hooks are removed on exit: left behind, a second engine would
     gather every layer twice.
     """
-    if zero_stage(ds_config) != 3:
+    if zero.stage != 3:
         yield model.to(comm.device())
         return
     import deepspeed
 
     _keep_no_memo_of_another_order()
-    engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    engine, *_ = deepspeed.initialize(model=model, config=zero.raw)
     try:
         yield engine.module
     finally:
@@ -122,14 +119,14 @@ def set_leaf_modules(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def training_engine(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, zero: ZeroConfig
 ) -> Any:  # deepspeed.DeepSpeedEngine
     """Return the DeepSpeed engine of ``model``; ZeRO partitions what ``optimizer`` trains."""
     import deepspeed
 
     _keep_no_memo_of_another_order()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    if zero_stage(ds_config) == 0 and ds_config["bf16"]["enabled"]:
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero.raw)
+    if zero.stage == 0 and zero.bf16:
         _undo_warm_up_step(engine.optimizer)
     return engine
 

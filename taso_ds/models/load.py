@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from taso_ds.adapters.adapter import ADAPTER_MODULE
-from taso_ds.distributed import comm, engine, zero
+from taso_ds.distributed import comm, engine
+from taso_ds.distributed.zero import assert_partitioned, full_numel
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.files.json_text import parse_json
 from taso_ds.files.safetensors_ranges import has_checkpoint, weight_files
@@ -155,7 +157,7 @@ def without_weights(model: nn.Module, config: Any, source: str, *, head: bool) -
 
 
 def load_base_model(
-    arguments: ModelArguments, source: str, config: Any, *, head: bool, seed: int, ds_config: dict[str, Any]
+    arguments: ModelArguments, source: str, config: Any, *, head: bool, seed: int, zero: ZeroConfig
 ) -> BaseModel:
     """Load the base in the engine's dtype, frozen but for a classification head; partitioned at once at stage 3.
 
@@ -170,11 +172,11 @@ def load_base_model(
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
     quantization = quantization_of(arguments, config)
-    if engine.zero_stage(ds_config) == 3:
+    if zero.stage == 3:
         model, report = _load_partitioned(
-            arguments, source, config, options, head=head, ds_config=ds_config, quantization=quantization
+            arguments, source, config, options, head=head, zero=zero, quantization=quantization
         )
-        zero.assert_partitioned(model)
+        assert_partitioned(model)
     else:
         model, report = _load_whole(arguments, source, config, options, head=head, quantization=quantization)
     new_pooler = _check_complete(model, report, source, head=head)
@@ -191,7 +193,7 @@ def load_base_model(
 def _say_what_is_quantized(model: Any, bits: int) -> None:
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     small, packed = sum(linear.matrix.numel() for linear in linears), {id(linear.weight) for linear in linears}
-    large = sum(zero.full_numel(parameter) for parameter in model.parameters() if id(parameter) not in packed)
+    large = sum(full_numel(parameter) for parameter in model.parameters() if id(parameter) not in packed)
     log.info("%.0f %% of the weights in %d bits, the others stay as they are", 100 * small / (small + large), bits)
 
 
@@ -253,7 +255,7 @@ def _load_partitioned(
     options: dict[str, Any],
     *,
     head: bool,
-    ds_config: dict[str, Any],
+    zero: ZeroConfig,
     quantization: Quantization | None,
 ) -> tuple[Any, LoadReport]:
     """Load into ZeRO-3 partitions: sharded where the checkpoint allows it, through transformers where not."""
@@ -262,7 +264,7 @@ def _load_partitioned(
     if reason is None:
         tie_weights(model, source)
         loads = comm.together(lambda: QuantizedLoad(quantization, model))
-        report = comm.together(lambda: load_sharded(model, source, ds_config, loads))
+        report = comm.together(lambda: load_sharded(model, source, zero, loads))
         loads.finish()
         _read_generation_config(model, source)
         return model, report
@@ -270,10 +272,10 @@ def _load_partitioned(
         # transformers quantizes whole matrices, after which nothing is left for ZeRO to partition on the way.
         log.info("loading %s whole on every rank, to partition it then: %s", source, reason)
         model, report = _load_whole(arguments, source, config, options, head=head, quantization=quantization)
-        partition_whole(model, ds_config)
+        partition_whole(model, zero)
         return model, report
     log.info("loading %s through transformers, rank 0 reads for all: %s", source, reason)
-    with engine.zero3_loading(ds_config):
+    with engine.zero3_loading(zero):
         return _said_by_each_rank(lambda: _from_pretrained(arguments, source, config, options, head=head, whole=False))
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from taso_ds.distributed import comm
 from taso_ds.distributed.sharded import Fill, Partitioner, parameters_without_memory, replace_parameters
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint, has_checkpoint
 from taso_ds.models.load_quantized import QuantizedLoad
@@ -80,7 +81,7 @@ def tie_weights(model: Any, source: str) -> None:
     model.tie_weights(recompute_mapping=False)
 
 
-def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: QuantizedLoad) -> LoadReport:
+def load_sharded(model: Any, source: str, zero: ZeroConfig, loads: QuantizedLoad) -> LoadReport:
     """Fill a model of ``build_without_memory`` from its checkpoint, every parameter as a ZeRO-3 partition.
 
     A parameter that the checkpoint lacks, or has in another shape, is reported and initialized as the model does it,
@@ -93,7 +94,7 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: Quan
     aliases: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(parameter, []).append(name)
-    partitioner = Partitioner(ds_config)
+    partitioner = Partitioner(zero)
     replacements = {}
     with open_for(model, source) as checkpoint, _progress(aliases) as bar:
         stored = stored_keys(model, checkpoint)
@@ -123,9 +124,9 @@ def load_sharded(model: Any, source: str, ds_config: dict[str, Any], loads: Quan
     return report
 
 
-def partition_whole(model: nn.Module, ds_config: dict[str, Any]) -> None:
+def partition_whole(model: nn.Module, zero: ZeroConfig) -> None:
     """Turn a model that every rank holds whole into ZeRO-3 partitions, one parameter after the other."""
-    partitioner = Partitioner(ds_config)
+    partitioner = Partitioner(zero)
     waiting = list(dict.fromkeys(model.parameters()))
     while waiting:  # nothing else may hold on to a parameter: its memory is free when the next one is taken
         parameter = waiting.pop(0)

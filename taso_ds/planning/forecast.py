@@ -14,6 +14,7 @@ from taso_ds.config import RunConfig
 from taso_ds.data.tasks import get_task
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.models.load import meta_model, read_config
 from taso_ds.models.model_class import wants_head
 from taso_ds.models.quantization import quantization_of
@@ -75,8 +76,8 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
         prepare.prepare_labels(base_config, get_task(config.data.task), head=head)
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
-    ds_config, _ = prepare.resolve_deepspeed(config, world_size, ranks_per_node=plan.gpus_per_node)
-    prepare.check_base(config, base_config, ds_config, model, shapes, head=head)
+    zero, _ = prepare.resolve_deepspeed(config, world_size, ranks_per_node=plan.gpus_per_node)
+    prepare.check_base(config, base_config, zero, model, shapes, head=head)
     read_regions(config, shapes)
     shape = count_model(config, model, base_config, shapes)
     work = workload(config, nodes=plan.nodes, gpus_per_node=plan.gpus_per_node, share=plan.supervised_share)
@@ -102,9 +103,9 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
     candidates = [assess_scoring(shape, way, work, hardware, freedom) for way in ways]
     choices = candidates
     if "ds_config" in kept:
-        if prepare.alters_bits(ds_config) is not None:
+        if zero.alters_bits is not None:
             freedom = dataclasses.replace(freedom, bits=(16,))
-        theirs = strategy_of(config, ds_config["zero_optimization"])
+        theirs = strategy_of(config, zero)
         choices = [assess_scoring(shape, way, work, hardware, freedom) for way in variants(theirs, freedom)]
         candidates = [*candidates, *choices]
     stored = 16 if quantization is None or quantization.stored is None else quantization.bits
@@ -123,30 +124,28 @@ def _decided(config: RunConfig, given: Collection[str]) -> frozenset[str]:
     return frozenset(name for name in DECIDED_FLAGS if name in changed or name in given)
 
 
-def limits_of(zero: Mapping[str, Any]) -> Limits:
+def limits_of(section: Mapping[str, Any]) -> Limits:
     """Return the limits of a resolved ``zero_optimization`` section; DeepSpeed's defaults where it says nothing."""
-    offload = zero.get("offload_param", {})
+    offload = section.get("offload_param", {})
     return Limits(
-        max_live_parameters=int(zero.get("stage3_max_live_parameters", Limits.max_live_parameters)),
-        max_reuse_distance=int(zero.get("stage3_max_reuse_distance", Limits.max_reuse_distance)),
-        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", Limits.prefetch_bucket)),
-        reduce_bucket=int(zero.get("reduce_bucket_size", Limits.reduce_bucket)),
+        max_live_parameters=int(section.get("stage3_max_live_parameters", Limits.max_live_parameters)),
+        max_reuse_distance=int(section.get("stage3_max_reuse_distance", Limits.max_reuse_distance)),
+        prefetch_bucket=int(section.get("stage3_prefetch_bucket_size", Limits.prefetch_bucket)),
+        reduce_bucket=int(section.get("reduce_bucket_size", Limits.reduce_bucket)),
         nvme_buffer=int(offload.get("buffer_size", Limits.nvme_buffer)),
         nvme_buffers=int(offload.get("buffer_count", Limits.nvme_buffers)),
     )
 
 
-def strategy_of(config: RunConfig, zero: Mapping[str, Any], *, bits: int = 16) -> Strategy:
-    """Return the strategy of a run whose DeepSpeed JSON has this resolved ``zero_optimization`` section."""
-    stage = int(zero["stage"])
-    place = str(zero.get("offload_param", {}).get("device", "none")) if stage == 3 else "none"
+def strategy_of(config: RunConfig, zero: ZeroConfig, *, bits: int = 16) -> Strategy:
+    """Return the strategy of a run with this DeepSpeed configuration."""
     return Strategy(
-        stage,
-        place="device" if place == "none" else place,
+        zero.stage,
+        place="device" if zero.parameter_place == "none" else zero.parameter_place,
         bits=bits,
         gradient_checkpointing=config.training.gradient_checkpointing,
-        hpz=stage == 3 and int(zero.get("zero_hpz_partition_size", 1)) > 1,
-        limits=limits_of(zero),
+        hpz=zero.has_second_shards,
+        limits=limits_of(zero.section),
         ds_config=config.run.ds_config,
     )
 

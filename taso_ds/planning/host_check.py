@@ -11,6 +11,7 @@ from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm, environment
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.models.quantization import quantization_of
 from taso_ds.planning.count_model import NotCountedError, count_model
@@ -30,7 +31,7 @@ def check_this_host(
     shapes: Mapping[str, MatrixShape],
     rows: Sequence[EncodedRow],
     *,
-    ds_config: Mapping[str, Any],
+    zero: ZeroConfig,
     source: str,
     trains: bool,
 ) -> None:
@@ -46,9 +47,7 @@ def check_this_host(
         return
     device = DEVICES["cpu" if comm.device().type == "cpu" else "a100-80"]  # of which only the kind matters here
     quantization = quantization_of(config.model, base_config)
-    strategy = strategy_of(
-        config, ds_config["zero_optimization"], bits=16 if quantization is None else quantization.bits
-    )
+    strategy = strategy_of(config, zero, bits=16 if quantization is None else quantization.bits)
     if device.is_host and strategy.place == "cpu":  # where they are anyway
         strategy = dataclasses.replace(strategy, place="device")
     local = min(environment.local_world_size(), comm.world_size())

@@ -20,9 +20,11 @@ from taso_ds.config import RunConfig
 from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow, pad_token_id
-from taso_ds.distributed import comm, environment, placement, process_group, zero
+from taso_ds.distributed import comm, environment, placement, process_group
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config_check import check_device
+from taso_ds.distributed.zero import full_shape
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.methods.lora import attach_lora, lora_parameters
 from taso_ds.models.load import BaseModel, check_weight_files, load_base_model, load_config, load_tokenizer, meta_model
 from taso_ds.models.model_class import wants_head
@@ -50,7 +52,7 @@ class Setup:
 
     config: RunConfig
     source: str
-    ds_config: dict[str, Any]
+    zero: ZeroConfig
     sizes: BatchSizes
     data: prepare.TaskData
     tokenizer: Any
@@ -104,7 +106,7 @@ class Setup:
             max_seq_length=data.max_seq_length,
             max_new_tokens=training.max_new_tokens,
             use_chat_template=data.use_chat_template,
-            synced=engines.zero_stage(self.ds_config) == 3 and comm.world_size() > 1,
+            synced=self.zero.stage == 3 and comm.world_size() > 1,
         )
 
 
@@ -133,8 +135,8 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     Raises:
         UserError: on every rank, before any weight is loaded.
     """
-    ds_config, sizes = prepare.resolve_deepspeed(config, comm.world_size())
-    placement.check_nvme(ds_config)
+    zero, sizes = prepare.resolve_deepspeed(config, comm.world_size())
+    placement.check_nvme(zero)
     data = prepare.load_task_data(config)
     source = model_source(config.model)
     base_config = load_config(config.model, source)
@@ -146,13 +148,13 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     prepare.prepare_base_config(base_config, data.task, tokenizer, head=head)
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
-    prepare.check_base(config, base_config, ds_config, model, shapes, head=head, trains=trains)
-    check_device(ds_config, config.run.ds_config)
+    prepare.check_base(config, base_config, zero, model, shapes, head=head, trains=trains)
+    check_device(zero, config.run.ds_config)
     region_file = regions.read_regions(config, shapes)
     rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
     prepare.check_accumulation(sizes, rows)
-    check_this_host(config, model, base_config, shapes, rows, ds_config=ds_config, source=source, trains=trains)
-    setup = Setup(config, source, ds_config, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
+    check_this_host(config, model, base_config, shapes, rows, zero=zero, source=source, trains=trains)
+    setup = Setup(config, source, zero, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
     setup.evaluator.check(prepare.num_positions(base_config))
     check_tokens(tokenizer, base_config, {data.train_source: rows, data.eval_source: setup.evaluator.rows()})
     log.info("train: %d rows from %s", len(rows), data.train_source)
@@ -166,15 +168,15 @@ def load_base(setup: Setup) -> tuple[BaseModel, dict[str, Target], dict[str, Mat
     """Load the base and find its targets."""
     config = setup.config
     base = load_base_model(
-        config.model, setup.source, setup.base_config, head=setup.head, seed=config.run.seed, ds_config=setup.ds_config
+        config.model, setup.source, setup.base_config, head=setup.head, seed=config.run.seed, zero=setup.zero
     )
     if config.training.gradient_checkpointing:
         # ZeRO-3 empties frozen weights between a block's recomputation and the check of its tensors' shapes, which
         # would then fail on weights that are gathered again before use; the numbers are covered by a test.
-        check = {"determinism_check": "none"} if engines.zero_stage(setup.ds_config) == 3 else {}
+        check = {"determinism_check": "none"} if setup.zero.stage == 3 else {}
         base.model.gradient_checkpointing_enable({"use_reentrant": False, **check})  # type: ignore[operator]
-    if engines.zero_stage(setup.ds_config) == 3:
-        engines.set_leaf_modules(base.model, find_experts(base.model, shape_of=zero.full_shape).blocks)
+    if setup.zero.stage == 3:
+        engines.set_leaf_modules(base.model, find_experts(base.model, shape_of=full_shape).blocks)
     return base, prepare.targets_of(config, base.model), prepare.target_shapes(config, base.model)
 
 
@@ -209,7 +211,7 @@ def find_regions(
             collate=setup.collate,
             filler=setup.filler,
             loss_sum=setup.loss_sum,
-            ds_config=setup.ds_config,
+            zero=setup.zero,
             stored=stored,
         )
 

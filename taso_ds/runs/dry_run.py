@@ -30,14 +30,14 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
     task = get_task(config.data.task)
     prepare.check_held_out(config)
     folder = choose_folder(config, goes_on=goes_on)
-    ds_config, sizes = prepare.resolve_deepspeed(config, world_size)
+    zero, sizes = prepare.resolve_deepspeed(config, world_size)
     base_config = read_config(config.model)
     prepare.check_length(config, base_config)
     head = wants_head(config.model, base_config)
     prepare.prepare_labels(base_config, task, head=head)
     model = meta_model(config.model, base_config, head=head)
     shapes = prepare.target_shapes(config, model)
-    prepare.check_base(config, base_config, ds_config, model, shapes, head=head)
+    prepare.check_base(config, base_config, zero, model, shapes, head=head)
     read_regions(config, shapes)
     count = prepare.count_adapter(config, shapes)
     base = without_weights(model, base_config, str(config.model.model_name_or_path), head=head)
@@ -62,7 +62,7 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
         "configuration:",
         json.dumps(config.flags(), indent=2),
         "deepspeed:",
-        json.dumps(without_secrets(ds_config), indent=2),
+        json.dumps(without_secrets(zero.raw), indent=2),
         f"run folder: {folder}",
         f"batch: {sizes.in_words()}",
         f"steps: {steps} ({rows_in_words})",

@@ -78,7 +78,7 @@ def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
         setup = comm.together(lambda: set_up(config, trains=False))
         base = _load(setup, comm.together(lambda: _read(setup, run)))
         base.model.requires_grad_(False)
-        with scoring_engine(base.model, setup.ds_config) as model:
+        with scoring_engine(base.model, setup.zero) as model:
             scores = setup.evaluator(model)
     return {"run": run, "task": setup.data.task.name, **scores}
 

@@ -21,18 +21,17 @@ from taso_ds.data.embedded import EMBEDDED_DATA, embedded_records
 from taso_ds.data.encode import EncodedRow, encode_examples, pad_token_id
 from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
 from taso_ds.data.tasks import Example, Task, get_task
-from taso_ds.distributed import environment, zero
+from taso_ds.distributed import environment
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.ds_config_check import check_ds_config
+from taso_ds.distributed.zero import full_shape
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.methods.peft_names import check_read_back
 from taso_ds.models.bfloat16 import check_bfloat16
 from taso_ds.models.model_class import choice_in_words
 from taso_ds.models.quantization import quantization_of
 from taso_ds.training.arguments import BatchSizes, batch_sizes
-
-# Ways to move partitions that compute with them on the way.
-_ALTERS_BITS = ("zero_quantized_weights", "use_all_reduce_for_fetch_params")
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +190,7 @@ def check_checkpointing(config: RunConfig, model: nn.Module) -> None:
         )
 
 
-def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str, Any], model: nn.Module) -> None:
+def check_quantization(config: RunConfig, base_config: Any, zero: ZeroConfig, model: nn.Module) -> None:
     """Refuse what a quantized base cannot do, and a base (without weights) that cannot be quantized."""
     quantization = quantization_of(config.model, base_config)
     if quantization is None:
@@ -201,7 +200,7 @@ def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str,
         raise UserError("adapt_experts: the base is quantized; drop the flag, or load the base in 16 bits")
     if config.adapter.method == "full":
         raise UserError("method: full trains all weights, which quantized ones do not allow; use taso or lora")
-    name = alters_bits(ds_config)
+    name = zero.alters_bits
     if name is not None:
         raise UserError(f"{config.run.ds_config}: zero_optimization.{name} alters the bits of quantized weights")
 
@@ -209,7 +208,7 @@ def check_quantization(config: RunConfig, base_config: Any, ds_config: dict[str,
 def check_base(
     config: RunConfig,
     base_config: Any,
-    ds_config: dict[str, Any],
+    zero: ZeroConfig,
     model: nn.Module,
     names: Iterable[str],
     *,
@@ -223,15 +222,10 @@ def check_base(
         trains: whether there will be an adapter to export.
     """
     check_checkpointing(config, model)
-    check_quantization(config, base_config, ds_config, model)
+    check_quantization(config, base_config, zero, model)
     check_bfloat16(config.model, base_config, model, head=head)
     if trains and config.adapter.method != "full" and config.run.verify_export:
         check_read_back(model, list(names))
-
-
-def alters_bits(ds_config: Mapping[str, Any]) -> str | None:
-    """Return the key by which ZeRO would compute with weights on their way; None when it moves them as they are."""
-    return next((name for name in _ALTERS_BITS if ds_config["zero_optimization"].get(name)), None)
 
 
 def num_labels(task: Task) -> int:
@@ -259,8 +253,8 @@ def prepare_labels(base_config: Any, task: Task, *, head: bool) -> None:
 
 def resolve_deepspeed(
     config: RunConfig, world_size: int, *, ranks_per_node: int | None = None
-) -> tuple[dict[str, Any], BatchSizes]:
-    """Return the DeepSpeed dict of this run without anything automatic, and the batch numbers.
+) -> tuple[ZeroConfig, BatchSizes]:
+    """Return the DeepSpeed configuration of this run, and the batch numbers.
 
     Args:
         ranks_per_node: default: those of this node.
@@ -300,7 +294,7 @@ def target_shapes(config: RunConfig, model: nn.Module) -> dict[str, MatrixShape]
     """Return the shape of every matrix to adapt, by module name."""
     shapes = {}
     for name, module in targets_of(config, model).items():
-        shape = matrix_shape(module, shape_of=zero.full_shape)
+        shape = matrix_shape(module, shape_of=full_shape)
         assert shape is not None
         shapes[name] = shape
     return shapes

@@ -111,7 +111,7 @@ def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrup
     if start.progress is not None and start.progress.total_steps != steps:
         log.info(describe_extension(start.progress, trained.groups[0], schedule))
     say_who_sees(folder.path)
-    engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.ds_config)
+    engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.zero)
     evaluate = partial(setup.evaluator, engine.module)
     before = evaluate() if start.progress is None else start.progress.before
     log.info("before: %s", _in_words(before))
@@ -164,7 +164,7 @@ def _record_start(asked: RunConfig, setup: Setup) -> dict[str, Any]:
         "schema_version": SCHEMA,
         "config": asked.flags(),
         "started_in": str(Path.cwd()),
-        "deepspeed": without_secrets(setup.ds_config),
+        "deepspeed": without_secrets(setup.zero.raw),
         "world_size": comm.world_size(),
         "versions": versions(),
     }

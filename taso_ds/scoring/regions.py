@@ -24,8 +24,10 @@ from taso_ds.adapters.selection import CoreRegion, RegionScores, concentration, 
 from taso_ds.adapters.targets import MatrixShape, Target
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
-from taso_ds.distributed import comm, zero
+from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
+from taso_ds.distributed.zero import checksum, full_shape
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.models.stored_weights import StoredWeights
 from taso_ds.objectives.batches import Collate, dealt_batches, on_device
@@ -74,7 +76,7 @@ def fingerprint(targets: Mapping[str, Target], stored: StoredWeights | None = No
     """
     if stored is None:
         weights = _own_weights(targets)
-        shapes, sums = [zero.full_shape(weight) for weight in weights.values()], zero.checksum(list(weights.values()))
+        shapes, sums = [full_shape(weight) for weight in weights.values()], checksum(list(weights.values()))
         names = list(weights)
     else:
         shapes, sums = [stored.stored_shape(name) for name in targets], stored.checksums()
@@ -151,7 +153,7 @@ def score_base(
     collate: Collate,
     filler: EncodedRow,
     loss_sum: LossSum,
-    ds_config: dict[str, Any],
+    zero: ZeroConfig,
     stored: StoredWeights | None = None,
 ) -> Regions:
     """Score the frozen base on the calibration rows and cut the core regions. The base stays loaded.
@@ -183,7 +185,7 @@ def score_base(
     )
     digest, made_of = fingerprint(targets, stored), _describe(config, rows)
     partial_file = _PartialScores(config, RegionFile({}, made_of, digest))
-    with scoring_engine(model, ds_config) as scored:
+    with scoring_engine(model, zero) as scored:
         scores = score_regions(
             scored,
             targets,

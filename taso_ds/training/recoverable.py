@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.distributed import comm
-from taso_ds.distributed.engine import zero_stage
 from taso_ds.files.schema import SCHEMA
 from taso_ds.interrupts import Interrupts
 from taso_ds.runs.build import Setup, Trained
@@ -132,7 +131,7 @@ class RecoverableTraining:
             optimizer_steps=optimizer_steps,
             config=setup.config.flags(),
             world_size=comm.world_size(),
-            zero_stage=zero_stage(setup.ds_config),
+            zero_stage=setup.zero.stage,
             global_batch_size=setup.sizes.global_batch_size,
             base=self._fingerprint,
             data=setup.data_digest,

@@ -15,6 +15,7 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.targets import find_targets, matrix_shape
 from taso_ds.distributed import comm
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.methods.export import head_modules
 from taso_ds.models.arguments import ModelArguments
@@ -30,7 +31,7 @@ from taso_ds.models.load import (
 )
 from taso_ds.models.source import model_source
 
-STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
+STAGE_0 = ZeroConfig({"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}})
 
 
 def load(folder: Path, *, head: bool, bf16: bool = False, num_labels: int | None = None) -> BaseModel:
@@ -38,7 +39,7 @@ def load(folder: Path, *, head: bool, bf16: bool = False, num_labels: int | None
     config = load_config(arguments, str(folder))
     if num_labels is not None:
         config.num_labels = num_labels
-    return load_base_model(arguments, str(folder), config, head=head, seed=0, ds_config=STAGE_0)
+    return load_base_model(arguments, str(folder), config, head=head, seed=0, zero=STAGE_0)
 
 
 @pytest.fixture(autouse=True)

@@ -22,9 +22,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from taso_ds.config import parse_run_config
 from taso_ds.data.collate import collate
-from taso_ds.distributed import comm, process_group, zero
+from taso_ds.distributed import comm, process_group
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.distributed.zero import full_copy, full_numel, local_shard
 from taso_ds.methods.lora import attach_lora, lora_parameters
 from taso_ds.models.load import load_config
 from taso_ds.models.model_class import wants_head
@@ -51,7 +52,7 @@ def load(folder: str, stage: int, *flags: str, bf16: bool = False, **zero_option
     )
     raw = read_ds_config(f"zero{stage}.json")
     raw["zero_optimization"] |= zero_options
-    ds_config = resolve_ds_config(
+    zero = resolve_ds_config(
         raw,
         micro_batch_size=SPLIT.micro,
         grad_accum_steps=SPLIT.accumulation,
@@ -61,8 +62,8 @@ def load(folder: str, stage: int, *flags: str, bf16: bool = False, **zero_option
     )
     base_config = load_config(config.model, folder)
     head = wants_head(config.model, base_config)
-    setup: Any = SimpleNamespace(config=config, source=folder, base_config=base_config, head=head, ds_config=ds_config)
-    return *load_base(setup), ds_config
+    setup: Any = SimpleNamespace(config=config, source=folder, base_config=base_config, head=head, zero=zero)
+    return *load_base(setup), zero
 
 
 def quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -73,7 +74,7 @@ def digests(model: nn.Module) -> dict[str, list[str]]:
     """Bits of every quantized weight and of its statistics."""
     found = {}
     for name, module in quantized(model).items():
-        packed, state = zero.full_copy(module.get_parameter("weight")), module.statistics
+        packed, state = full_copy(module.get_parameter("weight")), module.statistics
         tensors = [state] if isinstance(state, Tensor) else [state.absmax, state.offset, state.state2.absmax]
         found[name] = [digest(packed.flatten().view(torch.uint8)), *map(digest, tensors)]
     return found
@@ -82,7 +83,7 @@ def digests(model: nn.Module) -> dict[str, list[str]]:
 def plain_digests(model: nn.Module) -> dict[str, str]:
     """Bits of every parameter that is not quantized."""
     packed = {f"{name}.weight" for name in quantized(model)}
-    return {name: digest(zero.full_copy(value)) for name, value in model.named_parameters() if name not in packed}
+    return {name: digest(full_copy(value)) for name, value in model.named_parameters() if name not in packed}
 
 
 def held(folder: str, stage: int, *flags: str) -> dict[str, Any]:
@@ -93,17 +94,17 @@ def held(folder: str, stage: int, *flags: str) -> dict[str, Any]:
 
 
 def train_lora(folder: str, stage: int, *flags: str) -> list[float]:
-    base, targets, _, ds_config = load(folder, stage, *flags)
+    base, targets, _, zero = load(folder, stage, *flags)
     torch.manual_seed(case.SEED)
     attach_lora(base.model, list(targets), rank=2, scaling=1.0, transposed=False)
     trained = list(lora_parameters(base.model).values())
     groups = make_groups(case.TRAINING, adapter=trained, head=[], full=[], rho=0.0)
-    losses: list[float] = parity.train(base, groups, ds_config, SPLIT)["loss"]
+    losses: list[float] = parity.train(base, groups, zero, SPLIT)["loss"]
     return losses
 
 
 def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
-    base, targets, shapes, ds_config = load(folder, stage, *flags)
+    base, targets, shapes, zero = load(folder, stage, *flags)
     batches = [
         batch
         for _, batch in dealt_batches(
@@ -113,7 +114,7 @@ def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with (
         stored_weights(base.model, folder, shapes, revision="main") as stored,
-        engines.scoring_engine(base.model, ds_config) as scored,
+        engines.scoring_engine(base.model, zero) as scored,
     ):
         assert stored is not None
         found["fingerprint"] = fingerprint(targets, stored)
@@ -127,19 +128,19 @@ def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
 
 
 def train(folder: str, stage: int, regions: parity.Regions, *flags: str) -> dict[str, Any]:
-    base, _, _, ds_config = load(folder, stage, *flags)
+    base, _, _, zero = load(folder, stage, *flags)
     found = {"digests": digests(base.model)}
-    return found | parity.train(base, parity.taso_groups(base, regions), ds_config, SPLIT)
+    return found | parity.train(base, parity.taso_groups(base, regions), zero, SPLIT)
 
 
 def kept_for_backward(folder: str, *flags: str) -> list[int]:
     """Return how many of the targets' weights a forward gathers, and how many of them it keeps for backward."""
     # Live parameters are released at once, as they are in a model too large to keep any.
     options = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    base, targets, _, ds_config = load(folder, 3, *flags, **options)
+    base, targets, _, zero = load(folder, 3, *flags, **options)
     batch = collate(case.CALIBRATION[:2], pad_id=0)
     alive: list[StorageWeakRef] = []
-    with engines.scoring_engine(base.model, ds_config) as scored, ExitStack() as hooks:
+    with engines.scoring_engine(base.model, zero) as scored, ExitStack() as hooks:
         for module in targets.values():
             hook = module.register_forward_pre_hook(
                 lambda own, _: alive.append(StorageWeakRef(own.weight.data.untyped_storage()))
@@ -159,8 +160,8 @@ def memory_of_load(folder: str) -> dict[str, int]:
     peak = peak_bytes(lambda: loaded.append(load(folder, 3, "--load_in_4bit", bf16=True)[0].model))
     shard = statistics = whole = 0
     for parameter in loaded[0].parameters():
-        shard += zero.local_shard(parameter)[0].nbytes
-        whole += zero.full_numel(parameter) * parameter.dtype.itemsize
+        shard += local_shard(parameter)[0].nbytes
+        whole += full_numel(parameter) * parameter.dtype.itemsize
     for module in quantized(loaded[0]).values():
         state = module.statistics
         statistics += sum(tensor.nbytes for tensor in (state.absmax, state.offset, state.code))

@@ -13,6 +13,7 @@ from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.data.encode import EncodedRow
 from taso_ds.defaults import with_defaults
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.runs.prepare import (
     calibration_rows,
@@ -205,7 +206,7 @@ def test_experts_of_a_quantized_base_are_refused() -> None:
     config = config_of("--adapt_experts", "--load_in_4bit")
     model = tiny_models.mixtral()
     with pytest.raises(UserError, match="adapt_experts: the base is quantized"):
-        check_quantization(config, model.config, {"zero_optimization": {}}, model)
+        check_quantization(config, model.config, ZeroConfig({"zero_optimization": {}}), model)
 
 
 # The rest -------------------------------------------------------------------------------------------------------------
@@ -249,8 +250,8 @@ def test_a_task_without_labels_has_no_head() -> None:
 
 def test_the_deepspeed_dict_has_the_runs_numbers() -> None:
     config = config_of("--per_device_train_batch_size", "2", "--global_batch_size", "24", "--no_bf16")
-    resolved, sizes = resolve_deepspeed(config, world_size=4)
+    zero, sizes = resolve_deepspeed(config, world_size=4)
     assert (sizes.micro_batch_size, sizes.grad_accum_steps, sizes.world_size) == (2, 3, 4)
-    assert resolved["train_batch_size"] == sizes.global_batch_size == 24
-    assert resolved["bf16"] == {"enabled": False}
-    assert resolved["zero_optimization"]["stage"] == 3  # the default file
+    assert zero.raw["train_batch_size"] == sizes.global_batch_size == 24
+    assert not zero.bf16
+    assert zero.stage == 3  # the default file

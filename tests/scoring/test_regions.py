@@ -13,6 +13,7 @@ from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.data.collate import collate, empty_row
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.objectives.loss import loss_sum
 from taso_ds.runs.folder import PARTIAL
@@ -20,7 +21,7 @@ from taso_ds.runs.output_folder import choose_folder
 from taso_ds.scoring import regions, scoring_pass
 from taso_ds.scoring.score import split_passes
 
-PASSES, STAGE_0 = 3, {"zero_optimization": {"stage": 0}}
+PASSES, STAGE_0 = 3, ZeroConfig({"zero_optimization": {"stage": 0}})
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def score(config: RunConfig, model: Any, *, calibration: list[EncodedRow] | None
     shapes = {name: shape for name, module in targets.items() if (shape := matrix_shape(module)) is not None}
     return regions.score_base(
         config, model, targets, shapes, calibration or rows(), collate=partial(collate, pad_id=0), filler=empty_row(0),
-        loss_sum=partial(loss_sum, head=False), ds_config=STAGE_0,
+        loss_sum=partial(loss_sum, head=False), zero=STAGE_0,
     )  # fmt: skip
 
 
