@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from taso_ds.objectives.loss import IGNORED, loss_sum
+from taso_ds.data.encode import IGNORED
+from taso_ds.objectives.batches import Batch
+from taso_ds.objectives.loss import lm_loss_sum
 from taso_ds.objectives.output_layer import finish_logits, output_layer, text_config, why_not_in_chunks
 
 log = logging.getLogger(__name__)
@@ -40,17 +42,17 @@ class LanguageModelLoss:
         self._adapted = adapted
         self._in_chunks: bool | None = None
 
-    def __call__(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         if self._in_chunks is None:
             device = batch["input_ids"].device
             reason = why_not_in_chunks(getattr(model, "module", model), self._adapted, device=device)
             self._in_chunks = reason is None
             if reason is not None:
                 log.info("loss: the logits of a whole micro-batch at once, because %s", reason)
-        return chunked_loss_sum(model, batch) if self._in_chunks else loss_sum(model, batch, head=False)
+        return chunked_loss_sum(model, batch) if self._in_chunks else lm_loss_sum(model, batch)
 
 
-def chunked_loss_sum(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def chunked_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Return the fp32 loss summed over the batch's supervised tokens, and their number.
 
     Args:
