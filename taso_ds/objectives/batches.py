@@ -20,7 +20,10 @@ def dealt_batches(rows: Sequence[EncodedRow], *, batch_size: int, collate: Colla
     """Deal fixed batches of rows of similar length to the ranks in turn; each row counts exactly once.
 
     The batches are the same at every world size, so results are too. Every rank gets the same number, some without
-    rows. Returns this rank's ``(row ids, batch)``, on the CPU.
+    rows.
+
+    Returns:
+        This rank's batches on the CPU, each with the numbers of its rows.
     """
     by_length = sorted(range(len(rows)), key=lambda row: (len(rows[row].input_ids), row))
     batches = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]

@@ -5,8 +5,8 @@ With hidden states ``h (positions, hidden_size)``, logits ``z = logits_of(h)`` a
 layer is frozen, so ``∂loss/∂h``, no larger than ``h``, is all that backward needs: both are computed in the forward,
 chunk by chunk, and no logits are kept or computed again.
 
-The chunks run inside the one call of the output layer that a forward makes anyway. There ZeRO-3 has gathered the
-weight, once on every rank, however many chunks a rank's data make, none included; backward does not gather it.
+The chunks run inside the one call of the output layer that a forward makes anyway. ZeRO-3 gathers the weight for that
+call, once on every rank, whatever number of chunks the rank's data make. Backward does not gather it.
 """
 
 import logging
@@ -24,8 +24,8 @@ from taso_ds.objectives.output_layer import finish_logits, output_layer, text_co
 
 log = logging.getLogger(__name__)
 
-# fp32 logits of one chunk. Small beside any model with a vocabulary that makes it matter, and still a hundred rows of a
-# matrix product at 150k; two to four tensors of this size are alive at a time.
+# Bytes of one chunk's fp32 logits. That is little beside any model with a large vocabulary, and still a hundred rows of
+# a matrix product at 150k. Two to four tensors of this size are alive at a time.
 CHUNK_BYTES = 64 << 20
 
 
