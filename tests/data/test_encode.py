@@ -166,7 +166,7 @@ def encode(tokenizer: Any, *examples: Example, **changes: Any) -> list[EncodedRo
 
 
 def encode_for_head(tokenizer: Any, *examples: Example, **changes: Any) -> list[EncodedRow]:
-    settings = {"max_seq_length": 64, "is_regression": False, "source": "mine.jsonl"} | changes
+    settings: dict[str, Any] = {"max_seq_length": 64, "is_regression": False, "source": "mine.jsonl"} | changes
     return encode_texts(tokenizer, examples, **settings)
 
 

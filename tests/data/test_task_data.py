@@ -11,12 +11,12 @@ from taso_ds.data.task_data import TaskData, check_held_out, load_task_data
 from taso_ds.errors import UserError
 
 
-def load(*, seed: int = 0, **arguments: Any) -> TaskData:
-    return load_task_data(DataArguments(**{"task": "completion"} | arguments), seed=seed)
+def load(*, seed: int = 0, task: str = "completion", **arguments: Any) -> TaskData:
+    return load_task_data(DataArguments(task=task, **arguments), seed=seed)
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> dict[str, str]:
+def data(tmp_path: Path) -> dict[str, Any]:
     """Files of 40 training and 10 evaluation rows that no two share a text with."""
     files = {}
     for split, number in (("train", 40), ("eval", 10)):
@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> dict[str, str]:
     return files
 
 
-def test_the_first_rows_only(data: dict[str, str]) -> None:
+def test_the_first_rows_only(data: dict[str, Any]) -> None:
     loaded = load(**data, max_train_samples=7, max_eval_samples=3)
     assert (len(loaded.train), len(loaded.evaluation)) == (7, 3)
     assert loaded.train[0].prompt == "train 0:"
@@ -35,7 +35,7 @@ def test_the_first_rows_only(data: dict[str, str]) -> None:
     assert loaded.train_source != loaded.eval_source
 
 
-def test_rows_of_one_file_are_held_out(data: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_of_one_file_are_held_out(data: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     def prompts(**changes: Any) -> tuple[list[str], list[str]]:
         loaded = load(train_file=data["train_file"], eval_fraction=0.25, **changes)
         return [example.prompt for example in loaded.train], [example.prompt for example in loaded.evaluation]
@@ -52,7 +52,7 @@ def test_rows_of_one_file_are_held_out(data: dict[str, str], caplog: pytest.LogC
 def test_rows_are_held_out_of_any_tasks_training_split(tmp_path: Path) -> None:
     rows = [json.dumps({"question": f"{n}?", "answer": f"#### {n}"}) for n in range(8)]
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
-    arguments = {"task": "gsm8k", "data_dir": str(tmp_path)}
+    arguments: dict[str, Any] = {"task": "gsm8k", "data_dir": str(tmp_path)}
     with pytest.raises(UserError, match=r"no test\.jsonl .*; --eval_fraction holds training rows out instead$"):
         load(**arguments)
     loaded = load(**arguments, eval_fraction=0.5)
@@ -67,17 +67,17 @@ def test_a_prompt_on_both_sides_is_said(tmp_path: Path, caplog: pytest.LogCaptur
     assert caplog.messages == ["2 of the 2 held-out prompts are asked in the training rows too"]
 
 
-def test_a_metric_is_measured_when_it_is_asked_for(data: dict[str, str]) -> None:
+def test_a_metric_is_measured_when_it_is_asked_for(data: dict[str, Any]) -> None:
     assert load(**data).task.metrics == ()
     assert load(**data, eval_metric="rouge").task.metrics == ("rouge",)
 
 
-def test_training_rows_without_evaluation_rows_are_refused(data: dict[str, str]) -> None:
+def test_training_rows_without_evaluation_rows_are_refused(data: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"eval_file: --train_file needs .*--eval_file.*--eval_fraction"):
         load(train_file=data["train_file"])
 
 
-def test_rows_that_are_trained_on_are_no_measure(data: dict[str, str], tmp_path: Path) -> None:
+def test_rows_that_are_trained_on_are_no_measure(data: dict[str, Any], tmp_path: Path) -> None:
     check_held_out(DataArguments(**data))
     (tmp_path / "other.jsonl").symlink_to(data["train_file"])
     for name in (data["train_file"], str(tmp_path / "other.jsonl")):

@@ -37,7 +37,7 @@ def objective_of(task: str, *evaluation: Example, head: bool = False, **argument
     data = TaskData(get_task(task), [], list(evaluation), "train rows", "evaluation rows")
     return make_objective(
         data,
-        DataArguments(**{"task": task, "max_seq_length": 64} | arguments),
+        DataArguments(task=task, max_seq_length=64, **arguments),
         tiny_models.byte_tokenizer(),
         head=head,
         adapted=(),
