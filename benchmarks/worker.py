@@ -53,8 +53,8 @@ def make_trainer(setup: Setup, steps: int) -> Trainer:
     plan = BatchPlan(len(setup.rows), setup.sizes.global_batch_size, seed=0)
     return Trainer(
         engine,
-        Feed(setup.rows, plan, setup.sizes, setup.collate, setup.filler),
-        loss_sum=setup.loss_sum,
+        Feed(setup.rows, plan, setup.sizes, setup.objective.collate),
+        loss_sum=setup.objective.loss_sum,
         groups=trained.groups,
         schedule=Schedule("constant", steps, 0),
         logging_steps=1,
@@ -104,14 +104,14 @@ def scoring_jobs(*flags: str) -> Iterator[ScoringJobs]:
     setup = make_setup(["--importance", "importance", *flags])
     base, targets, shapes = load_base(setup)
     rows = prepare.calibration_rows(setup.config, list(setup.rows))
-    dealt = dealt_batches(rows, batch_size=8, collate=setup.collate, filler=setup.filler)
+    dealt = dealt_batches(rows, batch_size=8, collate=setup.objective.collate)
     batches = [on_device(batch) for _, batch in dealt]
     settings = calibrate.ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0)
     # the same gathering and selecting, without a backward before it
     weights_only = dataclasses.replace(settings, score="magnitude")
     weights: list[Any] = [module.weight for module in targets.values()]
     numels = [shape.numel for shape in shapes.values()]
-    losses = setup.loss_sum
+    losses = setup.objective.loss_sum
     with engines.scoring_engine(base.model, setup.zero) as model:
         score = partial(calibrate.score_regions, model, targets, shapes, loss_sum=losses)
         jobs = ScoringJobs(

@@ -11,9 +11,9 @@ is read off the whole conversation, as what stands behind the server's prompt:
 
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 from taso_ds.data.chat_template import render
+from taso_ds.data.tokenizer import Tokenizer
 from taso_ds.errors import UserError
 
 _QUESTION, _ANSWER = "probe question", "probe answer"
@@ -24,14 +24,14 @@ class Chat:
     r"""How a tokenizer's template writes the assistant's turn.
 
     Attributes:
-        supplied: What the server's prompt says in the model's place and the conversation does not ("<think>\n").
-        opening: What the conversation holds between the server's prompt and the content.
-        closing: What it holds between the content and the end of the turn, that included; empty without one.
-        tail: All it holds behind the content of a last turn.
-        end_id: The token that ends a turn; the tokenizer's EOS where the template ends none.
+        supplied: what the server's prompt says in the model's place and the conversation does not ("<think>\n").
+        opening: what the conversation holds between the server's prompt and the content.
+        closing: what it holds between the content and the end of the turn, that included; empty without one.
+        tail: all it holds behind the content of a last turn.
+        end_id: the token that ends a turn; the tokenizer's EOS where the template ends none.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     supplied: str
     opening: str
     closing: str
@@ -56,11 +56,11 @@ class Chat:
         return served, unsaid
 
 
-def read_chat(tokenizer: Any) -> Chat:
+def read_chat(tokenizer: Tokenizer) -> Chat:
     """Find out how the tokenizer's template writes a turn, from a conversation with a known answer.
 
     Raises:
-        UserError: There is no template, or it leaves out what the assistant says.
+        UserError: there is no template, or it leaves out what the assistant says.
     """
     served, whole = chat_prompt(tokenizer, _QUESTION), _conversation(tokenizer, _QUESTION, _ANSWER)
     before, found, tail = whole.rpartition(_ANSWER)
@@ -82,17 +82,17 @@ def read_chat(tokenizer: Any) -> Chat:
     )
 
 
-def chat_prompt(tokenizer: Any, prompt: str) -> str:
+def chat_prompt(tokenizer: Tokenizer, prompt: str) -> str:
     """Return the text a server makes of one user's message."""
     return render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
 
 
-def _conversation(tokenizer: Any, prompt: str, content: str) -> str:
+def _conversation(tokenizer: Tokenizer, prompt: str, content: str) -> str:
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": content}]
     return render(tokenizer, messages, add_generation_prompt=False)
 
 
-def _first_marker(tokenizer: Any, text: str) -> int | None:
+def _first_marker(tokenizer: Tokenizer, text: str) -> int | None:
     """Return the first token that is more than text: a special one, or one that was added to the vocabulary."""
     markers = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:

@@ -1,18 +1,18 @@
 """A chat template is a program that came with the tokenizer: it is run here, and its faults are told in one line."""
 
 from collections.abc import Sequence
-from typing import Any
 
+from taso_ds.data.tokenizer import Tokenizer
 from taso_ds.errors import UserError
 
 _FILE = "<template>"  # what jinja calls a template that is no file
 
 
-def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+def render(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
     """Return the text that the tokenizer's chat template makes of a conversation.
 
     Raises:
-        UserError: There is no template, it does not parse or raises, or it leaves out what the user says.
+        UserError: there is no template, it does not parse or raises, or it leaves out what the user says.
     """
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: drop use_chat_template or use an instruction model")
@@ -28,7 +28,7 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation
     return text
 
 
-def _title(tokenizer: Any) -> str:
+def _title(tokenizer: Tokenizer) -> str:
     return f"use_chat_template: the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
 
 

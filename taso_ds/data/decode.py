@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from taso_ds.data.chat import read_chat
+from taso_ds.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -12,11 +12,11 @@ class AnswerReader:
     """Where an answer ends, and which of its text the template rather than the data gave.
 
     Attributes:
-        end_id: The token that training rows end with.
-        opening: Text that the chat template puts before every answer.
+        end_id: the token that training rows end with.
+        opening: text that the chat template puts before every answer.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     end_id: int | None
     opening: str = ""
 
@@ -32,7 +32,7 @@ class AnswerReader:
         return text.removeprefix(self.opening)
 
 
-def answer_reader(tokenizer: Any, *, use_chat_template: bool) -> AnswerReader:
+def answer_reader(tokenizer: Tokenizer, *, use_chat_template: bool) -> AnswerReader:
     """Return what reads the answers of a model that was trained on rows encoded alike."""
     if not use_chat_template:
         return AnswerReader(tokenizer, tokenizer.eos_token_id)

@@ -5,13 +5,17 @@ read). Only those that occur matter: the one to pad with, and those of the rows.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from taso_ds.data.encode import EncodedRow, pad_token_id
+from taso_ds.data.tokenizer import Tokenizer
 from taso_ds.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def check_padding(tokenizer: Any, base_config: Any) -> None:
+
+def check_padding(tokenizer: Tokenizer, base_config: "PreTrainedConfig") -> None:
     """Refuse a token to pad with that the base does not know; every batch may hold it."""
     pad_id, number = pad_token_id(tokenizer), _num_embeddings(base_config)
     if number is not None and pad_id >= number:
@@ -21,7 +25,9 @@ def check_padding(tokenizer: Any, base_config: Any) -> None:
         )
 
 
-def check_tokens(tokenizer: Any, base_config: Any, rows: Mapping[str, Iterable[EncodedRow]]) -> None:
+def check_tokens(
+    tokenizer: Tokenizer, base_config: "PreTrainedConfig", rows: Mapping[str, Iterable[EncodedRow]]
+) -> None:
     """Refuse rows with tokens that the base does not know.
 
     Args:
@@ -39,14 +45,14 @@ def check_tokens(tokenizer: Any, base_config: Any, rows: Mapping[str, Iterable[E
             )
 
 
-def _unknown(tokenizer: Any, token: int, number: int) -> str:
+def _unknown(tokenizer: Tokenizer, token: int, number: int) -> str:
     return (
         f"tokenizer_name: the tokenizer has token {token} ({tokenizer.convert_ids_to_tokens(token)}), the base has"
         f" embeddings for {number:,} tokens"
     )
 
 
-def _num_embeddings(base_config: Any) -> int | None:
+def _num_embeddings(base_config: "PreTrainedConfig") -> int | None:
     """Return how many tokens the base knows; None where it has no table of them (CANINE)."""
     number: int | None = getattr(base_config.get_text_config(decoder=True), "vocab_size", None)
     return number

@@ -11,6 +11,7 @@ from typing import Any
 from taso_ds.adapters.selection import ladder_with
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import RunConfig
+from taso_ds.data.task_data import check_held_out
 from taso_ds.data.tasks import get_task
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
@@ -69,7 +70,7 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
     base_config = read_config(config.model)
     world_size = plan.nodes * plan.gpus_per_node
     prepare.check_world_size(config, world_size)
-    prepare.check_held_out(config)
+    check_held_out(config.data)
     prepare.check_length(config, base_config)
     head = wants_head(config.model, base_config)
     if config.data.task is not None:

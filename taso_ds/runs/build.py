@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from taso_ds.adapters.region_file import load_region_file
 from taso_ds.adapters.targets import MatrixShape, Target
 from taso_ds.config import RunConfig
 from taso_ds.data.batch_plan import BatchPlan
-from taso_ds.data.collate import collate, collate_head, empty_row
-from taso_ds.data.encode import EncodedRow, pad_token_id
+from taso_ds.data.encode import EncodedRow
+from taso_ds.data.task_data import TaskData, load_task_data
 from taso_ds.distributed import comm, environment, placement, process_group
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config_check import check_device
@@ -31,10 +31,7 @@ from taso_ds.models.model_class import wants_head
 from taso_ds.models.quantized_linear import quiet_bitsandbytes
 from taso_ds.models.source import model_source
 from taso_ds.models.stored_weights import StoredWeights, stored_weights
-from taso_ds.objectives.batches import Collate
-from taso_ds.objectives.chunked_loss import LanguageModelLoss
-from taso_ds.objectives.evaluate import Evaluator
-from taso_ds.objectives.loss import LossSum, loss_sum
+from taso_ds.objectives.objective import Objective, make_objective
 from taso_ds.objectives.vocabulary import check_padding, check_tokens
 from taso_ds.planning.host_check import check_this_host
 from taso_ds.runs import prepare
@@ -54,24 +51,14 @@ class Setup:
     source: str
     zero: ZeroConfig
     sizes: BatchSizes
-    data: prepare.TaskData
+    data: TaskData
     tokenizer: Any
     base_config: Any
     head: bool
+    objective: Objective
     rows: Sequence[EncodedRow]
     shapes: Mapping[str, MatrixShape]
     region_file: regions.RegionFile | None
-
-    @property
-    def filler(self) -> EncodedRow:
-        return empty_row(pad_token_id(self.tokenizer))
-
-    @property
-    def collate(self) -> Collate:
-        pad_id = pad_token_id(self.tokenizer)
-        if self.head:
-            return partial(collate_head, pad_id=pad_id, is_regression=self.data.task.is_regression)
-        return partial(collate, pad_id=pad_id)
 
     @property
     def plan(self) -> BatchPlan:
@@ -86,28 +73,6 @@ class Setup:
             digest.update(np.asarray(row.labels, dtype=np.int64).tobytes())
             digest.update(str(row.target).encode())
         return digest.hexdigest()
-
-    @cached_property
-    def loss_sum(self) -> LossSum:
-        """One object for scoring, training and evaluation: it looks at the model once."""
-        return partial(loss_sum, head=True) if self.head else LanguageModelLoss(self.shapes)
-
-    @cached_property
-    def evaluator(self) -> Evaluator:
-        training, data = self.config.training, self.config.data
-        return Evaluator(
-            examples=self.data.evaluation,
-            task=self.data.task,
-            tokenizer=self.tokenizer,
-            head=self.head,
-            loss_sum=self.loss_sum,
-            source=self.data.eval_source,
-            batch_size=training.per_device_eval_batch_size,
-            max_seq_length=data.max_seq_length,
-            max_new_tokens=training.max_new_tokens,
-            use_chat_template=data.use_chat_template,
-            synced=self.zero.stage == 3 and comm.world_size() > 1,
-        )
 
 
 def join(config: RunConfig) -> None:
@@ -137,7 +102,7 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     """
     zero, sizes = prepare.resolve_deepspeed(config, comm.world_size())
     placement.check_nvme(zero)
-    data = prepare.load_task_data(config)
+    data = load_task_data(config.data, seed=config.run.seed)
     source = model_source(config.model)
     base_config = load_config(config.model, source)
     check_weight_files(source)
@@ -151,17 +116,25 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     prepare.check_base(config, base_config, zero, model, shapes, head=head, trains=trains)
     check_device(zero, config.run.ds_config)
     region_file = regions.read_regions(config, shapes)
-    rows = prepare.encode_training_rows(config, data, tokenizer, head=head)
+    objective = make_objective(
+        data,
+        config.data,
+        tokenizer,
+        head=head,
+        adapted=shapes,
+        batch_size=config.training.per_device_eval_batch_size,
+        max_new_tokens=config.training.max_new_tokens,
+    )
+    rows = objective.encode(data.train, data.train_source)
     prepare.check_accumulation(sizes, rows)
     check_this_host(config, model, base_config, shapes, rows, zero=zero, source=source, trains=trains)
-    setup = Setup(config, source, zero, sizes, data, tokenizer, base_config, head, rows, shapes, region_file)
-    setup.evaluator.check(prepare.num_positions(base_config))
-    check_tokens(tokenizer, base_config, {data.train_source: rows, data.eval_source: setup.evaluator.rows()})
+    objective.check(prepare.num_positions(base_config))
+    check_tokens(tokenizer, base_config, {data.train_source: rows, data.eval_source: objective.rows()})
     log.info("train: %d rows from %s", len(rows), data.train_source)
     log.info("evaluation: %d rows from %s", len(data.evaluation), data.eval_source)
     for line in prepare.base_in_words(config, base_config, model, shapes):
         log.info(line)
-    return setup
+    return Setup(config, source, zero, sizes, data, tokenizer, base_config, head, objective, rows, shapes, region_file)
 
 
 def load_base(setup: Setup) -> tuple[BaseModel, dict[str, Target], dict[str, MatrixShape]]:
@@ -208,9 +181,8 @@ def find_regions(
             targets,
             shapes,
             rows,
-            collate=setup.collate,
-            filler=setup.filler,
-            loss_sum=setup.loss_sum,
+            collate=setup.objective.collate,
+            loss_sum=setup.objective.loss_sum,
             zero=setup.zero,
             stored=stored,
         )

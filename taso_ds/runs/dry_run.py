@@ -7,6 +7,7 @@ from torch import nn
 
 from taso_ds.config import RunConfig
 from taso_ds.data.batch_plan import BatchPlan
+from taso_ds.data.task_data import check_held_out, load_task_data
 from taso_ds.data.tasks import get_task
 from taso_ds.distributed.ds_config import without_secrets
 from taso_ds.models.load import meta_model, read_config, without_weights
@@ -28,7 +29,7 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
     """
     assert config.data.task is not None
     task = get_task(config.data.task)
-    prepare.check_held_out(config)
+    check_held_out(config.data)
     folder = choose_folder(config, goes_on=goes_on)
     zero, sizes = prepare.resolve_deepspeed(config, world_size)
     base_config = read_config(config.model)
@@ -45,7 +46,7 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
     total = sum(parameter.numel() for parameter in model.parameters())
     steps, rows_in_words = config.training.max_steps, "rows not counted: max_steps is set"
     if steps <= 0:
-        data = prepare.load_task_data(config)
+        data = load_task_data(config.data, seed=config.run.seed)
         plan = BatchPlan(len(data.train), sizes.global_batch_size, seed=config.run.seed)
         steps = total_steps(config.training, plan.steps_per_epoch)
         rows_in_words = f"{len(data.train)} rows, {plan.steps_per_epoch} steps per epoch"

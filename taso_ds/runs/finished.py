@@ -79,7 +79,7 @@ def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
         base = _load(setup, comm.together(lambda: _read(setup, run)))
         base.model.requires_grad_(False)
         with scoring_engine(base.model, setup.zero) as model:
-            scores = setup.evaluator(model)
+            scores = setup.objective.evaluate(model)
     return {"run": run, "task": setup.data.task.name, **scores}
 
 

@@ -151,7 +151,6 @@ def score_base(
     rows: Sequence[EncodedRow],
     *,
     collate: Collate,
-    filler: EncodedRow,
     loss_sum: LossSum,
     zero: ZeroConfig,
     stored: StoredWeights | None = None,
@@ -181,7 +180,6 @@ def score_base(
         rows,
         batch_size=calibration.calibration_batch_size or config.training.per_device_train_batch_size,
         collate=collate,
-        filler=filler,
     )
     digest, made_of = fingerprint(targets, stored), _describe(config, rows)
     partial_file = _PartialScores(config, RegionFile({}, made_of, digest))

@@ -51,17 +51,17 @@ class RecoverableTraining:
             describe=self._describe,
             limit=training.save_total_limit,
         )
-        evaluate = setup.evaluator
+        objective = setup.objective
 
         def on_eval(step: int) -> None:
-            scores = evaluate(engine.module)
+            scores = objective.evaluate(engine.module)
             if comm.is_main():
                 folder.log({"step": step, "eval": scores})
 
         self._trainer = Trainer(
             engine,
-            Feed(setup.rows, setup.plan, setup.sizes, setup.collate, setup.filler),
-            loss_sum=setup.loss_sum,
+            Feed(setup.rows, setup.plan, setup.sizes, objective.collate),
+            loss_sum=objective.loss_sum,
             groups=trained.groups,
             schedule=schedule,
             logging_steps=training.logging_steps,

@@ -24,7 +24,7 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion, RegionScores, cut_region
 from taso_ds.config import parse_run_config
 from taso_ds.data.batch_plan import BatchPlan
-from taso_ds.data.collate import collate, collate_head, empty_row
+from taso_ds.data.collate import collate, collate_head
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm, process_group
 from taso_ds.distributed import engine as engines
@@ -36,7 +36,7 @@ from taso_ds.models.load import load_config
 from taso_ds.objectives import chunked_loss
 from taso_ds.objectives.batches import dealt_batches
 from taso_ds.objectives.chunked_loss import LanguageModelLoss
-from taso_ds.objectives.loss import loss_sum
+from taso_ds.objectives.loss import head_loss_sum
 from taso_ds.runs.build import load_base
 from taso_ds.scoring import score as calibrate
 from taso_ds.scoring import scoring_pass
@@ -46,7 +46,6 @@ from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Group, make_groups, make_optimizer, make_schedule
 from taso_ds.training.trainer import Trainer
 
-FILLER = empty_row(0)
 COLLATE = partial(collate, pad_id=0)
 COLLATE_HEAD = partial(collate_head, pad_id=0, is_regression=False)
 
@@ -162,7 +161,7 @@ def score(
     with engines.scoring_engine(base.model, zero) as scored:
         for label, kind, reduction, batch_size in runs:
             Watched.elements, WatchedPass.turns = 0, []
-            batches = dealt_batches(case.CALIBRATION, batch_size=batch_size, collate=COLLATE, filler=FILLER)
+            batches = dealt_batches(case.CALIBRATION, batch_size=batch_size, collate=COLLATE)
             passes = case.PASSES if "passes" in label else 1
             settings = ScoringSettings(kind, reduction, case.LADDER, case.SEED, passes=passes, offload=passes > 1)
             scores = score_regions(
@@ -231,8 +230,8 @@ def train(
 
     trainer = Trainer(
         engine,
-        Feed(rows, plan, sizes, COLLATE_HEAD if head else COLLATE, FILLER),
-        loss_sum=partial(loss_sum, head=True) if head else LanguageModelLoss(),
+        Feed(rows, plan, sizes, COLLATE_HEAD if head else COLLATE),
+        loss_sum=head_loss_sum if head else LanguageModelLoss(),
         groups=groups,
         schedule=make_schedule(case.TRAINING, case.STEPS),
         logging_steps=1,

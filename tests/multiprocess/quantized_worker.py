@@ -7,7 +7,6 @@ import faulthandler
 import json
 import sys
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +31,7 @@ from taso_ds.models.model_class import wants_head
 from taso_ds.models.quantized_linear import QuantizedLinear
 from taso_ds.models.stored_weights import stored_weights
 from taso_ds.objectives.batches import dealt_batches
-from taso_ds.objectives.loss import loss_sum
+from taso_ds.objectives.loss import lm_loss_sum
 from taso_ds.runs.build import load_base
 from taso_ds.scoring.regions import fingerprint
 from taso_ds.scoring.score import score_regions
@@ -105,12 +104,7 @@ def train_lora(folder: str, stage: int, *flags: str) -> list[float]:
 
 def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
     base, targets, shapes, zero = load(folder, stage, *flags)
-    batches = [
-        batch
-        for _, batch in dealt_batches(
-            case.CALIBRATION, batch_size=ROWS_PER_BATCH, collate=parity.COLLATE, filler=parity.FILLER
-        )
-    ]
+    batches = [batch for _, batch in dealt_batches(case.CALIBRATION, batch_size=ROWS_PER_BATCH, collate=parity.COLLATE)]
     found: dict[str, Any] = {}
     with (
         stored_weights(base.model, folder, shapes, revision="main") as stored,
@@ -120,9 +114,7 @@ def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
         found["fingerprint"] = fingerprint(targets, stored)
         for label, original in (("loaded", None), ("original", stored.read)):
             settings = ScoringSettings("importance", "signed_mean", case.LADDER, case.SEED, original_weight=original)
-            scores = score_regions(
-                scored, targets, shapes, batches, loss_sum=partial(loss_sum, head=False), settings=settings
-            )
+            scores = score_regions(scored, targets, shapes, batches, loss_sum=lm_loss_sum, settings=settings)
             found[label] = parity.as_json(scores)
     return found
 
@@ -147,7 +139,7 @@ def kept_for_backward(folder: str, *flags: str) -> list[int]:
             )
             hooks.callback(hook.remove)
         base.model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].requires_grad_(True))
-        total, _ = loss_sum(scored, batch, head=False)
+        total, _ = lm_loss_sum(scored, batch)
         kept = [len(alive), sum(not storage.expired() for storage in alive)]
         total.backward()
     return kept

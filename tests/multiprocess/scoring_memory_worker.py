@@ -23,7 +23,7 @@ from taso_ds.distributed import comm, engine, process_group
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.zero import full_numel, is_partitioned
 from taso_ds.models.load_sharded import partition_whole
-from taso_ds.objectives.loss import loss_sum
+from taso_ds.objectives.loss import lm_loss_sum
 from taso_ds.scoring.gradient_sum import GradientSum
 from taso_ds.scoring.score import score_regions, scoring_mode
 from taso_ds.scoring.scoring_pass import ScoringSettings
@@ -33,7 +33,7 @@ LAYERS = 4
 
 
 def language_model_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    return loss_sum(model, batch, head=False)
+    return lm_loss_sum(model, batch)
 
 
 def peak_bytes(action: Callable[[], object]) -> int:

@@ -1,17 +1,18 @@
 """What is decided before weights load: calibration rows come from the training split, and counts from shapes alone."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
+from sample_rows import write_rows
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import select_core_region
 from taso_ds.adapters.targets import MatrixShape
 from taso_ds.config import RunConfig, parse_run_config
-from taso_ds.data.encode import EncodedRow
+from taso_ds.data.encode import EncodedRow, encode_completions
+from taso_ds.data.task_data import load_task_data
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
@@ -20,8 +21,6 @@ from taso_ds.runs.prepare import (
     check_length,
     check_quantization,
     count_adapter,
-    encode_training_rows,
-    load_task_data,
     prepare_base_config,
     resolve_deepspeed,
     target_shapes,
@@ -35,20 +34,18 @@ def config_of(*flags: str) -> RunConfig:
 @pytest.fixture
 def data(tmp_path: Path) -> list[str]:
     """Flags of 40 training and 10 evaluation rows that no two share a text with."""
-    flags = []
-    for split, number in (("train", 40), ("eval", 10)):
-        lines = [json.dumps({"prompt": f"{split} {n}:", "completion": f" {n * n}"}) for n in range(number)]
-        file = tmp_path / f"{split}.jsonl"
-        file.write_text("\n".join(lines) + "\n")
-        flags += [f"--{split}_file", str(file)]
-    return flags
+    train, evaluation = write_rows(tmp_path / "train.jsonl", 40), write_rows(tmp_path / "eval.jsonl", 10)
+    return ["--train_file", str(train), "--eval_file", str(evaluation)]
 
 
 # Calibration rows -----------------------------------------------------------------------------------------------------
 
 
 def encoded(config: RunConfig) -> list[EncodedRow]:
-    return encode_training_rows(config, load_task_data(config), tiny_models.byte_tokenizer(), head=False)
+    data = load_task_data(config.data, seed=config.run.seed)
+    return encode_completions(
+        tiny_models.byte_tokenizer(), data.train, max_seq_length=64, append_eos=True, source=data.train_source
+    )
 
 
 def test_calibration_rows_are_training_rows(data: list[str]) -> None:
@@ -79,57 +76,6 @@ def test_too_few_rows_are_all_taken(data: list[str]) -> None:
     rows = encoded(config)
     assert calibration_rows(config, rows) == rows
     assert len(rows) == 40
-
-
-def test_the_first_rows_only(data: list[str]) -> None:
-    config = config_of(*data, "--max_train_samples", "7", "--max_eval_samples", "3")
-    loaded = load_task_data(config)
-    assert (len(loaded.train), len(loaded.evaluation)) == (7, 3)
-    assert loaded.train[0].prompt == "train 0:"
-    assert loaded.evaluation[2].prompt == "eval 2:"
-    assert loaded.train_source != loaded.eval_source
-
-
-def test_rows_of_one_file_are_held_out(data: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    def prompts(*flags: str) -> tuple[list[str], list[str]]:
-        loaded = load_task_data(config_of(*data[:2], "--eval_fraction", "0.25", *flags))
-        return [example.prompt for example in loaded.train], [example.prompt for example in loaded.evaluation]
-
-    train, held_out = prompts()
-    assert (len(train), len(held_out)) == (30, 10)
-    assert {*train} | {*held_out} == {f"train {n}:" for n in range(40)}
-    assert prompts("--learning_rate", "1") == (train, held_out)
-    assert prompts("--seed", "1")[1] != held_out
-    assert prompts("--max_train_samples", "5", "--max_eval_samples", "2") == (train[:5], held_out[:2])
-    assert not caplog.messages
-
-
-def test_rows_are_held_out_of_any_tasks_training_split(tmp_path: Path) -> None:
-    rows = [json.dumps({"question": f"{n}?", "answer": f"#### {n}"}) for n in range(8)]
-    (tmp_path / "train.jsonl").write_text("\n".join(rows))
-    flags = ["--model_name_or_path", "base", "--task", "gsm8k", "--data_dir", str(tmp_path)]
-    with pytest.raises(UserError, match=r"no test\.jsonl .*; --eval_fraction holds training rows out instead$"):
-        load_task_data(parse_run_config(flags))
-    loaded = load_task_data(parse_run_config([*flags, "--eval_fraction", "0.5"]))
-    assert (len(loaded.train), len(loaded.evaluation)) == (4, 4)
-
-
-def test_a_prompt_on_both_sides_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "again", "completion": "b"}\n' * 4)
-    with caplog.at_level("WARNING", logger="taso_ds"):
-        load_task_data(config_of("--train_file", str(file), "--eval_fraction", "0.5"))
-    assert caplog.messages == ["2 of the 2 held-out prompts are asked in the training rows too"]
-
-
-def test_a_metric_is_measured_when_it_is_asked_for(data: list[str]) -> None:
-    assert load_task_data(config_of(*data)).task.metrics == ()
-    assert load_task_data(config_of(*data, "--eval_metric", "rouge")).task.metrics == ("rouge",)
-
-
-def test_training_rows_without_evaluation_rows_are_refused(data: list[str]) -> None:
-    with pytest.raises(UserError, match=r"eval_file: --train_file needs .*--eval_file.*--eval_fraction"):
-        load_task_data(config_of(*data[:2]))
 
 
 # Counts ---------------------------------------------------------------------------------------------------------------

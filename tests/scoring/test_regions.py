@@ -10,12 +10,12 @@ import torch
 
 from taso_ds.adapters.targets import find_targets, matrix_shape
 from taso_ds.config import RunConfig, parse_run_config
-from taso_ds.data.collate import collate, empty_row
+from taso_ds.data.collate import collate
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
-from taso_ds.objectives.loss import loss_sum
+from taso_ds.objectives.loss import lm_loss_sum
 from taso_ds.runs.folder import PARTIAL
 from taso_ds.runs.output_folder import choose_folder
 from taso_ds.scoring import regions, scoring_pass
@@ -46,8 +46,8 @@ def score(config: RunConfig, model: Any, *, calibration: list[EncodedRow] | None
     targets = find_targets(model)
     shapes = {name: shape for name, module in targets.items() if (shape := matrix_shape(module)) is not None}
     return regions.score_base(
-        config, model, targets, shapes, calibration or rows(), collate=partial(collate, pad_id=0), filler=empty_row(0),
-        loss_sum=partial(loss_sum, head=False), zero=STAGE_0,
+        config, model, targets, shapes, calibration or rows(), collate=partial(collate, pad_id=0),
+        loss_sum=lm_loss_sum, zero=STAGE_0,
     )  # fmt: skip
 
 

@@ -1,0 +1,34 @@
+"""What the code here uses of a tokenizer: a few names of transformers' tokenizers, which data must not import."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """A tokenizer of transformers, as far as rows are made with it and answers are read with it."""
+
+    name_or_path: str
+    chat_template: str | None
+    eos_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    unk_token_id: int | None
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, object]: ...
+
+    def __call__(self, *texts: str | list[str], **options: object) -> Mapping[str, Any]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+    ) -> Any: ...
