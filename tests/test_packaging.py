@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "taso_ds", "launch", "ds_configs")
 ENTRY_POINTS = {
+    "taso": "taso_ds.__main__:main",
     "taso-train": "taso_ds.launch.train:main",
     "taso-calibrate": "taso_ds.launch.calibrate:main",
     "taso-evaluate": "taso_ds.launch.evaluate:main",

@@ -81,9 +81,9 @@ def test_make_pip_and_benchmarks(words: list[str]) -> None:
 @pytest.mark.parametrize("words", LAUNCHED, ids=" ".join)
 def test_flags_parse(words: list[str]) -> None:
     from taso_ds.batch_script import SlurmArguments
+    from taso_ds.command_line import parse_groups
     from taso_ds.config import GROUPS
     from taso_ds.doctor.arguments import parse_doctor
-    from taso_ds.flags import parse_groups
     from taso_ds.planning.arguments import PlanArguments
     from taso_ds.runs.finished_arguments import FinishedArguments
 
@@ -173,7 +173,7 @@ def test_flags_in_the_text_exist() -> None:
     from taso_ds.runs.finished_arguments import FinishedArguments
 
     groups = (*GROUPS, FinishedArguments, PlanArguments, DoctorArguments, SlurmArguments)
-    known = {entry.name for group in groups for entry in dataclasses.fields(group)} | {"help"}
+    known = {entry.name for group in groups for entry in dataclasses.fields(group)} | {"help", "help_all"}
     known |= {f"no_{name}" for name in known}
     named = re.findall(r"`--(\w+)", FENCE.sub("", README))
     assert named

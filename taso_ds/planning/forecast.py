@@ -1,6 +1,6 @@
 """A run's plan from its flags: the model counted on the meta device, the hardware from flags.
 
-The run is checked as ``launch/train.py`` checks it. What the user has decided stays; the search chooses the rest.
+The run is checked as a training run checks itself. What the user has decided stays; the search chooses the rest.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from taso_ds.data.tasks import get_task
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
 from taso_ds.distributed.zero_config import ZeroConfig
+from taso_ds.flags import flags_of
 from taso_ds.models.load import meta_model, read_config
 from taso_ds.models.model_class import wants_head
 from taso_ds.models.quantization import quantization_of
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.planning.count_model import can_quantize, count_model
-from taso_ds.planning.numbers.command import DECIDED_FLAGS
 from taso_ds.planning.numbers.disk import disk_bytes
 from taso_ds.planning.numbers.model_shape import ModelShape
 from taso_ds.planning.numbers.plan import Candidate, Hardware
@@ -115,14 +115,13 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
 
 def _decided(config: RunConfig, given: Collection[str]) -> frozenset[str]:
     """Return the names of the flags that the plan may not decide: given, or set to another value than the default."""
-    groups = (config.model, config.training, config.run, config.calibration)
-    changed = {
+    return frozenset(
         entry.name
-        for group in groups
+        for group in (config.model, config.training, config.run, config.calibration)
         for entry in dataclasses.fields(group)
-        if getattr(group, entry.name) != entry.default
-    }
-    return frozenset(name for name in DECIDED_FLAGS if name in changed or name in given)
+        if flags_of([group])[entry.name].is_planned
+        if entry.name in given or getattr(group, entry.name) != entry.default
+    )
 
 
 def limits_of(section: Mapping[str, Any]) -> Limits:
