@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from taso_ds.distributed import comm
+from taso_ds.distributed.deepspeed_fixes import let_linears_drop_weights
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 
@@ -44,10 +45,7 @@ class Partitioner:
         import deepspeed
 
         self._init = deepspeed.zero.Init(config_dict_or_path=zero.raw)
-        # What entering ``zero.Init`` does besides: a linear that lets go of its weight between forward and backward.
-        # Plain ``F.linear`` saves a view of it, and with that the whole model stays gathered.
-        if self._init.mem_efficient_linear:
-            self._init._enable_mem_efficient_linear()
+        let_linears_drop_weights(self._init)
 
     def partition(self, parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
         """Return the partitioned stand-in for the meta ``parameter``, of its shape and dtype, filled by ``fill``."""

@@ -20,6 +20,7 @@ from taso_ds.distributed.sharded import Fill, Partitioner, parameters_without_me
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint, has_checkpoint
+from taso_ds.models import transformers_fixes
 from taso_ds.models.load_quantized import QuantizedLoad
 from taso_ds.models.stored_names import converted_keys, open_for, stored_keys
 
@@ -52,21 +53,10 @@ def why_not_sharded(source: str, model: nn.Module) -> str | None:
 
 def build_without_memory(model_class: Any, config: Any, **options: Any) -> nn.Module:
     """Return the model with meta parameters and real buffers; its weights are not initialized."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights(), parameters_without_memory():
+    with transformers_fixes.skip_initialization(), parameters_without_memory():
         model: nn.Module = model_class.from_config(config, **options)
-    _compute_buffers(model)
+    transformers_fixes.compute_buffers(model)
     return model
-
-
-def _compute_buffers(model: Any) -> None:
-    """Compute the buffers again, as ``from_pretrained`` does: a model built in bf16 computes its tables in bf16."""
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True
-    for module in model.modules():
-        module._is_hf_initialized = False
-    model.initialize_weights()
 
 
 def tie_weights(model: Any, source: str) -> None:
@@ -114,12 +104,16 @@ def load_sharded(model: Any, source: str, zero: ZeroConfig, loads: QuantizedLoad
             raise UserError(f"model_name_or_path: {source} lacks {some_of(lost)} in the model's shape")
         for parameter, names in aliases.items():
             key = keys[parameter]
-            fill = loads.fill(parameter, checkpoint, key) if key else _from_tensor(_initialized(model, names[0]))
+            fill = (
+                loads.fill(parameter, checkpoint, key)
+                if key
+                else _from_tensor(transformers_fixes.initial_value(model, names[0]))
+            )
             replacements[parameter] = partitioner.partition(parameter, fill)
             bar.update(_share_of(parameter))
         replace_parameters(model, replacements)
         _load_buffers(model, checkpoint, stored, report)
-    model._adjust_missing_and_unexpected_keys(report)
+    transformers_fixes.forgive_known_differences(model, report)
     model.eval()
     return report
 
@@ -154,18 +148,6 @@ def _from_tensor(flat: Tensor) -> Fill:
         out.copy_(flat[first : first + out.numel()])
 
     return fill
-
-
-def _initialized(model: Any, name: str) -> Tensor:
-    """Return the flat initial value that the model gives a parameter."""
-    module_name, _, attribute = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    without_memory = module._parameters[attribute]
-    value = nn.Parameter(torch.zeros_like(without_memory, device="cpu"), requires_grad=False)
-    module._parameters[attribute] = value
-    model._init_weights(module)
-    module._parameters[attribute] = without_memory
-    return value.detach().flatten()
 
 
 def _load_buffers(

@@ -17,6 +17,7 @@ from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.quantized_linear import NF4, Format, Int8, QuantizedLinear
+from taso_ds.models.transformers_fixes import converted_names
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,7 @@ class Quantization:
                     " own for them; drop the flag"
                 )
         else:
-            from transformers.quantizers.base import HfQuantizer
-            from transformers.quantizers.quantizers_utils import should_convert_module
-
-            skipped = HfQuantizer.get_modules_to_not_convert(
-                model, self.stored.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
-            )
-            found = [name for name in plain if should_convert_module(name, skipped)]
+            found = converted_names(model, plain, self.stored.get("llm_int8_skip_modules"))
         for name in found:
             shape = matrix_shape(model.get_submodule(name))
             assert shape is not None

@@ -144,10 +144,7 @@ def load_base(setup: Setup) -> tuple[BaseModel, dict[str, Target], dict[str, Mat
         config.model, setup.source, setup.base_config, head=setup.head, seed=config.run.seed, zero=setup.zero
     )
     if config.training.gradient_checkpointing:
-        # ZeRO-3 empties frozen weights between a block's recomputation and the check of its tensors' shapes, which
-        # would then fail on weights that are gathered again before use; the numbers are covered by a test.
-        check = {"determinism_check": "none"} if setup.zero.stage == 3 else {}
-        base.model.gradient_checkpointing_enable({"use_reentrant": False, **check})  # type: ignore[operator]
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if setup.zero.stage == 3:
         engines.set_leaf_modules(base.model, find_experts(base.model, shape_of=full_shape).blocks)
     return base, prepare.targets_of(config, base.model), prepare.target_shapes(config, base.model)
