@@ -66,12 +66,12 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
     engine.quiet_deepspeed()
     regions = random_regions(arguments.size)
     adapter = TasoAdapter(regions, structure="union", rank=1, scaling=1.0, seed=0, dtype=torch.bfloat16)
-    ds_config = resolve_ds_config(
+    zero = resolve_ds_config(
         read_ds_config(f"zero{arguments.stage}.json"),
         micro_batch_size=1, grad_accum_steps=1, world_size=comm.world_size(), bf16=True, max_grad_norm=1.0,
     )  # fmt: skip
     model = Alone(adapter)
-    live = engine.training_engine(model, torch.optim.AdamW(model.parameters(), lr=1e-3), ds_config)
+    live = engine.training_engine(model, torch.optim.AdamW(model.parameters(), lr=1e-3), zero)
 
     def describe(step: int, optimizer_steps: int) -> Progress:
         return Progress(step, 100, optimizer_steps, {}, 2, arguments.stage, 8, "", "", {}, [], 0)

@@ -49,7 +49,7 @@ def sequential_gb_per_s(folder: Path, *, kept: bool) -> float:
 
 
 def load(how: str, folder: Path, *, load_in_4bit: bool) -> dict[str, float]:
-    config = resolve_ds_config(
+    zero_config = resolve_ds_config(
         read_ds_config("zero3.json"),
         micro_batch_size=1,
         grad_accum_steps=1,
@@ -67,13 +67,13 @@ def load(how: str, folder: Path, *, load_in_4bit: bool) -> dict[str, float]:
     before, started = resident.forget_peak(), time.perf_counter()
     if how == "sharded":
         arguments = ModelArguments(model_name_or_path=str(folder), load_in_4bit=load_in_4bit)
-        model = load_base_model(read_spec(arguments, str(folder)), seed=0, ds_config=config).model
+        model = load_base_model(read_spec(arguments, str(folder)), seed=0, zero=zero_config).model
     elif load_in_4bit:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.bfloat16, quantization_config=nf4()
         )
     else:
-        with engine.zero3_loading(config):
+        with engine.zero3_loading(zero_config):
             model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16)
     comm.barrier()
     seconds = time.perf_counter() - started

@@ -56,7 +56,7 @@ def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
     found = find_regions(setup, base, targets)
     phases.end("score")
     trained = attach(setup, base, targets, found)
-    engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.ds_config)
+    engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.zero)
     engine.train()
     steps = config.training.max_steps
     trainer = Trainer(
@@ -65,10 +65,9 @@ def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
             setup.rows,
             BatchPlan(len(setup.rows), setup.sizes.global_batch_size, seed=0),
             setup.sizes,
-            setup.collate,
-            setup.filler,
+            setup.objective.collate,
         ),
-        loss_sum=setup.loss_sum,
+        loss_sum=setup.objective.loss_sum,
         groups=trained.groups,
         schedule=Schedule("constant", steps, 0),
         logging_steps=steps,

@@ -48,13 +48,13 @@ def make_trainer(setup: Setup, steps: int) -> Trainer:
     method = setup.config.adapter.method
     found = find_regions(setup, base, targets) if method == "taso" else None
     trained = attach(setup, base, targets, found)
-    engine = engines.training_engine(base.model, make_optimizer(trained.groups, setup.config.training), setup.ds_config)
+    engine = engines.training_engine(base.model, make_optimizer(trained.groups, setup.config.training), setup.zero)
     engine.train()
     plan = BatchPlan(len(setup.rows), setup.sizes.global_batch_size, seed=0)
     return Trainer(
         engine,
-        Feed(setup.rows, plan, setup.sizes, setup.collate, setup.filler),
-        loss_sum=setup.loss_sum,
+        Feed(setup.rows, plan, setup.sizes, setup.objective.collate),
+        loss_sum=setup.objective.loss_sum,
         groups=trained.groups,
         schedule=Schedule("constant", steps, 0),
         logging_steps=1,
@@ -104,15 +104,15 @@ def scoring_jobs(*flags: str) -> Iterator[ScoringJobs]:
     setup = make_setup(["--importance", "importance", *flags])
     base, targets = load_base(setup)
     rows = prepare.calibration_rows(setup.config, list(setup.rows))
-    dealt = dealt_batches(rows, batch_size=8, collate=setup.collate, filler=setup.filler)
+    dealt = dealt_batches(rows, batch_size=8, collate=setup.objective.collate)
     batches = [on_device(batch) for _, batch in dealt]
     settings = calibrate.ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0)
     # the same gathering and selecting, without a backward before it
     weights_only = dataclasses.replace(settings, score="magnitude")
     weights: list[Any] = [target.matrix.weight for target in targets.values()]
     numels = [shape.numel for shape in targets.shapes.values()]
-    losses = setup.loss_sum
-    with engines.scoring_engine(base.model, setup.ds_config) as model:
+    losses = setup.objective.loss_sum
+    with engines.scoring_engine(base.model, setup.zero) as model:
         score = partial(calibrate.score_regions, model, targets, loss_sum=losses)
         jobs = ScoringJobs(
             backward=partial(_plain_backward, model, weights, batches, losses),

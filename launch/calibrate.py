@@ -10,11 +10,12 @@ from taso_ds.interrupts import Interrupts
 
 def _calibrate(_: Interrupts) -> str:
     from taso_ds.config import parse_run_config
-    from taso_ds.defaults import with_defaults
 
-    config = with_defaults(parse_run_config(description=__doc__))
+    config = parse_run_config(description=__doc__)
+    from taso_ds.defaults import with_defaults
     from taso_ds.distributed import environment
 
+    config = with_defaults(config)
     if config.run.dry_run:
         from taso_ds.runs.dry_run import describe
 

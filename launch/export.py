@@ -9,11 +9,12 @@ from taso_ds.interrupts import Interrupts
 
 
 def _export(_: Interrupts) -> str:
-    from taso_ds.runs.build import join
-    from taso_ds.runs.finished import export_run
     from taso_ds.runs.finished_arguments import EXPORT, parse_over_run
 
     config, finished = parse_over_run(verb=EXPORT, description=__doc__)
+    from taso_ds.runs.build import join
+    from taso_ds.runs.finished import export_run
+
     assert finished.run is not None
     join(config)
     return f"EXPORT {export_run(config, finished.run, merge=finished.merge)}"

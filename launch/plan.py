@@ -10,10 +10,11 @@ from taso_ds.interrupts import Interrupts
 
 def _plan(_: Interrupts) -> str:
     from taso_ds.planning.arguments import parse_plan
+
+    config, arguments, given = parse_plan(description=__doc__)
     from taso_ds.planning.forecast import make_forecast
     from taso_ds.planning.report_text import describe_forecast, write_forecast
 
-    config, arguments, given = parse_plan(description=__doc__)
     forecast = make_forecast(config, arguments, given)
     write_forecast(forecast, arguments)
     return describe_forecast(forecast)

@@ -13,12 +13,13 @@ from taso_ds.interrupts import Interrupts
 
 def _slurm(_: Interrupts) -> str:
     from taso_ds.batch_script import batch_script, parse_job, write_script
-    from taso_ds.flags import given_names
-    from taso_ds.planning.arguments import PlanArguments
-    from taso_ds.planning.report_text import planned_flags
 
     job, config, flags = parse_job(sys.argv[1:], description=str(__doc__))
     if job.plan_for is not None:
+        from taso_ds.command_line import given_names
+        from taso_ds.planning.arguments import PlanArguments
+        from taso_ds.planning.report_text import planned_flags
+
         plan = PlanArguments(
             device=job.plan_for, network=job.plan_network, nodes=job.nodes, gpus_per_node=job.devices_per_node
         )

@@ -2,6 +2,7 @@
 
 deepspeed launch/train.py --ds_config zero3.json
 deepspeed launch/train.py --ds_config zero3.json --model_name_or_path Qwen/Qwen2.5-3B-Instruct --task gsm8k
+python launch/train.py --task gsm8k --dry_run
 """
 
 from taso_ds.entry import run_script
@@ -10,11 +11,12 @@ from taso_ds.interrupts import Interrupts
 
 def _train(interrupts: Interrupts) -> str:
     from taso_ds.config import parse_run_config
-    from taso_ds.defaults import with_defaults
 
-    config = with_defaults(parse_run_config(description=__doc__))
+    config = parse_run_config(description=__doc__)
+    from taso_ds.defaults import with_defaults
     from taso_ds.distributed import environment
 
+    config = with_defaults(config)
     if config.run.dry_run:
         from taso_ds.runs.dry_run import describe
 

@@ -11,34 +11,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from taso_ds.command_line import given_names, parse_groups, parse_known
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, check_new_file, given_names, parse_groups, remaining_flags
+from taso_ds.flags import arg, check_new_file
 from taso_ds.training.arguments import batch_sizes
+from taso_ds.verbs import command
 
 _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
 _WORD = re.compile(r"[\w.,:-]+")
-_FLAGS_OF_AN_ARRAY = ("task", "seed", "output_dir")
 
 
 @dataclass(frozen=True)
 class SlurmArguments:
-    """The job. Every flag of ``launch/train.py`` is understood beside these and written into the script."""
+    """The job. Every flag of a run is understood beside these and written into the script."""
 
-    nodes: int = arg(1, "Number of nodes.")
-    devices_per_node: int = arg(8, "Devices of a node, one process each.")
-    cpus_per_device: int = arg(8, "CPU cores of each process.")
+    nodes: int = arg(1, "Number of nodes.", unit="nodes")
+    devices_per_node: int = arg(8, "Devices of a node, one process each.", unit="devices")
+    cpus_per_device: int = arg(8, "CPU cores of each process.", unit="cores")
     gpus: bool = arg(True, "The devices are GPUs; --no_gpus on a CPU cluster.")
     partition: str | None = arg(None, "Slurm partition; default: the site's.")
     account: str | None = arg(None, "Account the job is booked on.")
-    time: str = arg("24:00:00", "Time limit as Slurm writes it; the run is saved two minutes before.")
+    time: str = arg("24:00:00", "Time limit as Slurm writes it; the run is saved two minutes before.", unit="time")
     job_name: str = arg("taso", "Name of the job.")
-    activate: str = arg('source "${VENV:-.venv}/bin/activate" || exit', "Shell line that brings taso-train into PATH.")
-    container: str | None = arg(None, "Words before the program, like 'apptainer exec --nv taso.sif'.")
+    activate: str = arg(
+        'source "${VENV:-.venv}/bin/activate" || exit', "Shell line that brings taso-train into PATH.", unit="line"
+    )
+    container: str | None = arg(None, "Words before the program, like 'apptainer exec --nv taso.sif'.", unit="words")
     network_interface: str | None = arg(None, "Interface between the nodes, like ib0, for NCCL and gloo.")
     requeue: bool = arg(True, "Queue again what was stopped before its end; --no_requeue to leave it.")
-    sweep_tasks: list[str] | None = arg(None, "Job array: one run for each of these tasks and sweep_seeds.")
-    sweep_seeds: list[int] | None = arg(None, "Seeds of the job array.")
+    sweep_tasks: list[str] | None = arg(
+        None, "Job array: one run for each of these tasks and sweep_seeds.", unit="task"
+    )
+    sweep_seeds: list[int] | None = arg(None, "Seeds of the job array.", unit="seed")
     plan_for: str | None = arg(None, "Let the plan choose the fastest strategy that fits these devices, like a100-80.")
     plan_network: str = arg("ib-400", "Network between the nodes, for the plan.")
     write: str | None = arg(None, "File to write; default: the terminal.", path=True)
@@ -68,11 +73,11 @@ def parse_job(argv: Sequence[str], *, description: str = "") -> tuple[SlurmArgum
     Raises:
         UserError: unknown flag, a value that cannot work, or no run folder to go on in.
     """
-    *groups, job = parse_groups((*GROUPS, SlurmArguments), argv, description=description)
+    *groups, job = parse_groups((*GROUPS, SlurmArguments), argv, description=description, own=SlurmArguments)
     config = RunConfig(*groups, given=given_names(argv))
-    flags = remaining_flags([SlurmArguments], argv)
+    _, flags = parse_known([SlurmArguments], argv)
     if job.sweep_tasks is not None:
-        if given := config.given.intersection(_FLAGS_OF_AN_ARRAY):
+        if given := config.given.intersection(_flags_of_each_run(job)):
             name = min(given)
             raise UserError(f"{name}: a job array decides it for each of its runs; drop it")
     elif config.run.output_dir is None:
@@ -92,7 +97,7 @@ def _check_run(job: SlurmArguments, config: RunConfig) -> None:
         if len(set(values)) < len(values):
             raise UserError(f"{name}: {' '.join(map(str, values))} names one twice; its runs would share a folder")
     if config.run.dry_run:
-        raise UserError("dry_run: the job would only print; drop --dry_run, or pass it to launch/train.py")
+        raise UserError(f"dry_run: the job would only print; drop --dry_run, or pass it to {command('train')}")
     if config.run.expected_world_size not in (None, job.world_size):
         raise UserError(
             f"expected_world_size: {config.run.expected_world_size} is not {job.nodes} nodes × {job.devices_per_node}"
@@ -171,14 +176,20 @@ def _environment(job: SlurmArguments) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _flags_of_each_run(job: SlurmArguments) -> dict[str, str]:
+    """Return the flags that a job array decides, with words of its script."""
+    return {"task": "$task", "seed": "$seed", "output_dir": f"runs/{job.job_name}/$task-seed$seed"}
+
+
 def _sweep(job: SlurmArguments) -> str:
     tasks, seeds = shlex.join(job.sweep_tasks or ()), " ".join(map(str, job.sweep_seeds or ()))
+    run = " ".join(f'--{name} "{word}"' for name, word in _flags_of_each_run(job).items())
     return (
         f"tasks=({tasks})\n"
         f"seeds=({seeds})\n"
         "task=${tasks[SLURM_ARRAY_TASK_ID / ${#seeds[@]}]}\n"
         "seed=${seeds[SLURM_ARRAY_TASK_ID % ${#seeds[@]}]}\n"
-        f'run=(--task "$task" --seed "$seed" --output_dir "runs/{job.job_name}/$task-seed$seed")\n'
+        f"run=({run})\n"
     )
 
 

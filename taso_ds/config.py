@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from taso_ds.command_line import given_names, parse_groups
 from taso_ds.data.arguments import DataArguments
 from taso_ds.errors import UserError
-from taso_ds.flags import SCHEDULE, START, arg, flags_of, given_names, parse_groups, require
+from taso_ds.flags import CALL, SCHEDULE, START, arg, flags_of, require
 from taso_ds.methods.arguments import AdapterArguments
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.scoring.arguments import SCORING, CalibrationArguments
@@ -21,15 +22,22 @@ from taso_ds.training.arguments import TrainArguments
 
 @dataclass(frozen=True)
 class RunArguments:
-    """The run itself."""
+    """The run itself: where it writes, how it starts and goes on."""
 
     ds_config: str = arg(
-        "zero3.json", "DeepSpeed JSON: a path, or the name of a shipped one.", effect=SCHEDULE, path=True
+        "zero3.json",
+        "DeepSpeed JSON: a path, or the name of a shipped one.",
+        effect=SCHEDULE,
+        path=True,
+        first=True,
+        planned=True,
     )
     nvme_path: str | None = arg(
         None, "Folder on each node's local NVMe disk, for zero3_nvme.json.", effect=START, path=True
     )
-    output_dir: str | None = arg(None, "Run folder; default: runs/<method>-<task>, numbered.", effect=START, path=True)
+    output_dir: str | None = arg(
+        None, "Run folder; default: runs/<method>-<task>, numbered.", effect=START, path=True, first=True
+    )
     overwrite_output_dir: bool = arg(False, "Replace a different run in output_dir.", effect=START)
     resume: str = arg(
         "auto",
@@ -40,14 +48,14 @@ class RunArguments:
     )
     seed: int = arg(0, "Seed of data order, initial adapters and new heads.")
     expected_world_size: int | None = arg(
-        None, "Number of ranks; with fewer or more the run does not start.", effect=START
+        None, "Number of ranks; with fewer or more the run does not start.", effect=START, unit="ranks"
     )
     verify_export: bool = arg(True, "Re-open the exported adapter in a fresh process and compare logits.", effect=START)
-    dry_run: bool = arg(False, "Print what would be done, without loading weights, and exit.", effect=START)
+    dry_run: bool = arg(False, "Print what would be done, without loading weights, and exit.", effect=CALL)
     force: bool = arg(False, "Start even where the plan says that host memory is too small.", effect=START)
-    debug: bool = arg(False, "Print tracebacks of errors, and warnings of libraries.", effect=START)
-    config: str | None = arg(None, "YAML file of these arguments; flags override it.", effect=START, path=True)
-    local_rank: int = arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.", effect=START)
+    debug: bool = arg(False, "Print tracebacks of errors, and warnings of libraries.", effect=CALL)
+    config: str | None = arg(None, "YAML file of these arguments; flags override it.", effect=CALL, path=True)
+    local_rank: int = arg(-1, "Set by the deepspeed launcher; LOCAL_RANK is what counts.", effect=CALL, hidden=True)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
@@ -87,7 +95,7 @@ class RunConfig:
         groups = (self.model, self.data, self.calibration, self.adapter, self.training, self.run)
         merged = {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
         meanings, idle = flags_of(groups), SCORING if self.calibration.core_regions is not None else ()
-        return {key: value for key, value in merged.items() if meanings[key].effect != START and key not in idle}
+        return {key: value for key, value in merged.items() if meanings[key].is_recorded and key not in idle}
 
 
 def parse_run_config(argv: Sequence[str] | None = None, *, description: str = "") -> RunConfig:

@@ -12,6 +12,8 @@ import time
 import traceback
 from pathlib import Path
 
+from taso_ds.verbs import command
+
 _PACKAGES = ("taso_ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "bitsandbytes")
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LONGEST_MESSAGE = 200
@@ -36,7 +38,7 @@ def describe(error: BaseException, report: Path | None) -> str:
     what = what if len(what) <= _LONGEST_MESSAGE else f"{what[:_LONGEST_MESSAGE]} …"
     where = "traceback: with --debug, there is no room for a file" if report is None else f"traceback: {report}"
     if _is_out_of_memory(error):
-        remedy = "lower --per_device_train_batch_size, or let launch/plan.py say what fits"
+        remedy = f"lower --per_device_train_batch_size, or let {command('plan')} say what fits"
         return f"out of memory ({what.removesuffix(': ')}); {remedy}; {where}"
     whose = "not foreseen, so a bug of taso_ds or of a library below it"
     return f"{what.removesuffix(': ')}: {whose}; {where}; please report it with that, and with run.json if there is one"

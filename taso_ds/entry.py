@@ -54,7 +54,7 @@ def run_script(action: Callable[[Interrupts], str | None], *, resumes: bool = Fa
 
 def _prepare() -> bool:
     """Set up environment and console; says whether ``--debug`` was given."""
-    from taso_ds.flags import debug_is_on
+    from taso_ds.command_line import debug_is_on
 
     slurm.adopt_ranks(os.environ)
     _check_current_folder()

@@ -4,6 +4,8 @@ Hugging Face's Trainer, PEFT, axolotl, LLaMA-Factory and DeepSpeed name one thin
 such a name is answered with ours, which helps more than the name that happens to be spelt alike.
 """
 
+from taso_ds.verbs import as_started
+
 # Their names by ours.
 _SAME: dict[str, tuple[str, ...]] = {
     "model_name_or_path": ("model", "model_name", "model_path", "base_model", "pretrained_model_name_or_path"),
@@ -108,4 +110,4 @@ def in_our_words(name: str) -> str:
     advice = (
         f"here it is {our}" if our else next((advice for advice, theirs in _INSTEAD.items() if plain in theirs), "")
     )
-    return f": {advice}" if advice else ""
+    return f": {as_started(advice)}" if advice else ""

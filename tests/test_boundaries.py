@@ -14,15 +14,21 @@ MODULES = sorted([*(ROOT / "taso_ds").rglob("*.py"), *(ROOT / "launch").rglob("*
 
 # room -> rooms it may import, besides itself. A room is a sub-package of taso_ds, a module beside them, or launch.
 _GROUND = {"errors", "files", "flags"}
+_FLAGS_READ = {"command_line", "flags_file"}
 ALLOWED: dict[str, set[str]] = {
     "taso_ds": set(),
     "errors": set(),
-    "foreign_names": set(),
-    "crash_report": set(),
+    "verbs": set(),
+    "foreign_names": {"verbs"},
+    "crash_report": {"verbs"},
     "interrupts": {"errors"},
     "console": {"errors"},
     "files": {"errors"},
-    "flags": {"errors", "files", "foreign_names"},
+    # what a flag is; flags in files; flags on a screen; flags on a command line
+    "flags": {"errors"},
+    "flags_file": {"errors", "files", "flags", "foreign_names"},
+    "flags_help": {"flags", "verbs"},
+    "command_line": {"errors", "flags", "flags_file", "flags_help"},
     "adapters": {"errors", "files"},
     "data": _GROUND,
     "distributed": {"errors", "files"},
@@ -32,22 +38,27 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": _GROUND | {"adapters", "data", "distributed", "models", "objectives"},
     "training": _GROUND | {"adapters", "data", "distributed", "models", "objectives", "interrupts"},
     "methods": _GROUND | {"adapters", "data", "distributed", "models", "scoring", "training"},
-    "config": {"errors", "flags", "data", "models", "scoring", "training", "methods"},
+    "config": {"errors", "flags", "command_line", "data", "models", "scoring", "training", "methods"},
     "defaults": {"errors", "config", "data", "training"},
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
     "planning.numbers": {"errors", "adapters"},
     "planning": _GROUND
     | {"adapters", "data", "distributed", "models", "objectives", "scoring", "training", "methods", "config"}
-    | {"planning.numbers", "defaults"},
+    | {"planning.numbers", "command_line", "defaults", "verbs"},
     "runs": _GROUND
     | {"adapters", "data", "distributed", "models", "objectives", "scoring", "training", "methods", "config"}
-    | {"planning", "reports", "interrupts", "defaults"},
+    | {"planning", "reports", "interrupts", "defaults", "verbs"}
+    | _FLAGS_READ,
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
-    "doctor": _GROUND | {"config", "distributed", "models", "planning", "runs"},
-    "batch_script": {"errors", "flags", "config", "training"},
-    "entry": {"errors", "interrupts", "console", "crash_report", "flags", "distributed"},
+    "doctor": _GROUND | {"command_line", "config", "distributed", "models", "planning", "runs"},
+    "batch_script": {"errors", "flags", "command_line", "config", "training", "verbs"},
+    "entry": {"errors", "interrupts", "console", "crash_report", "command_line", "distributed"},
+    # the one command in front of all scripts, and the page of all flags
+    "__main__": {"errors", "entry", "launch", "taso_ds", "verbs"},
+    "flags_page": {"batch_script", "config", "doctor", "flags_help", "planning", "runs"},
     "launch": _GROUND
     | {
+        "command_line",
         "config",
         "defaults",
         "data",

@@ -13,10 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taso_ds.batch_script import SlurmArguments
+from taso_ds.command_line import debug_is_on, given_names, parse_groups
 from taso_ds.config import GROUPS, RunConfig, parse_run_config
 from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.errors import UserError
-from taso_ds.flags import debug_is_on, flags_of, parse_groups, read_yaml, typed
+from taso_ds.flags import flags_of
+from taso_ds.flags_file import read_yaml, typed
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.runs.finished_arguments import FinishedArguments
 from taso_ds.runs.recorded import differences
@@ -115,8 +117,6 @@ def test_the_longest_names_a_disk_can_hold_are_taken() -> None:
 
 
 def test_flags_that_are_given(tmp_path: Path) -> None:
-    from taso_ds.flags import given_names
-
     file = tmp_path / "run.yaml"
     file.write_text("calibration_passes: 1\n")
     found = given_names(["--ds-config", "zero3.json", "--no_bf16", "--rank=2", "--config", str(file), "-1"])
@@ -137,8 +137,7 @@ PATH_FLAGS = [name for name, flag in flags_of(ALL_GROUPS).items() if flag.is_pat
 def test_every_flag_that_names_a_place_is_a_path() -> None:
     """By its help text; a flag that comes later is not forgotten."""
     places = re.compile(r"\b([Ff]olders?|[Ff]iles?|JSONL?|YAML|PNG|hostfile|safetensors)\b")
-    entries = {entry.name: entry.metadata["help"] for group in ALL_GROUPS for entry in dataclasses.fields(group)}
-    named = {name for name, text in entries.items() if places.search(text)}
+    named = {name for name, flag in flags_of(ALL_GROUPS).items() if places.search(flag.help)}
     no_places = {"gguf_file", "overwrite_output_dir", "gpus_per_node"}  # inside the base; a switch; a number
     assert named - no_places == {*PATH_FLAGS}
 
@@ -217,17 +216,6 @@ def test_yaml_says_what_the_command_line_would(text: str, name: str, value: obje
     (tmp_path / "run.yaml").write_text(text)
     values = typed(read_yaml(str(tmp_path / "run.yaml")), (*GROUPS, SlurmArguments), "run.yaml")
     assert values == {name: value}
-
-
-def test_the_help_is_true_and_keeps_commands_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_groups(GROUPS, ["--help"], description="Train.\n\npython a.py\npython b.py\n")
-    text = capsys.readouterr().out
-    assert "\npython a.py\npython b.py\n" in text
-    assert "Turn --bf16 off.\n" in text
-    assert "(default: None)" not in text
-    assert "(default: 0.05)" in text
-    assert "(default: False)" in text
 
 
 def test_the_doctor_takes_dashes() -> None:

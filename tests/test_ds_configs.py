@@ -50,7 +50,7 @@ def resolved(name: str, bf16: bool, accumulation: int, nvme_path: str) -> dict[s
         max_grad_norm=MAX_GRAD_NORM,
         nvme_path=nvme_path,
         source=name,
-    )
+    ).raw
 
 
 def train_all(report: Path) -> None:

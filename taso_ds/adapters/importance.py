@@ -15,9 +15,6 @@ from torch.utils.hooks import RemovableHandle
 
 from taso_ds.adapters.fused_experts import ExpertHook, ExpertMatrix, HookedExperts, hook_experts
 
-SCORES = ("importance", "magnitude", "gradient", "random")
-REDUCTIONS = ("signed_mean", "per_batch_abs")
-
 Deliver = Callable[[Tensor, Tensor], None]
 
 

@@ -6,28 +6,11 @@ stacked into one dense pair ``A (R, in)``, ``B (out, R)`` with ``R = rank · bra
 are parameters. ``compact -> dense`` is therefore one list of positions, and nothing else depends on the structure.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from taso_ds.adapters.choices import STRUCTURES
 from taso_ds.adapters.selection import CoreRegion, share
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One pair ``B A``: whether ``B`` is limited to the core rows and ``A`` to the core columns."""
-
-    core_rows: bool
-    core_cols: bool
-
-
-STRUCTURES: dict[str, tuple[Branch, ...]] = {
-    # whole core rows, plus whole core columns: the only reading that gives the published parameter count
-    "union": (Branch(core_rows=True, core_cols=False), Branch(core_rows=False, core_cols=True)),
-    # only the core rows × core columns block
-    "intersection": (Branch(core_rows=True, core_cols=True),),
-}
 
 
 def dense_rank(structure: str, rank: int) -> int:

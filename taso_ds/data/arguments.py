@@ -12,17 +12,19 @@ EVAL_METRICS = ("none", "exact_match", "rouge")
 class DataArguments:
     """The task and its rows."""
 
-    task: str | None = arg(None, "Task name; default: sst2 from the embedded data.")
+    task: str | None = arg(None, "Task name; default: sst2 from the embedded data.", first=True)
     data_dir: str | None = arg(
         None, "Folder with <task>/<split>.jsonl(.gz); default: the Hub.", path=True, words=("embedded",)
     )
-    train_file: str | None = arg(None, "JSONL file to train on, instead of data_dir's.", path=True)
-    eval_file: str | None = arg(None, "JSONL file to evaluate on, instead of data_dir's.", path=True)
-    eval_fraction: float | None = arg(None, "Evaluate on this share of the training rows, held out by the seed.")
+    train_file: str | None = arg(None, "JSONL file to train on, instead of data_dir's.", path=True, first=True)
+    eval_file: str | None = arg(None, "JSONL file to evaluate on, instead of data_dir's.", path=True, first=True)
+    eval_fraction: float | None = arg(
+        None, "Evaluate on this share of the training rows, held out by the seed.", unit="share"
+    )
     eval_metric: str = arg("none", "Of --task completion, beside the loss: exact_match or rouge of generated answers.")
-    max_train_samples: int | None = arg(None, "Use only the first N training rows.")
-    max_eval_samples: int | None = arg(None, "Use only the first N evaluation rows.")
-    max_seq_length: int = arg(512, "Tokens of a row; longer prompts are cut from the left.")
+    max_train_samples: int | None = arg(None, "Use only the first N training rows.", unit="rows")
+    max_eval_samples: int | None = arg(None, "Use only the first N evaluation rows.", unit="rows")
+    max_seq_length: int = arg(512, "Tokens of a row; longer prompts are cut from the left.", unit="tokens")
     use_chat_template: bool = arg(False, "Wrap prompts in the tokenizer's chat template.")
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Which rows every optimizer step sees, as a pure function of the step.
 
-The global batch is fixed first and only then cut into micro-batches and ranks, so a run sees the same rows in
-the same steps on 1 or 64 devices, and resuming at a step needs nothing but its number.
+The global batch is fixed first and only then cut into micro-batches and ranks. So a run sees the same rows in the same
+steps on 1 or 64 devices, and resuming at a step needs nothing but its number.
 """
 
 import functools
@@ -31,7 +31,7 @@ class BatchPlan:
         return -(-self.num_rows // self.global_batch_size)
 
     def rows(self, step: int) -> list[int]:
-        """Return the row ids of global batch `step`, counted from 0 over all epochs."""
+        """Return the row ids of global batch ``step``, counted from 0 over all epochs."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         start = batch * self.global_batch_size
         stop = min(start + self.global_batch_size, self.num_rows)
@@ -44,7 +44,7 @@ class BatchPlan:
     ) -> list[int]:
         """Return the rows one rank takes in one micro-step; fewer or none at the end of an epoch.
 
-        Over all micro-steps and ranks every row of `rows(step)` is taken exactly once.
+        Over all micro-steps and ranks every row of ``rows(step)`` is taken exactly once.
         """
         start = (micro_step * world_size + rank) * micro_batch_size
         return self.rows(step)[start : start + micro_batch_size]

@@ -24,11 +24,11 @@ class Chat:
     r"""How a tokenizer's template writes the assistant's turn.
 
     Attributes:
-        supplied: What the server's prompt says in the model's place and the conversation does not ("<think>\n").
-        opening: What the conversation holds between the server's prompt and the content.
-        closing: What it holds between the content and the end of the turn, that included; empty without one.
-        tail: All it holds behind the content of a last turn.
-        end_id: The token that ends a turn; the tokenizer's EOS where the template ends none.
+        supplied: what the server's prompt says in the model's place and the conversation does not ("<think>\n").
+        opening: what the conversation holds between the server's prompt and the content.
+        closing: what it holds between the content and the end of the turn, that included; empty without one.
+        tail: all it holds behind the content of a last turn.
+        end_id: the token that ends a turn; the tokenizer's EOS where the template ends none.
     """
 
     tokenizer: Tokenizer
@@ -60,7 +60,7 @@ def read_chat(tokenizer: Tokenizer) -> Chat:
     """Find out how the tokenizer's template writes a turn, from a conversation with a known answer.
 
     Raises:
-        UserError: There is no template, or it leaves out what the assistant says.
+        UserError: there is no template, or it leaves out what the assistant says.
     """
     served, whole = chat_prompt(tokenizer, _QUESTION), _conversation(tokenizer, _QUESTION, _ANSWER)
     before, found, tail = whole.rpartition(_ANSWER)

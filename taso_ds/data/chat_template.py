@@ -12,7 +12,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], *, add_gene
     """Return the text that the tokenizer's chat template makes of a conversation.
 
     Raises:
-        UserError: There is no template, it does not parse or raises, or it leaves out what the user says.
+        UserError: there is no template, it does not parse or raises, or it leaves out what the user says.
     """
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: drop use_chat_template or use an instruction model")

@@ -1,4 +1,7 @@
-"""Encoded rows to rectangular tensors. Padding never changes a result: it is masked and its labels are -100."""
+"""Encoded rows to rectangular tensors. Padding never changes a result: it is masked and its labels are -100.
+
+Without rows every function collates an empty one (``empty_row``): the batch takes part in every collective.
+"""
 
 from collections.abc import Sequence
 
@@ -8,21 +11,27 @@ from torch import Tensor
 from taso_ds.data.encode import IGNORED, EncodedRow
 
 
-def collate(rows: Sequence[EncodedRow], *, pad_id: int, pad_to_multiple_of: int = 1) -> dict[str, Tensor]:
-    """Pad rows on the right to the longest (rounded up); input_ids, attention_mask, labels, all (batch, seq) int64.
+def collate(rows: Sequence[EncodedRow], *, pad_id: int) -> dict[str, Tensor]:
+    """Pad rows on the right to the longest.
 
-    Token type ids are added when the rows have them.
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels``, all ``(batch, tokens)`` int64; ``token_type_ids`` when the rows
+        have them.
     """
-    width = -(-max(len(row.input_ids) for row in rows) // pad_to_multiple_of) * pad_to_multiple_of
+    rows = rows or [empty_row(pad_id)]
+    width = max(len(row.input_ids) for row in rows)
     return _inputs(rows, pad_id, width) | {"labels": _right([row.labels for row in rows], IGNORED, width)}
 
 
 def collate_left(rows: Sequence[EncodedRow], *, pad_id: int) -> dict[str, Tensor]:
     """Pad the rows' prompts on the left, so that generation continues every row at the same last position.
 
-    What is supervised is the answer and is left out. Returns input_ids and attention_mask, (batch, seq) int64.
+    What is supervised is the answer and is left out.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, ``(batch, tokens)`` int64.
     """
-    prompts = [_prompt(row) for row in rows]
+    prompts = [_prompt(row) for row in rows or [empty_row(pad_id)]]
     width = max(len(prompt) for prompt in prompts)
     ids = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -30,10 +39,14 @@ def collate_left(rows: Sequence[EncodedRow], *, pad_id: int) -> dict[str, Tensor
 
 
 def collate_head(rows: Sequence[EncodedRow], *, pad_id: int, is_regression: bool) -> dict[str, Tensor]:
-    """Pad rows on the right for a classification head; labels are (batch,): int64 classes or float32 scores.
+    """Pad rows on the right for a classification head.
 
-    A row without a target (`empty_row`) is labelled -100 as a class and nan as a score: the loss leaves both out.
+    A row without a target (``empty_row``) is labelled -100 as a class and nan as a score: the loss leaves both out.
+
+    Returns:
+        As ``collate``, but ``labels (batch,)`` are int64 classes or float32 scores.
     """
+    rows = rows or [empty_row(pad_id)]
     nothing = float("nan") if is_regression else IGNORED
     targets = [nothing if row.target is None else row.target for row in rows]
     labels = torch.tensor(targets, dtype=torch.float32 if is_regression else torch.int64)

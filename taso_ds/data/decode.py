@@ -12,8 +12,8 @@ class AnswerReader:
     """Where an answer ends, and which of its text the template rather than the data gave.
 
     Attributes:
-        end_id: The token that training rows end with.
-        opening: Text that the chat template puts before every answer.
+        end_id: the token that training rows end with.
+        opening: text that the chat template puts before every answer.
     """
 
     tokenizer: Tokenizer

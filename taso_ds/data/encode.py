@@ -1,20 +1,20 @@
-"""Examples to token ids: what the model reads, which tokens are supervised, and what is cut when it is too long.
+"""Examples of a language model to token ids: what it reads, which tokens are supervised, and what is cut.
 
-For a decoder only the completion is supervised (label -100 elsewhere). The boundary between prompt and
-completion must not depend on the completion, or the options of one question would be scored after different
-prompts: when a tokenizer merges across it, the completion is tokenized alone.
+Only the completion is supervised; the other labels are -100. The boundary between prompt and completion must not depend
+on the completion. Otherwise the options of one question would be scored after different prompts. So when a tokenizer
+merges across the boundary, the completion is tokenized alone.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from taso_ds.data.chat import chat_prompt, read_chat
-from taso_ds.data.tasks import Example, Task
+from taso_ds.data.tasks import Example
 from taso_ds.data.tokenizer import Tokenizer
 from taso_ds.errors import UserError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 IGNORED = -100  # the label torch's cross entropy leaves out
 
@@ -24,10 +24,10 @@ class EncodedRow:
     """Token ids of one row.
 
     Attributes:
-        input_ids: What the model reads.
-        labels: As long as `input_ids`, -100 where not supervised; empty for a classification head.
-        target: Class index or score for a classification head.
-        token_type_ids: Which of two texts a token belongs to, for encoders that want it (BERT).
+        input_ids: what the model reads.
+        labels: as long as ``input_ids``, -100 where not supervised; empty for a classification head.
+        target: class index or score for a classification head.
+        token_type_ids: which of two texts a token belongs to, for encoders that want it (BERT).
     """
 
     input_ids: list[int]
@@ -44,7 +44,7 @@ class EncodedRow:
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """One encoded row and whether its prompt (or pair of texts) or its completion had to be shortened."""
 
     row: EncodedRow
@@ -52,47 +52,36 @@ class _Cut:
     completion: bool = False
 
 
-def encode_examples(
+def encode_completions(
     tokenizer: Tokenizer,
     examples: Sequence[Example],
-    task: Task,
     *,
     max_seq_length: int,
-    head: bool,
+    append_eos: bool,
     use_chat_template: bool = False,
     source: str,
 ) -> list[EncodedRow]:
-    """Encode every example: for a classification head its texts, otherwise prompt and gold completion.
+    """Encode the prompt and the gold completion of every example.
 
-    The prompt is cut on the left, behind a BOS; only a completion that alone exceeds `max_seq_length` - 1 is cut, on
-    the right.
+    The prompt is cut on the left, behind a BOS. Only a completion that alone exceeds ``max_seq_length - 1`` tokens is
+    cut, on the right.
+
+    Args:
+        append_eos: whether a completion ends with the EOS, or with the end of a turn.
+        source: where the examples come from, in words.
 
     Raises:
-        UserError: The task has no head, the tokenizer lacks what is asked of it, or a row (named by `source`
-            and its number, counted from 1) leaves nothing to learn.
+        UserError: the tokenizer lacks what is asked of it, or a row leaves nothing to learn. The message names
+            ``source`` and the number of the row, counted from 1.
     """
-    if head and not (task.labels or task.is_regression):
-        raise UserError(f"task {task.name} has no classification head: train it with a causal language model")
-    if head and use_chat_template:
-        raise UserError("use_chat_template is for causal language models: a classification head has no dialogue")
-    if head:
-        rows: Iterator[_Cut] = _pairs(tokenizer, examples, task.is_regression, max_seq_length)
-    else:
-        rows = _completions(
-            tokenizer,
-            [(example.prompt, example.completion) for example in examples],
-            max_seq_length=max_seq_length,
-            append_eos=task.kind != "choice",  # an option is compared with others, not stopped
-            use_chat_template=use_chat_template,
-        )
-    cuts: list[_Cut] = []
-    try:
-        for row in rows:
-            cuts.append(row)
-    except UserError as error:
-        raise UserError(f"{source}, row {examples[len(cuts)].place or len(cuts) + 1}: {error}") from error
-    _warn_of_cuts(cuts, source, max_seq_length)
-    return [cut.row for cut in cuts]
+    rows = _completions(
+        tokenizer,
+        [(example.prompt, example.completion) for example in examples],
+        max_seq_length=max_seq_length,
+        append_eos=append_eos,
+        use_chat_template=use_chat_template,
+    )
+    return take_rows(rows, examples, max_seq_length=max_seq_length, source=source)
 
 
 def encode_options(
@@ -112,7 +101,7 @@ def encode_options(
 def encode_prompt(
     tokenizer: Tokenizer, prompt: str, *, max_seq_length: int, use_chat_template: bool = False
 ) -> EncodedRow:
-    """Encode a prompt alone, to generate from; all labels are -100. Cut on the left, behind a BOS."""
+    """Encode a prompt alone, to generate from; all labels are -100. It is cut on the left, behind a BOS."""
     text = chat_prompt(tokenizer, prompt) if use_chat_template else prompt
     lead = [] if use_chat_template else _lead(tokenizer, text)
     ids = _fit_left(tokenizer, lead + _ids(tokenizer, [text])[0], len(lead), max_seq_length)
@@ -121,20 +110,41 @@ def encode_prompt(
     return EncodedRow(ids, [IGNORED] * len(ids))
 
 
-def encode_pair(
-    tokenizer: Tokenizer, texts: Sequence[str], *, max_seq_length: int, target: int | float | None
-) -> EncodedRow:
-    """Encode one or two texts for a classification head; of two, the longer one is cut first."""
-    return _pair(tokenizer, texts, target, max_seq_length).row
-
-
 def pad_token_id(tokenizer: Tokenizer) -> int:
     """Return an id to pad with. Any will do, since the mask hides it; the tokenizer's own comes first."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     return next((token for token in candidates if token is not None), 0)
 
 
-# Causal language models ----------------------------------------------------------------------------------
+def take_rows(
+    rows: Iterable[Cut], examples: Sequence[Example], *, max_seq_length: int, source: str
+) -> list[EncodedRow]:
+    """Return the rows of the examples; one warning counts those that were cut.
+
+    Args:
+        rows: one for each example, encoded as they are asked for.
+
+    Raises:
+        UserError: a row cannot be encoded. The message names ``source`` and the row.
+    """
+    cuts: list[Cut] = []
+    try:
+        for row in rows:
+            cuts.append(row)
+    except UserError as error:
+        raise UserError(f"{source}, row {examples[len(cuts)].place or len(cuts) + 1}: {error}") from error
+    num_prompts = sum(cut.prompt for cut in cuts)
+    num_completions = sum(cut.completion for cut in cuts)
+    if num_prompts or num_completions:
+        log.warning(
+            "%s: of %d rows, %d had their prompt and %d their completion cut to fit max_seq_length %d",
+            source,
+            len(cuts),
+            num_prompts,
+            num_completions,
+            max_seq_length,
+        )
+    return [cut.row for cut in cuts]
 
 
 def _completions(
@@ -144,7 +154,7 @@ def _completions(
     max_seq_length: int,
     append_eos: bool,
     use_chat_template: bool,
-) -> Iterator[_Cut]:
+) -> Iterator[Cut]:
     """Check what concerns all rows, tokenize all texts in two calls, and return the rows one by one."""
     if max_seq_length < 2:
         raise UserError(f"max_seq_length must be at least 2 (one token to read, one to predict), got {max_seq_length}")
@@ -153,7 +163,7 @@ def _completions(
         chat = read_chat(tokenizer)
         texts, closing, end = [chat.texts(*pair) for pair in pairs], chat.closing, chat.end_id
         if append_eos and not closing:
-            logger.info("the chat template ends no turn with a token of its own: rows end with %s", tokenizer.eos_token)
+            log.info("the chat template ends no turn with a token of its own: rows end with %s", tokenizer.eos_token)
     if append_eos and end is None:
         raise UserError(
             "the tokenizer has no EOS token, so a model cannot learn to stop: set eos_token in tokenizer_config.json"
@@ -165,7 +175,7 @@ def _completions(
     prompt_ids = _ids(tokenizer, prompts)
     full_ids = _ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
 
-    def row(index: int) -> _Cut:
+    def row(index: int) -> Cut:
         if not pairs[index][1].strip():
             raise UserError("the completion is empty: there is nothing to learn; remove the row or fill it in")
         prompt, full = prompt_ids[index], full_ids[index]
@@ -178,7 +188,7 @@ def _completions(
     return (row(index) for index in range(len(pairs)))
 
 
-def _supervise(tokenizer: Tokenizer, prompt: list[int], answer: list[int], num_lead: int, max_seq_length: int) -> _Cut:
+def _supervise(tokenizer: Tokenizer, prompt: list[int], answer: list[int], num_lead: int, max_seq_length: int) -> Cut:
     """Cut prompt and answer to length and mask the prompt."""
     kept_answer = answer[: max_seq_length - 1]
     kept_prompt = _fit_left(tokenizer, prompt, num_lead, max_seq_length - len(kept_answer))
@@ -188,11 +198,11 @@ def _supervise(tokenizer: Tokenizer, prompt: list[int], answer: list[int], num_l
             "no token of the completion is left to supervise: the first token of a sequence is predicted from "
             "nothing; give the row a prompt"
         )
-    return _Cut(row, len(kept_prompt) < len(prompt), len(kept_answer) < len(answer))
+    return Cut(row, len(kept_prompt) < len(prompt), len(kept_answer) < len(answer))
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Tokenize bare texts. `verbose` off: its warning about the model's maximal length comes before our cut."""
+    """Tokenize bare texts. ``verbose`` is off: its warning about the model's maximal length comes before our cut."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
@@ -202,7 +212,7 @@ def _lead(tokenizer: Tokenizer, text: str) -> list[int]:
     Those it puts behind (an EOS, a SEP) must not stand between prompt and completion, so they are left out.
     """
     bare, special = _ids(tokenizer, [text])[0], list(tokenizer(text, verbose=False)["input_ids"])
-    if not bare:  # an empty prompt: before and behind cannot be told apart but by the name of the token
+    if not bare:  # an empty prompt: only the name of the token tells whether it stands before or behind
         return special[:1] if special[:1] == [tokenizer.bos_token_id] else []
     for start in range(len(special) - len(bare) + 1):
         if special[start : start + len(bare)] == bare:
@@ -211,46 +221,10 @@ def _lead(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _fit_left(tokenizer: Tokenizer, ids: list[int], num_lead: int, room: int) -> list[int]:
-    """Cut ids on the left to `room` tokens, keeping the special tokens before them (a template's BOS too)."""
+    """Cut ids on the left to ``room`` tokens, keeping the special tokens before them (a template's BOS too)."""
     if len(ids) <= room:
         return ids
     if not num_lead and ids[0] == tokenizer.bos_token_id:
         num_lead = 1
     num_lead = min(num_lead, room)
     return ids[:num_lead] + ids[len(ids) - (room - num_lead) :]
-
-
-# Classification heads ------------------------------------------------------------------------------------
-
-
-def _pairs(
-    tokenizer: Tokenizer, examples: Sequence[Example], is_regression: bool, max_seq_length: int
-) -> Iterator[_Cut]:
-    for example in examples:
-        target = float(example.target) if is_regression else int(example.target)
-        yield _pair(tokenizer, example.texts, target, max_seq_length)
-
-
-def _pair(tokenizer: Tokenizer, texts: Sequence[str], target: int | float | None, max_seq_length: int) -> _Cut:
-    if len(texts) not in (1, 2) or not any(text.strip() for text in texts):
-        raise UserError("a classification head reads one or two texts, but the row has none")
-    encoding = tokenizer(*texts, verbose=False)
-    is_cut = len(encoding["input_ids"]) > max_seq_length
-    if is_cut:
-        encoding = tokenizer(*texts, truncation=True, max_length=max_seq_length)
-    types = encoding.get("token_type_ids")
-    return _Cut(EncodedRow(list(encoding["input_ids"]), [], target, None if types is None else list(types)), is_cut)
-
-
-def _warn_of_cuts(cuts: Sequence[_Cut], source: str, max_seq_length: int) -> None:
-    num_prompts = sum(cut.prompt for cut in cuts)
-    num_completions = sum(cut.completion for cut in cuts)
-    if num_prompts or num_completions:
-        logger.warning(
-            "%s: of %d rows, %d had their prompt and %d their completion cut to fit max_seq_length %d",
-            source,
-            len(cuts),
-            num_prompts,
-            num_completions,
-            max_seq_length,
-        )

@@ -1,4 +1,4 @@
-"""Where records come from: a file, a local folder, a folder saved by `datasets`, or the Hugging Face Hub.
+"""Where records come from: a file, a local folder, a folder saved by ``datasets``, or the Hugging Face Hub.
 
 Every set of records carries its source in words, because a score says nothing without the rows it was taken on.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import torch
 
-from taso_ds.data.tasks import Example, Task
+from taso_ds.data.tasks import Example, Record, Task
 from taso_ds.errors import UserError, reason
 from taso_ds.files.json_text import parse_json
 
@@ -27,15 +27,15 @@ class Records:
     """Rows and, in words, where they come from: a path or Hub name, the split, and the part of it that was taken.
 
     Attributes:
-        places: Where each row stands in its source, counted from 1 as lines are; None for all rows in order.
+        places: where each row stands in its source, counted from 1 as lines are; None for all rows in order.
     """
 
-    rows: list[dict[str, Any]]
+    rows: list[Record]
     source: str
     places: tuple[int, ...] | None = None
 
     def first(self, count: int) -> "Records":
-        """Return the first `count` rows, saying so in the source; all of them when there are no more."""
+        """Return the first ``count`` rows, saying so in the source; all of them when there are no more."""
         if count >= len(self.rows):
             return self
         return self._part(range(count), f"{self.source} (rows 0-{count - 1} of {len(self.rows)})")
@@ -44,7 +44,7 @@ class Records:
         """Return the rows to train on and those held out, each in the order of the source.
 
         Raises:
-            UserError: One of both parts would be empty.
+            UserError: one of both parts would be empty.
         """
         total = len(self.rows)
         number = round(share * total)
@@ -76,34 +76,31 @@ def build_examples(task: Task, records: Records) -> list[Example]:
     return examples
 
 
-def load_records(
-    task: Task, split: str, *, data_dir: str | None, file: str | None, cache_dir: str | None = None
-) -> Records:
-    """Load one split of a task: from `file` if given, else from `data_dir` if given, else from the Hub.
+def load_records(task: Task, split: str, *, data_dir: str | None, file: str | None) -> Records:
+    """Load one split of a task: from ``file`` if given, else from ``data_dir`` if given, else from the Hub.
 
     Args:
-        task: Whose folders and Hub name are looked up.
+        task: whose folders and Hub name are looked up.
         split: "train", "validation" or "test"; a missing validation split falls back to dev, then test.
-        data_dir: A folder with `<task>/<split>.jsonl[.gz]`, `<split>.jsonl[.gz]`, or one saved by `save_to_disk`.
-        file: One .jsonl or .jsonl.gz file.
-        cache_dir: Where `datasets` keeps what it downloads.
+        data_dir: a folder with ``<task>/<split>.jsonl[.gz]``, ``<split>.jsonl[.gz]``, or one saved by ``save_to_disk``.
+        file: one .jsonl or .jsonl.gz file.
 
     Raises:
-        UserError: Nothing was found, or what was found cannot be read.
+        UserError: nothing was found, or what was found cannot be read.
     """
     if file is not None:
         return Records(read_jsonl(Path(file)), file)
     names = _SPLIT_NAMES.get(split, (split,))
     if data_dir is not None:
         return _from_folder(task, names, Path(data_dir))
-    return _from_hub(task, names, cache_dir)
+    return _from_hub(task, names)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[Record]:
     """Read a .jsonl or .jsonl.gz file: one JSON object a line.
 
     Raises:
-        UserError: The file is absent, empty, not UTF-8 or damaged, or a line (named) is not a JSON object.
+        UserError: the file is absent, empty, not UTF-8 or damaged, or a line (named) is not a JSON object.
     """
     if not path.name.lower().endswith(_SUFFIXES):
         raise UserError(f"{path}: only {' and '.join(_SUFFIXES)} files can be read (one JSON object a line)")
@@ -130,7 +127,7 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8-sig")
 
 
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse(path: Path, number: int, line: str) -> Record:
     line = line.removeprefix("\ufeff")  # files with byte order marks, one behind the other
     if number == 1 and line.strip() in ("[", "{"):
         raise UserError(f"{path}: is one JSON document over many lines; write one object a line, as in JSON Lines")
@@ -172,7 +169,7 @@ def _places(task: Task, folder: Path) -> Iterator[Path]:
 
 
 def _saved_split(place: Path, name: str) -> Records | None:
-    """Return a split saved by `datasets`: a DatasetDict's, or a single Dataset's that says it is this split."""
+    """Return a split saved by ``datasets``: a DatasetDict's, or a single Dataset's that says it is this split."""
     if (place / name / "state.json").exists():  # written by save_to_disk for every Dataset, also within a dict
         return Records(_saved(place / name).to_list(), str(place / name))
     if (place / "state.json").exists():
@@ -191,14 +188,14 @@ def _saved(folder: Path) -> Any:
         raise UserError(f"--data_dir: {folder} is not a readable saved data set ({first}): save it again") from error
 
 
-def _from_hub(task: Task, names: tuple[str, ...], cache_dir: str | None) -> Records:
+def _from_hub(task: Task, names: tuple[str, ...]) -> Records:
     path, config = task.hub
     remedy = "give a local copy with --data_dir, or files with --train_file / --eval_file"
     if not path:
         raise UserError(f"task {task.name} is not on the Hugging Face Hub: {remedy}")
     title = f"{path}/{config}" if config else path
     try:
-        splits = datasets.load_dataset(path, config, cache_dir=cache_dir)
+        splits = datasets.load_dataset(path, config)
     except Exception as error:
         # The library raises a dozen unrelated types (HTTP, cache, offline mode, moved data set): whichever it is,
         # the user's way out is the same.

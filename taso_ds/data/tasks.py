@@ -1,6 +1,6 @@
 """What a record of each task means: the prompt, the gold continuation, the options and the headline metric.
 
-A task turns one record, in the columns of the Hugging Face Hub or of a local file, into one `Example`, and
+A task turns one record, in the columns of the Hugging Face Hub or of a local file, into one ``Example``, and
 nothing else: no tokenizer, no file and no model is known here, so a new task is one builder and one entry.
 Choice tasks are scored by the likelihood of their continuations, so every option carries its leading space.
 """
@@ -13,18 +13,20 @@ from typing import Any
 
 from taso_ds.errors import UserError, nearest
 
+Record = Mapping[str, Any]  # one row of a source: columns by name
+
 
 @dataclass(frozen=True)
 class Example:
     """One record as the model meets it.
 
     Attributes:
-        prompt: Read by the model, never supervised (decoder).
-        completion: The gold continuation with its leading space; supervised.
-        options: Choice tasks: every continuation, in label order.
-        target: Gold: option index (choice), score (regression), reference text (generation, completion).
-        texts: Encoder input: one or two texts; empty when the task has no classification head.
-        place: Where the record stands in its source, counted from 1; 0 where it comes from none.
+        prompt: read by the model, never supervised (decoder).
+        completion: the gold continuation with its leading space; supervised.
+        options: choice tasks: every continuation, in label order.
+        target: gold: option index (choice), score (regression), reference text (generation, completion).
+        texts: encoder input: one or two texts; empty when the task has no classification head.
+        place: where the record stands in its source, counted from 1; 0 where it comes from none.
     """
 
     prompt: str
@@ -40,26 +42,31 @@ class Task:
     """A data set together with how it is asked and scored.
 
     Attributes:
-        name: What `--task` takes.
+        name: what ``--task`` takes.
         kind: "choice", "generation" or "completion".
-        metrics: Names known to `taso_ds.objectives.metrics`; the first is the headline, which is the loss without any.
-        build: Record to example; raises UserError when the record lacks what the task needs.
-        labels: Label names of a classification head; empty if the task has none.
-        is_regression: The head has one output; a decoder predicts the likelihood-weighted mean of the options.
-        hub: Path and configuration name for `datasets.load_dataset`; an empty path when not on the Hub.
-        folders: Names to look for under a local data folder.
-        eval_split: The split whose score the literature reports.
+        metrics: names known to ``taso_ds.objectives.metrics``; the first is the headline. Without any it is the loss.
+        build: record to example; raises UserError when the record lacks what the task needs.
+        labels: label names of a classification head; empty if the task has none.
+        is_regression: the head has one output; a decoder predicts the likelihood-weighted mean of the options.
+        hub: path and configuration name for ``datasets.load_dataset``; an empty path when not on the Hub.
+        folders: names to look for under a local data folder.
+        eval_split: the split whose score the literature reports.
     """
 
     name: str
     kind: str
     metrics: tuple[str, ...]
-    build: Callable[[Mapping[str, Any]], Example]
+    build: Callable[[Record], Example]
     labels: tuple[str, ...] = ()
     is_regression: bool = False
     hub: tuple[str, str | None] = ("", None)
     folders: tuple[str, ...] = ()
     eval_split: str = "validation"
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a classification head; 0 if the task has none."""
+        return 1 if self.is_regression else len(self.labels)
 
 
 def get_task(name: str) -> Task:
@@ -74,13 +81,13 @@ _MOST_NAMES, _LONGEST_SHOWN = 12, 80  # of a record, in one line of an error
 # Reading a record ----------------------------------------------------------------------------------------
 
 
-def _require(record: Mapping[str, Any], *names: str) -> None:
+def _require(record: Record, *names: str) -> None:
     missing = [name for name in names if name not in record]
     if missing:
         raise UserError(f"missing field(s) {_quoted(missing)}; the record has {_quoted(sorted(record))}")
 
 
-def _text(record: Mapping[str, Any], name: str) -> str:
+def _text(record: Record, name: str) -> str:
     """Return a text field without the blanks around it: copies of one data set differ in them (SST-2)."""
     value = record[name]
     if not isinstance(value, str):
@@ -88,7 +95,7 @@ def _text(record: Mapping[str, Any], name: str) -> str:
     return value.strip()
 
 
-def _label(record: Mapping[str, Any], num_labels: int, name: str = "label") -> int:
+def _label(record: Record, num_labels: int, name: str = "label") -> int:
     value = record[name]
     if value == -1:  # how the Hub marks the test labels that GLUE and SuperGLUE never published
         raise UserError(f"field {name!r} is -1: this split has hidden test labels; use a labelled split")
@@ -113,10 +120,10 @@ def _shown(value: Any) -> str:
 
 def _classification(
     fields: tuple[str, ...], template: str, options: tuple[str, ...], *, head: bool = True
-) -> Callable[[Mapping[str, Any]], Example]:
+) -> Callable[[Record], Example]:
     """Return the builder of a task whose label picks one of the same few words for every record."""
 
-    def build(record: Mapping[str, Any]) -> Example:
+    def build(record: Record) -> Example:
         _require(record, *fields, "label")
         values = {name: _text(record, name) for name in fields}
         target = _label(record, len(options))
@@ -126,7 +133,7 @@ def _classification(
     return build
 
 
-def _boolq(record: Mapping[str, Any]) -> Example:
+def _boolq(record: Record) -> Example:
     # The Hub calls the gold "answer" (true or false), local copies "label" (1 = yes); the passage is optional
     # because commonsense suites ask the questions alone.
     gold = "label" if "label" in record else "answer"
@@ -139,7 +146,7 @@ def _boolq(record: Mapping[str, Any]) -> Example:
     return Example(prompt, options[target], options, target, (question, passage) if passage else (question,))
 
 
-def _stsb(record: Mapping[str, Any]) -> Example:
+def _stsb(record: Record) -> Example:
     _require(record, "sentence1", "sentence2", "label")
     first, second, score = _text(record, "sentence1"), _text(record, "sentence2"), record["label"]
     if score == -1:
@@ -163,7 +170,7 @@ def _lettered(question: str, choices: Sequence[str], target: int, *, context: st
     return Example("\n".join(lines), options[target], options, target)
 
 
-def _arc(record: Mapping[str, Any]) -> Example:
+def _arc(record: Record) -> Example:
     _require(record, "question", "choices")
     choices = record["choices"]
     if isinstance(choices, Mapping):  # the Hub: {"text": [...], "label": ["A", ...] or ["1", ...]} and answerKey
@@ -185,7 +192,7 @@ def _arc(record: Mapping[str, Any]) -> Example:
     return _lettered(_text(record, "question"), [str(text).strip() for text in texts], target)
 
 
-def _sciq(record: Mapping[str, Any]) -> Example:
+def _sciq(record: Record) -> Example:
     names = ("correct_answer", "distractor1", "distractor2", "distractor3")
     _require(record, "question", "support", *names)
     question = _text(record, "question")
@@ -200,13 +207,13 @@ def _sciq(record: Mapping[str, Any]) -> Example:
     return _lettered(question, choices, order.index("correct_answer"), context=_text(record, "support"))
 
 
-def _gsm8k(record: Mapping[str, Any]) -> Example:
+def _gsm8k(record: Record) -> Example:
     _require(record, "question", "answer")
     answer = _text(record, "answer")
     return Example(f"Question: {_text(record, 'question')}\nAnswer:", f" {answer}", target=answer)
 
 
-def _completion(record: Mapping[str, Any]) -> Example:
+def _completion(record: Record) -> Example:
     _require(record, "prompt", "completion")
     _text(record, "prompt")
     # Taken as written: blanks and line ends around a user's own texts are part of what is learned.

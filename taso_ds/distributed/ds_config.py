@@ -16,6 +16,7 @@ from typing import Any
 from taso_ds.distributed import ds_config_keys as keys
 from taso_ds.distributed.ds_config_values import AUTO, SECTION, check_known, checked
 from taso_ds.distributed.placement import resolve_offload, resolve_secondary_shards
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError, nearest, reason
 from taso_ds.files.json_text import parse_json
 
@@ -72,8 +73,8 @@ def resolve_ds_config(
     ranks_per_node: int | None = None,
     nvme_path: str | None = None,
     source: str = "ds_config",
-) -> dict[str, Any]:
-    """Return a new dict for ``deepspeed.initialize``, complete and without ``"auto"``.
+) -> ZeroConfig:
+    """Return the configuration for ``deepspeed.initialize``, complete and without ``"auto"``.
 
     Args:
         raw: the JSON's content; not changed.
@@ -114,7 +115,7 @@ def resolve_ds_config(
     # DeepSpeed's own timer waits for the device twice per micro-batch, for a line that steps_per_print keeps silent.
     resolved.setdefault("timers", {"throughput": {"enabled": False}})
     _refuse_auto(resolved, "", source)
-    return resolved
+    return ZeroConfig(resolved)
 
 
 def without_secrets(value: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.distributed.accelerator import find_accelerator
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 
 # What a monitor imports when it is switched on, and how to get it.
@@ -19,16 +20,16 @@ _LIBRARIES = {
 _FOLDERS = ("tensorboard", "csv_monitor")
 
 
-def check_ds_config(resolved: dict[str, Any], source: str) -> None:
+def check_ds_config(zero: ZeroConfig, source: str) -> None:
     """Refuse monitors that cannot start here, and whatever DeepSpeed refuses.
 
     Args:
-        resolved: what ``resolve_ds_config`` returned; not changed.
         source: what to call the JSON in errors.
 
     Raises:
         UserError: naming the key, its value and what would be valid.
     """
+    resolved = zero.raw
     for name, (library, command) in _LIBRARIES.items():
         if _is_on(resolved, name) and importlib.util.find_spec(library) is None:
             raise UserError(f"{source}: {name} is enabled, but {library} is not installed: {command}, or remove {name}")
@@ -44,10 +45,10 @@ def check_ds_config(resolved: dict[str, Any], source: str) -> None:
         _ask_deepspeed(resolved, source)
 
 
-def check_device(resolved: dict[str, Any], source: str) -> None:
+def check_device(zero: ZeroConfig, source: str) -> None:
     """Refuse what DeepSpeed can do on GPUs only, where this rank has none; UserError."""
     for name in ("zero_quantized_weights", "zero_quantized_gradients"):
-        if resolved["zero_optimization"].get(name) and find_accelerator().is_host:
+        if zero.section.get(name) and find_accelerator().is_host:
             raise UserError(f"{source}: zero_optimization.{name} needs a GPU, and there is none here: remove it")
 
 

@@ -22,6 +22,18 @@ def warn_of_locks() -> None:
         log.warning("environment: waits while %s exists; if no run compiles, it is a killed one's: remove it", lock)
 
 
+def joining_problem(error: Exception, backend: str) -> str:
+    """Say in one line why the ranks that met cannot join: a part that does not compile, or else the network."""
+    first = str(error).splitlines()[0][:300]
+    if "JIT load" in first or "building extension" in first:
+        return (
+            f"a part of DeepSpeed, for memory that ranks share, does not compile ({first}); install a C++ compiler"
+            " and ninja, and put them in PATH (launch/doctor.py looks for them)"
+        )
+    remedy = f"open all ports between the nodes, or name their interface in {backend.upper()}_SOCKET_IFNAME"
+    return f"the ranks met but cannot connect ({first}); {remedy}"
+
+
 def old_locks(folder: Path, *, now: float) -> list[Path]:
     """Return the locks below ``folder`` that are older than it takes to load."""
     found = []

@@ -8,6 +8,7 @@ from typing import Any
 from taso_ds.distributed import ds_config_keys as keys
 from taso_ds.distributed.accelerator import can_build_async_io
 from taso_ds.distributed.ds_config_values import AUTO, checked
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 
 
@@ -71,18 +72,18 @@ def resolve_secondary_shards(zero: dict[str, Any], world_size: int, ranks_per_no
         raise UserError(f"{source}: zero_optimization.{name} keeps a second copy on the device: drop offload_param")
 
 
-def check_nvme(ds_config: dict[str, Any]) -> None:
+def check_nvme(zero: ZeroConfig) -> None:
     """Refuse an NVMe folder that DeepSpeed could not use on this rank, before any weight is loaded.
 
     Raises:
         UserError: DeepSpeed's async_io cannot be built, or the folder cannot be written past the page cache.
     """
-    section = ds_config["zero_optimization"].get("offload_param", {})
-    if section.get("device") != "nvme":
+    folder = zero.nvme_folder
+    if folder is None:
         return
     if not can_build_async_io():
         raise UserError("nvme_path: DeepSpeed's async_io needs libaio: install libaio-dev (libaio-devel on Red Hat)")
-    check_direct_io(Path(section["nvme_path"]))
+    check_direct_io(folder)
 
 
 def check_direct_io(folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from taso_ds.distributed import environment, launcher, meeting, network
 from taso_ds.distributed.accelerator import usable_accelerator
-from taso_ds.distributed.extensions import warn_of_locks
+from taso_ds.distributed.extensions import joining_problem, warn_of_locks
 from taso_ds.distributed.watch import Failure, Watch
 from taso_ds.errors import UserError, speaks_for_all
 
@@ -80,9 +80,7 @@ def init(timeout_minutes: float = 30.0) -> None:
     except RuntimeError as error:
         if cause_elsewhere(_GRACE) is not None:
             raise  # a rank that gave up is no trouble of the network
-        first = str(error).splitlines()[0][:300]
-        remedy = f"open all ports between the nodes, or name their interface in {backend.upper()}_SOCKET_IFNAME"
-        raise UserError(f"environment: the ranks met but cannot connect ({first}); {remedy}") from error
+        raise UserError(f"environment: {joining_problem(error, backend)}") from error
     if accelerator.device_name() == "cpu":
         _unlink_shared_buffers()
 

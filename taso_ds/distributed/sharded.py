@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from taso_ds.distributed import comm
+from taso_ds.distributed.deepspeed_fixes import let_linears_drop_weights
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 
 # Fills a flat tensor with a parameter's elements from the given one on.
@@ -39,14 +41,11 @@ def parameters_without_memory() -> Iterator[None]:
 class Partitioner:
     """Turns meta parameters into ZeRO-3 partitions, as the DeepSpeed config places them (device, CPU, NVMe, hpZ)."""
 
-    def __init__(self, ds_config: dict[str, Any]) -> None:
+    def __init__(self, zero: ZeroConfig) -> None:
         import deepspeed
 
-        self._init = deepspeed.zero.Init(config_dict_or_path=ds_config)
-        # What entering ``zero.Init`` does besides: a linear that lets go of its weight between forward and backward.
-        # Plain ``F.linear`` saves a view of it, and with that the whole model stays gathered.
-        if self._init.mem_efficient_linear:
-            self._init._enable_mem_efficient_linear()
+        self._init = deepspeed.zero.Init(config_dict_or_path=zero.raw)
+        let_linears_drop_weights(self._init)
 
     def partition(self, parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
         """Return the partitioned stand-in for the meta ``parameter``, of its shape and dtype, filled by ``fill``."""

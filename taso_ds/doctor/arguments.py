@@ -1,30 +1,29 @@
 """The doctor's own flags; all others are the job's.
 
-Parsed by argparse alone: ``--help`` is quick, and an installation whose torch does not load gets its diagnosis.
+Reading flags needs no library: an installation whose torch does not load gets its diagnosis.
 """
 
-import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args, get_type_hints
 
+from taso_ds.command_line import parse_known, show_help_if_asked
+from taso_ds.config import GROUPS
 from taso_ds.errors import UserError
-from taso_ds.flags import RaisingParser, arg, check_new_file, check_values, expanded
-
-_OTHERS = "Every flag of launch/train.py is understood too: pass those of the job that is to be queued."
+from taso_ds.flags import arg, check_new_file
 
 
 @dataclass(frozen=True)
 class DoctorArguments:
-    """What the job's own flags do not say."""
+    """What the job's own flags do not say. Pass those of the job that is to be queued, too."""
 
     hostfile: str | None = arg(
         None, "The deepspeed launcher's hostfile: resolve its hosts and log in to them.", path=True
     )
-    master_port: int = arg(29500, "Port at which the ranks will meet.")
-    gpus_per_node: int | None = arg(None, "Ranks of a node; default: the hostfile's slots, or the devices here.")
+    master_port: int = arg(29500, "Port at which the ranks will meet.", unit="port")
+    gpus_per_node: int | None = arg(
+        None, "Ranks of a node; default: the hostfile's slots, or the devices here.", unit="ranks"
+    )
     json: str | None = arg(
         None, "Write the findings as JSON to this file; - for stdout, instead of the table.", path=True
     )
@@ -43,15 +42,7 @@ def parse_doctor(argv: Sequence[str] | None = None, *, description: str = "") ->
     Raises:
         UserError: a value that cannot work.
     """
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = RaisingParser(description=description, epilog=_OTHERS, formatter_class=formatter, allow_abbrev=False)
-    hints = get_type_hints(DoctorArguments)
-    for entry in dataclasses.fields(DoctorArguments):
-        kind = next((one for one in get_args(hints[entry.name]) if one is not type(None)), hints[entry.name])
-        default = "" if entry.default is None else f" Default: {entry.default}."
-        names = dict.fromkeys((f"--{entry.name}", f"--{entry.name.replace('_', '-')}"))
-        parser.add_argument(*names, type=kind, default=entry.default, help=entry.metadata["help"] + default)
-    known, others = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    arguments = expanded(DoctorArguments(**vars(known)))
-    check_values(arguments)
+    words = sys.argv[1:] if argv is None else argv
+    show_help_if_asked((*GROUPS, DoctorArguments), words, description=description, own=DoctorArguments)
+    (arguments,), others = parse_known([DoctorArguments], words)
     return arguments, others

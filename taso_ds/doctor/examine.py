@@ -51,7 +51,7 @@ def examine(arguments: DoctorArguments, flags: Sequence[str]) -> list[Finding]:
     """
     try:
         job, findings = _read_job(arguments, flags), check_versions()
-    except (ImportError, OSError, RuntimeError) as error:  # the ways in which importing torch fails
+    except ImportError as error:  # of what reads --config
         job, findings = Job(arguments, None, None), [*check_versions(), _not_installed("flags", error)]
     accelerator, broken = look_for_accelerator()
     findings += broken
@@ -111,9 +111,11 @@ def _planned(job: Job) -> tuple[dict[str, float] | None, HubModel | None, list[F
     """Return what the run will write and download, from its model's ``config.json``, and whether that can be read."""
     if job.config is None or job.config.model.model_name_or_path is None:
         return None, None, []
-    from taso_ds.planning.count_model import NotCountedError
-    from taso_ds.planning.forecast import planned_files, read_shape
-
+    try:
+        from taso_ds.planning.count_model import NotCountedError
+        from taso_ds.planning.forecast import planned_files, read_shape
+    except (ImportError, OSError, RuntimeError) as error:  # the ways in which importing torch fails
+        return None, None, [_not_installed("model", error)]
     model = job.config.model
     name = str(model.model_name_or_path)
     try:

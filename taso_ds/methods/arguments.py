@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from taso_ds.adapters.choices import STRUCTURES
 from taso_ds.adapters.compensation import parse_rho
-from taso_ds.adapters.structure import STRUCTURES
 from taso_ds.errors import UserError
 from taso_ds.flags import arg, is_positive, require, require_one_of
 
@@ -12,7 +12,7 @@ METHODS = ("taso", "lora", "full")
 
 @dataclass(frozen=True)
 class AdapterArguments:
-    """What is trained (method sections 3 and 4)."""
+    """What is trained: TASO's adapters, or a baseline. Method sections 3 and 4."""
 
     method: str = arg("taso", "taso, or the baselines lora (the peft library) and full.")
     structure: str = arg("union", "union: whole core rows plus whole core columns; intersection: their block only.")

@@ -10,10 +10,10 @@ HEADS = ("auto", "lm", "classification")
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """The base model."""
+    """The base model: which one, and how it is loaded."""
 
     model_name_or_path: str | None = arg(
-        None, "Folder or Hub id of the base; default: the embedded SmolLM2-135M.", path=True
+        None, "Folder or Hub id of the base; default: the embedded SmolLM2-135M.", path=True, first=True
     )
     model_revision: str = arg("main", "Hub revision of the base.")
     gguf_file: str | None = arg(None, "GGUF file inside model_name_or_path; dequantized once into the cache.")
@@ -23,10 +23,12 @@ class ModelArguments:
         None, "Attention kernel as transformers names it (sdpa, flash_attention_2).", effect=SCHEDULE
     )
     trust_remote_code: bool = arg(False, "Run model code that comes with the checkpoint.")
-    load_in_4bit: bool = arg(False, "Quantize the base as it loads: NF4, statistics quantized too (bitsandbytes).")
-    load_in_8bit: bool = arg(False, "Quantize the base as it loads: LLM.int8() (bitsandbytes).")
+    load_in_4bit: bool = arg(
+        False, "Quantize the base as it loads: NF4, statistics quantized too (bitsandbytes).", planned=True
+    )
+    load_in_8bit: bool = arg(False, "Quantize the base as it loads: LLM.int8() (bitsandbytes).", planned=True)
     bf16: bool = arg(True, "Train and score in bfloat16; --no_bf16 for fp32.")
-    fp16: bool = arg(False, "Not supported; named here to say so.")
+    fp16: bool = arg(False, "Not supported; named here to say so.", hidden=True)
 
     def __post_init__(self) -> None:
         require_one_of("head", self.head, HEADS)

@@ -6,7 +6,7 @@ from torch import nn
 
 from taso_ds.adapters.fused_experts import ExpertMatrix
 from taso_ds.adapters.targets import Targets
-from taso_ds.distributed import zero
+from taso_ds.distributed.zero import checksum, full_shape
 from taso_ds.models.load import BaseModel
 from taso_ds.models.stored_weights import StoredWeights, stored_weights
 
@@ -29,7 +29,7 @@ def fingerprint(targets: Targets, stored: StoredWeights | None = None) -> str:
     """
     if stored is None:
         weights = _weights(targets)
-        shapes, sums = [zero.full_shape(weight) for weight in weights.values()], zero.checksum(list(weights.values()))
+        shapes, sums = [full_shape(weight) for weight in weights.values()], checksum(list(weights.values()))
         names = list(weights)
     else:
         shapes, sums = [stored.stored_shape(name) for name in targets], stored.checksums()

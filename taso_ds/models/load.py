@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from taso_ds.distributed import comm, engine, zero
+from taso_ds.distributed import comm, engine
+from taso_ds.distributed.zero import assert_partitioned, full_numel
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.models.load_quantized import QuantizedLoad
 from taso_ds.models.load_sharded import (
@@ -55,13 +57,13 @@ class BaseModel:
         return outside_body(self.model, new_pooler=self.new_pooler) if self.spec.head else {}
 
 
-def load_base_model(spec: BaseSpec, *, seed: int, ds_config: dict[str, Any]) -> BaseModel:
+def load_base_model(spec: BaseSpec, *, seed: int, zero: ZeroConfig) -> BaseModel:
     """Load the base in the engine's dtype, at ZeRO stage 3 as partitions. Only a classification head is trainable.
 
     Args:
         spec: which base.
         seed: a new head starts from it, the same at every world size and stage.
-        ds_config: the resolved DeepSpeed dict.
+        zero: the resolved DeepSpeed configuration.
 
     Raises:
         UserError: when the checkpoint cannot be read.
@@ -70,9 +72,9 @@ def load_base_model(spec: BaseSpec, *, seed: int, ds_config: dict[str, Any]) -> 
     options: dict[str, Any] = {"dtype": spec.dtype, "trust_remote_code": spec.arguments.trust_remote_code}
     if spec.arguments.attn_implementation is not None:
         options["attn_implementation"] = spec.arguments.attn_implementation
-    if engine.zero_stage(ds_config) == 3:
-        model, report = _load_partitioned(spec, options, ds_config=ds_config)
-        zero.assert_partitioned(model)
+    if zero.stage == 3:
+        model, report = _load_partitioned(spec, options, zero=zero)
+        assert_partitioned(model)
     else:
         model, report = _load_whole(spec, options)
     new_pooler = _check_complete(model, report, spec)
@@ -89,7 +91,7 @@ def load_base_model(spec: BaseSpec, *, seed: int, ds_config: dict[str, Any]) -> 
 def _say_what_is_quantized(model: "PreTrainedModel", bits: int) -> None:
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     small, packed = sum(linear.matrix.numel() for linear in linears), {id(linear.weight) for linear in linears}
-    large = sum(zero.full_numel(parameter) for parameter in model.parameters() if id(parameter) not in packed)
+    large = sum(full_numel(parameter) for parameter in model.parameters() if id(parameter) not in packed)
     log.info("%.0f %% of the weights in %d bits, the others stay as they are", 100 * small / (small + large), bits)
 
 
@@ -135,7 +137,7 @@ def _from_pretrained(spec: BaseSpec, options: dict[str, Any], *, whole: bool) ->
 
 
 def _load_partitioned(
-    spec: BaseSpec, options: dict[str, Any], *, ds_config: dict[str, Any]
+    spec: BaseSpec, options: dict[str, Any], *, zero: ZeroConfig
 ) -> tuple["PreTrainedModel", LoadReport]:
     """Load into ZeRO-3 partitions: each rank its own where the checkpoint allows it, otherwise through transformers."""
     source = spec.source
@@ -146,7 +148,7 @@ def _load_partitioned(
     if reason is None:
         tie_weights(model, source)
         loads = comm.together(lambda: QuantizedLoad(spec.quantization, model))
-        report = comm.together(lambda: load_sharded(model, source, ds_config, loads))
+        report = comm.together(lambda: load_sharded(model, source, zero, loads))
         loads.finish()
         _read_generation_config(model, source)
         return model, report
@@ -154,10 +156,10 @@ def _load_partitioned(
         # transformers quantizes whole matrices, after which nothing is left for ZeRO to partition on the way.
         log.info("loading %s whole on every rank, to partition it then: %s", source, reason)
         model, report = _load_whole(spec, options)
-        partition_whole(model, ds_config)
+        partition_whole(model, zero)
         return model, report
     log.info("loading %s through transformers, rank 0 reads for all: %s", source, reason)
-    with engine.zero3_loading(ds_config):
+    with engine.zero3_loading(zero):
         return _said_by_each_rank(lambda: _from_pretrained(spec, options, whole=False))
 
 

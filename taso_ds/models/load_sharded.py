@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from taso_ds.distributed import comm
 from taso_ds.distributed.sharded import Fill, Partitioner, parameters_without_memory, replace_parameters
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint, has_checkpoint
+from taso_ds.models import transformers_fixes
 from taso_ds.models.load_quantized import QuantizedLoad
 from taso_ds.models.stored_names import converted_keys, open_for, stored_keys
 
@@ -54,24 +56,10 @@ def why_not_sharded(source: str, model: "PreTrainedModel") -> str | None:
 
 def build_without_memory(model_class: Any, config: "PretrainedConfig", **options: Any) -> "PreTrainedModel":
     """Return the model with meta parameters and real buffers; its weights are not initialized."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights(), parameters_without_memory():
+    with transformers_fixes.skip_initialization(), parameters_without_memory():
         model: PreTrainedModel = model_class.from_config(config, **options)
-    _compute_buffers(model)
+    transformers_fixes.compute_buffers(model)
     return model
-
-
-def _compute_buffers(model: Any) -> None:
-    """Compute the buffers again, as ``from_pretrained`` does.
-
-    A model that is built in bf16 computes its tables in bf16.
-    """
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True
-    for module in model.modules():
-        module._is_hf_initialized = False
-    model.initialize_weights()
 
 
 def tie_weights(model: "PreTrainedModel", source: str) -> None:
@@ -86,7 +74,7 @@ def tie_weights(model: "PreTrainedModel", source: str) -> None:
     model.tie_weights(recompute_mapping=False)
 
 
-def load_sharded(model: "PreTrainedModel", source: str, ds_config: dict[str, Any], loads: QuantizedLoad) -> LoadReport:
+def load_sharded(model: "PreTrainedModel", source: str, zero: ZeroConfig, loads: QuantizedLoad) -> LoadReport:
     """Fill a model of ``build_without_memory`` from its checkpoint, every parameter as a ZeRO-3 partition.
 
     The report names each parameter that the checkpoint lacks or has in another shape. The model initializes these from
@@ -95,7 +83,7 @@ def load_sharded(model: "PreTrainedModel", source: str, ds_config: dict[str, Any
     Args:
         model: without memory for its parameters.
         source: a folder with safetensors files.
-        ds_config: the resolved DeepSpeed dict.
+        zero: the resolved DeepSpeed configuration.
         loads: how each parameter is filled.
 
     Raises:
@@ -105,7 +93,7 @@ def load_sharded(model: "PreTrainedModel", source: str, ds_config: dict[str, Any
     aliases: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(parameter, []).append(name)
-    partitioner = Partitioner(ds_config)
+    partitioner = Partitioner(zero)
     replacements = {}
     with open_for(model, source) as checkpoint, _progress(aliases) as bar:
         stored = stored_keys(model, checkpoint)
@@ -125,19 +113,23 @@ def load_sharded(model: "PreTrainedModel", source: str, ds_config: dict[str, Any
             raise UserError(f"model_name_or_path: {source} lacks {some_of(lost)} in the model's shape")
         for parameter, names in aliases.items():
             key = keys[parameter]
-            fill = loads.fill(parameter, checkpoint, key) if key else _from_tensor(_initialized(model, names[0]))
+            fill = (
+                loads.fill(parameter, checkpoint, key)
+                if key
+                else _from_tensor(transformers_fixes.initial_value(model, names[0]))
+            )
             replacements[parameter] = partitioner.partition(parameter, fill)
             bar.update(_share_of(parameter))
         replace_parameters(model, replacements)
         _load_buffers(model, checkpoint, stored, report)
-    model._adjust_missing_and_unexpected_keys(report)  # type: ignore[arg-type]  # it has the fields that are asked for
+    transformers_fixes.forgive_known_differences(model, report)
     model.eval()
     return report
 
 
-def partition_whole(model: nn.Module, ds_config: dict[str, Any]) -> None:
+def partition_whole(model: nn.Module, zero: ZeroConfig) -> None:
     """Turn a model that every rank holds whole into ZeRO-3 partitions, one parameter after the other."""
-    partitioner = Partitioner(ds_config)
+    partitioner = Partitioner(zero)
     waiting = list(dict.fromkeys(model.parameters()))
     while waiting:  # nothing else may hold on to a parameter: its memory is free when the next one is taken
         parameter = waiting.pop(0)
@@ -165,18 +157,6 @@ def _from_tensor(flat: Tensor) -> Fill:
         out.copy_(flat[first : first + out.numel()])
 
     return fill
-
-
-def _initialized(model: "PreTrainedModel", name: str) -> Tensor:
-    """Return the flat initial value that the model gives a parameter."""
-    module_name, _, attribute = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    without_memory = module.get_parameter(attribute)
-    value = nn.Parameter(torch.zeros_like(without_memory, device="cpu"), requires_grad=False)
-    module._parameters[attribute] = value
-    model._init_weights(module)
-    module._parameters[attribute] = without_memory
-    return value.detach().flatten()
 
 
 def _load_buffers(

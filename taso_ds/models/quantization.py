@@ -17,6 +17,7 @@ from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.quantized_linear import NF4, Format, Int8, QuantizedLinear
+from taso_ds.models.transformers_fixes import converted_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -60,14 +61,7 @@ class Quantization:
                     " own for them; drop the flag"
                 )
         else:
-            from transformers.quantizers.base import HfQuantizer
-            from transformers.quantizers.quantizers_utils import should_convert_module
-
-            in_fp32 = model._keep_in_fp32_modules
-            skipped = HfQuantizer.get_modules_to_not_convert(
-                model, self.stored.get("llm_int8_skip_modules"), None if in_fp32 is None else list(in_fp32)
-            )
-            found = [name for name in plain if should_convert_module(name, skipped)]
+            found = converted_names(model, plain, self.stored.get("llm_int8_skip_modules"))
         for name in found:
             shape = matrix_shape(model.get_submodule(name))
             assert shape is not None

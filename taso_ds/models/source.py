@@ -37,6 +37,7 @@ def model_source(arguments: ModelArguments) -> str:
     """
     assert arguments.model_name_or_path is not None
     if arguments.gguf_file is None:
+        check_no_gguf(arguments.model_name_or_path)
         name = arguments.model_name_or_path
         return name if Path(name).is_dir() else _downloaded(name, arguments.model_revision)
     from filelock import FileLock
@@ -49,6 +50,17 @@ def model_source(arguments: ModelArguments) -> str:
                 log.info("dequantizing %s through transformers into %s (once)", arguments.gguf_file, folder)
                 _convert_gguf(arguments, folder)
     return str(folder)
+
+
+def check_no_gguf(name: str) -> None:
+    """Refuse a GGUF file, or a folder with nothing else, where no ``--gguf_file`` is named; UserError says how."""
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if files and files[0].suffix == ".gguf" and not (path / "config.json").exists():
+        raise UserError(
+            f"model_name_or_path: {name}: of a GGUF file the folder and the name are asked for: pass"
+            f" --model_name_or_path {files[0].parent} --gguf_file {files[0].name}"
+        )
 
 
 @cache

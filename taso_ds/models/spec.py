@@ -22,7 +22,7 @@ from taso_ds.files.safetensors_ranges import has_checkpoint, weight_files
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.model_class import choice_in_words, model_class, wants_head
 from taso_ds.models.quantization import Quantization, quantization_of
-from taso_ds.models.source import loading
+from taso_ds.models.source import check_no_gguf, loading
 from taso_ds.models.stored_names import open_for, stored_keys
 
 if TYPE_CHECKING:
@@ -152,14 +152,14 @@ def read_spec(arguments: ModelArguments, source: str | None = None, *, num_label
         arguments: the flags that name it.
         source: the folder that ``model_source`` returned. None when it has not been called: the checkpoint is then
             read as it is, and of a GGUF file only the header.
-        num_labels: outputs of a classification head, if the base gets one; None leaves the number to ``config.json``.
+        num_labels: outputs of a classification head, if the base gets one; none leaves the number to ``config.json``.
 
     Raises:
         UserError: when the configuration cannot be read, or transformers has no such model.
     """
     config = _read_config(arguments) if source is None else load_config(arguments, source)
     head = wants_head(arguments, config)
-    if head and num_labels is not None:
+    if head and num_labels:
         config.num_labels = num_labels
     return BaseSpec(arguments, source or str(arguments.model_name_or_path), config, head)
 
@@ -188,6 +188,7 @@ def _read_config(arguments: ModelArguments) -> "PretrainedConfig":
     """Return the configuration from the checkpoint as it is: of a GGUF file only the header is read."""
     name, file = str(arguments.model_name_or_path), arguments.gguf_file
     if file is None:
+        check_no_gguf(name)
         return load_config(arguments, name)
     from transformers import AutoConfig
 

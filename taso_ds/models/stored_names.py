@@ -5,7 +5,7 @@ matrices end to end, which is how they are read. Other tensors that transformers
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint, has_checkpoint, open_checkpoint
+from taso_ds.models.transformers_fixes import converters_of, puts_experts_end_to_end, translated_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.core_model_loading import WeightConverter, WeightTransform
 
 
 @contextmanager
@@ -29,12 +29,12 @@ def open_for(model: "PreTrainedModel", source: str) -> Iterator[SafetensorsCheck
 
 def stored_keys(model: "PreTrainedModel", checkpoint: SafetensorsCheckpoint) -> dict[str, str]:
     """Return the checkpoint's key of each name the model would give it."""
-    return {name: key for key, (name, _) in _translated(model, checkpoint.tensors).items()}
+    return {name: key for key, (name, _) in translated_keys(model, checkpoint.tensors).items()}
 
 
 def converted_keys(model: "PreTrainedModel", checkpoint: SafetensorsCheckpoint) -> list[str]:
     """Return the keys of tensors that transformers would split or merge."""
-    return [key for key, (_, pattern) in _translated(model, checkpoint.tensors).items() if pattern is not None]
+    return [key for key, (_, pattern) in translated_keys(model, checkpoint.tensors).items() if pattern is not None]
 
 
 def merged_names(model: "PreTrainedModel", source: Path, *, experts: bool = True) -> list[str]:
@@ -50,53 +50,26 @@ def merged_names(model: "PreTrainedModel", source: Path, *, experts: bool = True
     own = [name for name, _ in model.named_parameters()]
     if has_checkpoint(source):
         with open_checkpoint(source) if experts else open_for(model, str(source)) as checkpoint:
-            found = {name for name, pattern in _translated(model, checkpoint.tensors).values() if pattern is not None}
+            found = {
+                name for name, pattern in translated_keys(model, checkpoint.tensors).values() if pattern is not None
+            }
         return [name for name in own if name in found]
-    rules = [rule for rule in _converters(_mapping(model)) if experts or not _puts_experts_end_to_end(rule)]
+    rules = [rule for rule in converters_of(model) if experts or not puts_experts_end_to_end(rule)]
     patterns = [re.escape(target).replace(r"\*", r"\d+") for rule in rules for target in rule.target_patterns]
     return [name for name in own if any(re.search(pattern, name) for pattern in patterns)]
-
-
-def _translated(model: "PreTrainedModel", keys: Iterable[str]) -> dict[str, tuple[str, str | None]]:
-    """Return each key's name in the model, and the pattern by which transformers splits or merges the tensor."""
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    mapping = _mapping(model)
-    renamings, converters = [entry for entry in mapping if isinstance(entry, WeightRenaming)], _converters(mapping)
-    prefix, own = model.base_model_prefix, model.state_dict()
-    found = {}
-    for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, own)
-        if name not in own and key in own:
-            name, pattern = rename_source_key(key, [], [], prefix, own)
-        found[key] = (name, pattern)
-    return found
-
-
-def _mapping(model: "PreTrainedModel") -> Sequence["WeightTransform"]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    mapping: Sequence[WeightTransform] = get_model_conversion_mapping(model)
-    return mapping
-
-
-def _converters(mapping: Sequence["WeightTransform"]) -> list["WeightConverter"]:
-    from transformers.core_model_loading import WeightConverter
-
-    return [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
 
 def _join_experts(model: "PreTrainedModel", checkpoint: SafetensorsCheckpoint) -> None:
     by_pattern = {
         pattern: converter
-        for converter in _converters(_mapping(model))
-        if _puts_experts_end_to_end(converter)
+        for converter in converters_of(model)
+        if puts_experts_end_to_end(converter)
         for pattern in converter.source_patterns
     }
     if not by_pattern:
         return
     groups: dict[str, dict[str, list[str]]] = {}
-    for key, (name, pattern) in _translated(model, checkpoint.tensors).items():
+    for key, (name, pattern) in translated_keys(model, checkpoint.tensors).items():
         if pattern is not None and pattern in by_pattern:
             groups.setdefault(name, {}).setdefault(pattern, []).append(key)
     for name, found in groups.items():
@@ -108,18 +81,6 @@ def _join_experts(model: "PreTrainedModel", checkpoint: SafetensorsCheckpoint) -
         if is_whole and len({(part.shape, part.dtype) for part in stored}) == 1 and stored[0].shape[1:]:
             rows, *rest = stored[0].shape
             checkpoint.join(name, keys, torch.Size((len(columns[0]), len(columns) * rows, *rest)))
-
-
-def _puts_experts_end_to_end(converter: "WeightConverter") -> bool:
-    """Say whether a rule stacks experts; each may be one matrix, or several above one another."""
-    from transformers.core_model_loading import Concatenate, MergeModulelist
-
-    stack, *more = converter.operations
-    if not (type(stack) is MergeModulelist and stack.dim == 0 and len(converter.target_patterns) == 1):
-        return False
-    if not more:
-        return len(converter.source_patterns) == 1
-    return len(more) == 1 and type(more[0]) is Concatenate and more[0].dim == 1
 
 
 def _in_numbers(key: str) -> list[int | str]:

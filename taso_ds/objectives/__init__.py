@@ -1,1 +1,4 @@
-"""Rows to batches, loss and scores."""
+"""What a model is trained for: rows to batches, a loss and scores. An objective is one file.
+
+No method, no training loop and no configuration of a whole run may be imported here.
+"""

@@ -8,9 +8,7 @@ from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 
 Batch = dict[str, Tensor]
-
-
-Collate = Callable[[Sequence[EncodedRow]], Batch]
+Collate = Callable[[Sequence[EncodedRow]], Batch]  # without rows, a batch that counts nothing
 
 
 def on_device(batch: Batch) -> Batch:
@@ -18,17 +16,18 @@ def on_device(batch: Batch) -> Batch:
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def dealt_batches(
-    rows: Sequence[EncodedRow], *, batch_size: int, collate: Collate, filler: EncodedRow
-) -> list[tuple[list[int], Batch]]:
+def dealt_batches(rows: Sequence[EncodedRow], *, batch_size: int, collate: Collate) -> list[tuple[list[int], Batch]]:
     """Deal fixed batches of rows of similar length to the ranks in turn; each row counts exactly once.
 
-    The batches are the same at every world size, so results are too. Every rank gets the same number, some fillers.
-    Returns this rank's ``(row ids, batch)``, on the CPU.
+    The batches are the same at every world size, so results are too. Every rank gets the same number, some without
+    rows.
+
+    Returns:
+        This rank's batches on the CPU, each with the numbers of its rows.
     """
     by_length = sorted(range(len(rows)), key=lambda row: (len(rows[row].input_ids), row))
     batches = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     rounds = -(-len(batches) // comm.world_size())
     mine = [batches[index] for index in range(comm.rank(), len(batches), comm.world_size())]
     mine += [[] for _ in range(rounds - len(mine))]
-    return [(ids, collate([rows[row] for row in ids] or [filler])) for ids in mine]
+    return [(ids, collate([rows[row] for row in ids])) for ids in mine]

@@ -5,8 +5,8 @@ With hidden states ``h (positions, hidden_size)``, logits ``z = logits_of(h)`` a
 layer is frozen, so ``∂loss/∂h``, no larger than ``h``, is all that backward needs: both are computed in the forward,
 chunk by chunk, and no logits are kept or computed again.
 
-The chunks run inside the one call of the output layer that a forward makes anyway. There ZeRO-3 has gathered the
-weight, once on every rank, however many chunks a rank's data make, none included; backward does not gather it.
+The chunks run inside the one call of the output layer that a forward makes anyway. ZeRO-3 gathers the weight for that
+call, once on every rank, whatever number of chunks the rank's data make. Backward does not gather it.
 """
 
 import logging
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from taso_ds.objectives.loss import IGNORED, loss_sum
+from taso_ds.data.encode import IGNORED
+from taso_ds.objectives.batches import Batch
+from taso_ds.objectives.loss import lm_loss_sum
 from taso_ds.objectives.output_layer import finish_logits, output_layer, text_config, why_not_in_chunks
 
 log = logging.getLogger(__name__)
 
-# fp32 logits of one chunk. Small beside any model with a vocabulary that makes it matter, and still a hundred rows of a
-# matrix product at 150k; two to four tensors of this size are alive at a time.
+# Bytes of one chunk's fp32 logits. That is little beside any model with a large vocabulary, and still a hundred rows of
+# a matrix product at 150k. Two to four tensors of this size are alive at a time.
 CHUNK_BYTES = 64 << 20
 
 
@@ -40,17 +42,17 @@ class LanguageModelLoss:
         self._adapted = adapted
         self._in_chunks: bool | None = None
 
-    def __call__(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         if self._in_chunks is None:
             device = batch["input_ids"].device
             reason = why_not_in_chunks(getattr(model, "module", model), self._adapted, device=device)
             self._in_chunks = reason is None
             if reason is not None:
                 log.info("loss: the logits of a whole micro-batch at once, because %s", reason)
-        return chunked_loss_sum(model, batch) if self._in_chunks else loss_sum(model, batch, head=False)
+        return chunked_loss_sum(model, batch) if self._in_chunks else lm_loss_sum(model, batch)
 
 
-def chunked_loss_sum(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def chunked_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Return the fp32 loss summed over the batch's supervised tokens, and their number.
 
     Args:

@@ -6,15 +6,15 @@ of the whole global batch.
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100
+from taso_ds.data.encode import IGNORED
+from taso_ds.objectives.batches import Batch
 
-LossSum = Callable[[Any, dict[str, Tensor]], tuple[Tensor, int]]  # of a model or an engine on a batch
+LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]  # of a model or an engine on a batch
 
 
 def keeps_logits(model: nn.Module) -> bool:
@@ -22,20 +22,7 @@ def keeps_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def loss_sum(model: Any, batch: dict[str, Tensor], *, head: bool) -> tuple[Tensor, int]:
-    """Return the fp32 loss summed over the batch's supervised units, and their number.
-
-    Of a language model it computes the logits of the whole batch at once; ``chunked_loss`` does not.
-
-    Args:
-        model: the model, or an engine around it.
-        batch: ``input_ids``, ``attention_mask`` ``(batch, tokens)``; ``labels`` ``(batch, tokens)``, or ``(batch,)``
-            class ids or scores for a head (``IGNORED`` or NaN where a row only fills up).
-    """
-    return _head_loss_sum(model, batch) if head else _lm_loss_sum(model, batch)
-
-
-def supervised_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def supervised_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return logits ``(batch, kept, vocabulary)`` and targets ``(batch, kept)`` at the positions that are supervised.
 
     Only columns where some row predicts a supervised token are kept: most of a prompt never meets the vocabulary. The
@@ -53,19 +40,34 @@ def supervised_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
     return logits, targets[:, kept]
 
 
-def _lm_loss_sum(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def lm_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """Return a language model's fp32 loss summed over the batch's supervised tokens, and their number.
+
+    It computes the logits of the whole batch at once; ``chunked_loss`` does not.
+
+    Args:
+        model: the model, or an engine around it.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``(batch, tokens)``.
+    """
     logits, targets = supervised_logits(model, batch)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss, int((targets != IGNORED).sum())
 
 
-def head_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def head_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the head's outputs, ``(batch, num_labels)``, in fp32."""
     logits: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
     return logits.float()
 
 
-def _head_loss_sum(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def head_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """Return a classification head's fp32 loss summed over the batch's rows, and the number that count.
+
+    Args:
+        model: the model, or an engine around it.
+        batch: ``input_ids``, ``attention_mask`` ``(batch, tokens)``; ``labels`` ``(batch,)``, class ids or scores
+            (``IGNORED`` or NaN where a row only fills up).
+    """
     logits, labels = head_logits(model, batch), batch["labels"]
     if labels.is_floating_point():
         counted = ~labels.isnan()

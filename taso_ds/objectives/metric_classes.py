@@ -1,8 +1,8 @@
-"""The metrics by name: each a class of the `evaluate` library that needs no network.
+"""The metrics by name: each a class of the ``evaluate`` library that needs no network.
 
-`evaluate.load("accuracy")` downloads the metric's source from the Hub, which a compute node may not reach; the
+``evaluate.load("accuracy")`` downloads the metric's source from the Hub, which a compute node may not reach; the
 same few numbers from scikit-learn and scipy are defined here as metrics of our own. Importing the libraries takes two
-seconds, so that this module is loaded when the first score is computed.
+seconds, so this module is loaded only when the first score is computed.
 """
 
 import warnings

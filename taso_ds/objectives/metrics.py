@@ -1,23 +1,26 @@
-"""Scores of predictions, by the names of metrics; the metrics themselves are in `metric_classes`."""
+"""Scores of predictions, by the names of metrics; the metrics themselves are in ``metric_classes``."""
 
 import re
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 from taso_ds.errors import UserError, nearest
 
+Answer = int | float | str | None  # a class, a score or a text; None where none could be read
 
-def compute_metrics(names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-    """Return the named scores of predictions against references, in the order of `names`.
+
+def compute_metrics(
+    names: Sequence[str], predictions: Sequence[Answer], references: Sequence[Answer]
+) -> dict[str, float]:
+    """Return the named scores of predictions against references, in the order of ``names``.
 
     Args:
-        names: Keys of `METRICS`.
-        predictions: Class indices, scores, or texts (exact_match; None for an answer that could not be read).
-        references: The gold values, as many.
+        names: keys of ``METRICS``.
+        predictions: class indices, scores, or texts (exact_match; None for an answer that could not be read).
+        references: the gold values, as many.
 
     Raises:
-        UserError: A name is unknown or there is nothing to score.
+        UserError: a name is unknown or there is nothing to score.
     """
     from taso_ds.objectives.metric_classes import METRICS
 
@@ -29,8 +32,8 @@ def compute_metrics(names: Sequence[str], predictions: Sequence[Any], references
     if not len(references):
         raise UserError("there is nothing to score: the evaluation data has no rows")
     scores: dict[str, float] = {}
-    # Values stay in memory; even so `evaluate` makes an (empty) folder per metric in its cache. A private one, removed
-    # afterwards, keeps the home folder clean and processes on one file system out of each other's way.
+    # Values stay in memory. Even so ``evaluate`` makes an (empty) folder per metric in its cache. A private cache keeps
+    # the home folder clean, and processes on one file system out of each other's way.
     with tempfile.TemporaryDirectory(prefix="taso_metrics_") as cache:
         for name in names:
             metric = METRICS[name](keep_in_memory=True, cache_dir=cache)

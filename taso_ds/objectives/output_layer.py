@@ -1,7 +1,8 @@
 """A language model's output layer, and what the model does to its result before calling it logits.
 
-The loss in chunks applies the output layer itself. It may, where logits are a function of that layer's result alone
-which is known here; a forward with a made-up result tells, whatever model it is and wherever its code comes from.
+The loss in chunks applies the output layer itself. It may do so where the logits are a function of that layer's result
+alone and this function is known here. A forward with a made-up result tells, whatever model it is and wherever its code
+comes from.
 """
 
 from collections.abc import Collection
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 
-def output_layer(model: Any) -> Any:
+def output_layer(model: nn.Module) -> Any:
     """Return the module from hidden states to the vocabulary, or None where the model names none."""
     find = getattr(model, "get_output_embeddings", None)
     return find() if find is not None else None
 
 
-def finish_logits(raw: Tensor, config: Any) -> Tensor:
+def finish_logits(raw: Tensor, config: object) -> Tensor:
     """Return the logits made of the output layer's result: scaled (Cohere), divided (Granite), soft-capped (Gemma)."""
     scale, divisor, cap = (
         _number(config, name) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
@@ -31,17 +32,17 @@ def finish_logits(raw: Tensor, config: Any) -> Tensor:
     return raw
 
 
-def text_config(model: Any) -> Any:
+def text_config(model: Any) -> object:
     """Return the configuration of the model's decoder of text."""
     return model.config.get_text_config()
 
 
-def _number(config: Any, name: str) -> float | None:
+def _number(config: object, name: str) -> float | None:
     value = getattr(config, name, None)
     return value if isinstance(value, (int, float)) else None
 
 
-def why_not_in_chunks(model: Any, adapted: Collection[str], *, device: torch.device) -> str | None:
+def why_not_in_chunks(model: nn.Module, adapted: Collection[str], *, device: torch.device) -> str | None:
     """Return why the loss cannot apply the output layer to chunks of positions, or None when it can.
 
     Runs a forward, so at ZeRO-3 it is a collective; the answer depends on no data and is the same on every rank.
@@ -63,7 +64,7 @@ def why_not_in_chunks(model: Any, adapted: Collection[str], *, device: torch.dev
 
 
 @torch.no_grad()
-def _logits_follow(model: Any, layer: nn.Linear, device: torch.device) -> bool:
+def _logits_follow(model: nn.Module, layer: nn.Linear, device: torch.device) -> bool:
     """Say whether the model turns a made-up result of its output layer into the logits expected of it."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
     results: list[Tensor] = []

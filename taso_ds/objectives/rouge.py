@@ -1,7 +1,7 @@
 """ROUGE-L: the F1 of the longest common subsequence of two texts' words, in lower case.
 
 With c common words, precision is c / |ours| and recall c / |gold|, so that F1 = 2c / (|ours| + |gold|). The package
-`rouge_score` takes words of ASCII letters only, by which Russian or Chinese always scores 0; hence these few lines.
+``rouge_score`` takes words of ASCII letters only: Russian or Chinese would always score 0. Hence these few lines.
 """
 
 import re

@@ -1,6 +1,6 @@
 """A run's plan from its flags: the model counted on the meta device, the hardware from flags.
 
-The run is checked as ``launch/train.py`` checks it. What the user has decided stays; the search chooses the rest.
+The run is checked as a training run checks itself. What the user has decided stays; the search chooses the rest.
 """
 
 import dataclasses
@@ -11,13 +11,15 @@ from typing import Any
 from taso_ds.adapters.selection import ladder_with
 from taso_ds.adapters.targets import Targets
 from taso_ds.config import RunConfig
+from taso_ds.data.task_data import check_held_out
 from taso_ds.data.tasks import get_task
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
+from taso_ds.distributed.zero_config import ZeroConfig
+from taso_ds.flags import flags_of
 from taso_ds.models.spec import read_spec
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.planning.count_model import can_quantize, count_model
-from taso_ds.planning.numbers.command import DECIDED_FLAGS
 from taso_ds.planning.numbers.disk import disk_bytes
 from taso_ds.planning.numbers.model_shape import ModelShape
 from taso_ds.planning.numbers.plan import Candidate, Hardware
@@ -64,16 +66,16 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
     if config.model.model_name_or_path is None:
         config = with_defaults(config)
     task = None if config.data.task is None else get_task(config.data.task)
-    base = read_spec(config.model, num_labels=None if task is None else prepare.num_labels(task))
+    base = read_spec(config.model, num_labels=None if task is None else task.num_labels)
     world_size = plan.nodes * plan.gpus_per_node
     prepare.check_world_size(config, world_size)
-    prepare.check_held_out(config)
+    check_held_out(config.data)
     prepare.check_length(config, base)
     if task is not None:
         prepare.check_labels(task, head=base.head)
     targets = prepare.targets_of(config, base)
-    ds_config, _ = prepare.resolve_deepspeed(config, world_size, ranks_per_node=plan.gpus_per_node)
-    prepare.check_base(config, base, ds_config, targets)
+    zero, _ = prepare.resolve_deepspeed(config, world_size, ranks_per_node=plan.gpus_per_node)
+    prepare.check_base(config, base, zero, targets)
     read_regions(config, targets.shapes)
     shape = count_model(config, base, targets)
     work = workload(config, nodes=plan.nodes, gpus_per_node=plan.gpus_per_node, share=plan.supervised_share)
@@ -99,9 +101,9 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
     candidates = [assess_scoring(shape, way, work, hardware, freedom) for way in ways]
     choices = candidates
     if "ds_config" in kept:
-        if prepare.alters_bits(ds_config) is not None:
+        if zero.alters_bits is not None:
             freedom = dataclasses.replace(freedom, bits=(16,))
-        theirs = strategy_of(config, ds_config["zero_optimization"])
+        theirs = strategy_of(config, zero)
         choices = [assess_scoring(shape, way, work, hardware, freedom) for way in variants(theirs, freedom)]
         candidates = [*candidates, *choices]
     stored = 16 if quantization is None or quantization.stored is None else quantization.bits
@@ -110,40 +112,37 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
 
 def _decided(config: RunConfig, given: Collection[str]) -> frozenset[str]:
     """Return the names of the flags that the plan may not decide: given, or set to another value than the default."""
-    groups = (config.model, config.training, config.run, config.calibration)
-    changed = {
+    return frozenset(
         entry.name
-        for group in groups
+        for group in (config.model, config.training, config.run, config.calibration)
         for entry in dataclasses.fields(group)
-        if getattr(group, entry.name) != entry.default
-    }
-    return frozenset(name for name in DECIDED_FLAGS if name in changed or name in given)
+        if flags_of([group])[entry.name].is_planned
+        if entry.name in given or getattr(group, entry.name) != entry.default
+    )
 
 
-def limits_of(zero: Mapping[str, Any]) -> Limits:
+def limits_of(section: Mapping[str, Any]) -> Limits:
     """Return the limits of a resolved ``zero_optimization`` section; DeepSpeed's defaults where it says nothing."""
-    offload = zero.get("offload_param", {})
+    offload = section.get("offload_param", {})
     return Limits(
-        max_live_parameters=int(zero.get("stage3_max_live_parameters", Limits.max_live_parameters)),
-        max_reuse_distance=int(zero.get("stage3_max_reuse_distance", Limits.max_reuse_distance)),
-        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", Limits.prefetch_bucket)),
-        reduce_bucket=int(zero.get("reduce_bucket_size", Limits.reduce_bucket)),
+        max_live_parameters=int(section.get("stage3_max_live_parameters", Limits.max_live_parameters)),
+        max_reuse_distance=int(section.get("stage3_max_reuse_distance", Limits.max_reuse_distance)),
+        prefetch_bucket=int(section.get("stage3_prefetch_bucket_size", Limits.prefetch_bucket)),
+        reduce_bucket=int(section.get("reduce_bucket_size", Limits.reduce_bucket)),
         nvme_buffer=int(offload.get("buffer_size", Limits.nvme_buffer)),
         nvme_buffers=int(offload.get("buffer_count", Limits.nvme_buffers)),
     )
 
 
-def strategy_of(config: RunConfig, zero: Mapping[str, Any], *, bits: int = 16) -> Strategy:
-    """Return the strategy of a run whose DeepSpeed JSON has this resolved ``zero_optimization`` section."""
-    stage = int(zero["stage"])
-    place = str(zero.get("offload_param", {}).get("device", "none")) if stage == 3 else "none"
+def strategy_of(config: RunConfig, zero: ZeroConfig, *, bits: int = 16) -> Strategy:
+    """Return the strategy of a run with this DeepSpeed configuration."""
     return Strategy(
-        stage,
-        place="device" if place == "none" else place,
+        zero.stage,
+        place="device" if zero.parameter_place == "none" else zero.parameter_place,
         bits=bits,
         gradient_checkpointing=config.training.gradient_checkpointing,
-        hpz=stage == 3 and int(zero.get("zero_hpz_partition_size", 1)) > 1,
-        limits=limits_of(zero),
+        hpz=zero.has_second_shards,
+        limits=limits_of(zero.section),
         ds_config=config.run.ds_config,
     )
 

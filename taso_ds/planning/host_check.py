@@ -3,12 +3,12 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from taso_ds.adapters.targets import Targets
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm, environment
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.models.spec import BaseSpec
 from taso_ds.planning.count_model import NotCountedError, count_model
@@ -27,7 +27,7 @@ def check_this_host(
     targets: Targets,
     rows: Sequence[EncodedRow],
     *,
-    ds_config: Mapping[str, Any],
+    zero: ZeroConfig,
     trains: bool,
 ) -> None:
     """Refuse to load what this node's memory cannot hold; ``--force`` skips this.
@@ -42,7 +42,7 @@ def check_this_host(
         return
     device = DEVICES["cpu" if comm.device().type == "cpu" else "a100-80"]  # of which only the kind matters here
     bits = 16 if base.quantization is None else base.quantization.bits
-    strategy = strategy_of(config, ds_config["zero_optimization"], bits=bits)
+    strategy = strategy_of(config, zero, bits=bits)
     if device.is_host and strategy.place == "cpu":  # where they are anyway
         strategy = dataclasses.replace(strategy, place="device")
     local = min(environment.local_world_size(), comm.world_size())

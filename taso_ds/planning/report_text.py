@@ -1,4 +1,4 @@
-"""A forecast as text, as flags and as files: what ``launch/plan.py`` says."""
+"""A forecast as text, as flags and as files: what the plan says."""
 
 import dataclasses
 import shlex
@@ -8,17 +8,17 @@ from pathlib import Path
 from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
 from taso_ds.files.atomic import replacing, write_json
+from taso_ds.flags import CALL, flags_of
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.planning.forecast import Forecast, make_forecast
 from taso_ds.planning.numbers import report
 from taso_ds.planning.numbers.advice import advice
-from taso_ds.planning.numbers.command import DECIDED_FLAGS, command_line, decided_flags
+from taso_ds.planning.numbers.command import command_line, decided_flags
 from taso_ds.planning.numbers.devices import GB
 from taso_ds.planning.numbers.plan import scaling
+from taso_ds.verbs import command, launched
 
 _NODES = (1, 2, 4, 8, 16, 32)
-# Flags that say how this call is made.
-_NOT_OF_THE_RUN = ("dry_run", "debug", "config", "local_rank")
 
 
 def describe_forecast(forecast: Forecast) -> str:
@@ -46,7 +46,7 @@ def describe_forecast(forecast: Forecast) -> str:
         return "\n".join([*lines, f"does not fit: {shown.misfit.reason}, {advice(shown.misfit)}"])
     flags = [*decided_flags(shown, given=forecast.kept, stored_bits=forecast.stored_bits), *_own_flags(forecast)]
     fits = "fits" if forecast.config.data.task is not None else "fits, and needs a --task"
-    return "\n".join([*lines, f"{fits}: {command_line(work, flags)}"])
+    return "\n".join([*lines, f"{fits}: {command_line(work, launched('train'), flags)}"])
 
 
 def _limits_in_words(forecast: Forecast) -> list[str]:
@@ -58,7 +58,7 @@ def _limits_in_words(forecast: Forecast) -> list[str]:
             f"room: {device.usable_bytes / GB:.1f} GB of a device, {device.reserve:.0%} of it is left to its allocator"
             " (--reserve)"
         )
-    kept = [f"--{name}" for name in DECIDED_FLAGS if name in forecast.kept]
+    kept = [f"--{name}" for name in sorted(forecast.kept)]
     if forecast.stored_bits < 16:
         kept.append(f"the checkpoint's {forecast.stored_bits} bits")
     return [*lines, f"kept as given: {', '.join(kept)}"] if kept else lines
@@ -70,7 +70,7 @@ def _own_flags(forecast: Forecast) -> list[str]:
     for group in (config.model, config.data, config.calibration, config.adapter, config.training, config.run):
         for entry in dataclasses.fields(group):
             name, value = entry.name, getattr(group, entry.name)
-            if name in _NOT_OF_THE_RUN or (value == entry.default and name not in forecast.kept):
+            if flags_of([group])[name].effect == CALL or (value == entry.default and name not in forecast.kept):
                 continue
             if isinstance(value, bool):
                 words += [f"--{name}"] if value else [f"--no_{name}"] if entry.default else [f"--{name}", "False"]
@@ -89,7 +89,9 @@ def planned_flags(config: RunConfig, plan: PlanArguments, given: Collection[str]
     forecast = make_forecast(config, plan, given)
     best = forecast.best
     if best is None:
-        raise UserError(f"plan_for: nothing fits {plan.nodes} × {plan.gpus_per_node} {plan.device}; see launch/plan.py")
+        raise UserError(
+            f"plan_for: nothing fits {plan.nodes} × {plan.gpus_per_node} {plan.device}; see {command('plan')}"
+        )
     return decided_flags(best, given=forecast.kept, stored_bits=forecast.stored_bits)
 
 

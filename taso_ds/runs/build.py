@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,20 @@ from taso_ds.adapters.region_file import load_region_file
 from taso_ds.adapters.targets import Targets
 from taso_ds.config import RunConfig
 from taso_ds.data.batch_plan import BatchPlan
-from taso_ds.data.collate import collate, collate_head, empty_row
 from taso_ds.data.encode import EncodedRow, pad_token_id
-from taso_ds.distributed import comm, environment, placement, process_group, zero
+from taso_ds.data.task_data import TaskData, load_task_data
+from taso_ds.distributed import comm, environment, placement, process_group
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config_check import check_device
+from taso_ds.distributed.zero import full_shape
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.methods.lora import attach_lora, lora_parameters
 from taso_ds.models.load import BaseModel, load_base_model
 from taso_ds.models.quantized_linear import quiet_bitsandbytes
 from taso_ds.models.source import model_source
 from taso_ds.models.spec import BaseSpec, check_weight_files, read_spec
 from taso_ds.models.stored_weights import stored_weights
-from taso_ds.objectives.batches import Collate
-from taso_ds.objectives.chunked_loss import LanguageModelLoss
-from taso_ds.objectives.evaluate import Evaluator
-from taso_ds.objectives.loss import LossSum, loss_sum
+from taso_ds.objectives.objective import Objective, make_objective
 from taso_ds.objectives.vocabulary import check_padding, check_tokens
 from taso_ds.planning.host_check import check_this_host
 from taso_ds.runs import prepare
@@ -49,23 +48,13 @@ class Setup:
 
     config: RunConfig
     base: BaseSpec
-    ds_config: dict[str, Any]
+    zero: ZeroConfig
     sizes: BatchSizes
-    data: prepare.TaskData
+    data: TaskData
+    objective: Objective
     rows: Sequence[EncodedRow]
     targets: Targets
     region_file: regions.RegionFile | None
-
-    @property
-    def filler(self) -> EncodedRow:
-        return empty_row(pad_token_id(self.base.tokenizer))
-
-    @property
-    def collate(self) -> Collate:
-        pad_id = pad_token_id(self.base.tokenizer)
-        if self.base.head:
-            return partial(collate_head, pad_id=pad_id, is_regression=self.data.task.is_regression)
-        return partial(collate, pad_id=pad_id)
 
     @property
     def plan(self) -> BatchPlan:
@@ -80,28 +69,6 @@ class Setup:
             digest.update(np.asarray(row.labels, dtype=np.int64).tobytes())
             digest.update(str(row.target).encode())
         return digest.hexdigest()
-
-    @cached_property
-    def loss_sum(self) -> LossSum:
-        """One object for scoring, training and evaluation: it looks at the model once."""
-        return partial(loss_sum, head=True) if self.base.head else LanguageModelLoss(self.targets)
-
-    @cached_property
-    def evaluator(self) -> Evaluator:
-        training, data = self.config.training, self.config.data
-        return Evaluator(
-            examples=self.data.evaluation,
-            task=self.data.task,
-            tokenizer=self.base.tokenizer,
-            head=self.base.head,
-            loss_sum=self.loss_sum,
-            source=self.data.eval_source,
-            batch_size=training.per_device_eval_batch_size,
-            max_seq_length=data.max_seq_length,
-            max_new_tokens=training.max_new_tokens,
-            use_chat_template=data.use_chat_template,
-            synced=engines.zero_stage(self.ds_config) == 3 and comm.world_size() > 1,
-        )
 
 
 def join(config: RunConfig) -> None:
@@ -129,45 +96,50 @@ def set_up(config: RunConfig, *, trains: bool = True) -> Setup:
     Raises:
         UserError: on every rank, before any weight is loaded.
     """
-    ds_config, sizes = prepare.resolve_deepspeed(config, comm.world_size())
-    placement.check_nvme(ds_config)
-    data = prepare.load_task_data(config)
+    zero, sizes = prepare.resolve_deepspeed(config, comm.world_size())
+    placement.check_nvme(zero)
+    data = load_task_data(config.data, seed=config.run.seed)
     source = model_source(config.model)
-    base = read_spec(config.model, source, num_labels=prepare.num_labels(data.task))
+    base = read_spec(config.model, source, num_labels=data.task.num_labels)
     check_weight_files(source)
     prepare.check_length(config, base)
     check_padding(base)
     base.pad_with(pad_token_id(base.tokenizer))
     prepare.check_labels(data.task, head=base.head)
     targets = prepare.targets_of(config, base)
-    prepare.check_base(config, base, ds_config, targets, trains=trains)
-    check_device(ds_config, config.run.ds_config)
+    prepare.check_base(config, base, zero, targets, trains=trains)
+    check_device(zero, config.run.ds_config)
     region_file = regions.read_regions(config, targets.shapes)
-    rows = prepare.encode_training_rows(config, data, base.tokenizer, head=base.head)
+    objective = make_objective(
+        data,
+        config.data,
+        base.tokenizer,
+        head=base.head,
+        adapted=targets,
+        batch_size=config.training.per_device_eval_batch_size,
+        max_new_tokens=config.training.max_new_tokens,
+    )
+    rows = objective.encode(data.train, data.train_source)
     prepare.check_accumulation(sizes, rows)
-    check_this_host(config, base, targets, rows, ds_config=ds_config, trains=trains)
-    setup = Setup(config, base, ds_config, sizes, data, rows, targets, region_file)
-    setup.evaluator.check(base.num_positions)
-    check_tokens(base, {data.train_source: rows, data.eval_source: setup.evaluator.rows()})
+    check_this_host(config, base, targets, rows, zero=zero, trains=trains)
+    objective.check(base.num_positions)
+    check_tokens(base, {data.train_source: rows, data.eval_source: objective.rows()})
     log.info("train: %d rows from %s", len(rows), data.train_source)
     log.info("evaluation: %d rows from %s", len(data.evaluation), data.eval_source)
     for line in prepare.base_in_words(config, base, targets):
         log.info(line)
-    return setup
+    return Setup(config, base, zero, sizes, data, objective, rows, targets, region_file)
 
 
 def load_base(setup: Setup) -> tuple[BaseModel, Targets]:
     """Load the base and find its targets."""
     config = setup.config
-    base = load_base_model(setup.base, seed=config.run.seed, ds_config=setup.ds_config)
+    base = load_base_model(setup.base, seed=config.run.seed, zero=setup.zero)
     if config.training.gradient_checkpointing:
-        # ZeRO-3 empties frozen weights between a block's recomputation and the check of its tensors' shapes, which
-        # would then fail on weights that are gathered again before use; the numbers are covered by a test.
-        check = {"determinism_check": "none"} if engines.zero_stage(setup.ds_config) == 3 else {}
-        base.model.gradient_checkpointing_enable({"use_reentrant": False, **check})
-    if engines.zero_stage(setup.ds_config) == 3:
-        engines.set_leaf_modules(base.model, find_experts(base.model, shape_of=zero.full_shape).blocks)
-    return base, setup.targets.within(base.model, shape_of=zero.full_shape)
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if setup.zero.stage == 3:
+        engines.set_leaf_modules(base.model, find_experts(base.model, shape_of=full_shape).blocks)
+    return base, setup.targets.within(base.model, shape_of=full_shape)
 
 
 def find_regions(setup: Setup, base: BaseModel, targets: Targets, *, earlier: Path | None = None) -> regions.Regions:
@@ -190,10 +162,9 @@ def find_regions(setup: Setup, base: BaseModel, targets: Targets, *, earlier: Pa
             base.model,
             targets,
             rows,
-            collate=setup.collate,
-            filler=setup.filler,
-            loss_sum=setup.loss_sum,
-            ds_config=setup.ds_config,
+            collate=setup.objective.collate,
+            loss_sum=setup.objective.loss_sum,
+            zero=setup.zero,
             stored=stored,
         )
 

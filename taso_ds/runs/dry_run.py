@@ -7,6 +7,7 @@ from torch import nn
 
 from taso_ds.config import RunConfig
 from taso_ds.data.batch_plan import BatchPlan
+from taso_ds.data.task_data import check_held_out, load_task_data
 from taso_ds.data.tasks import get_task
 from taso_ds.distributed.ds_config import without_secrets
 from taso_ds.models.spec import read_spec
@@ -27,21 +28,21 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
     """
     assert config.data.task is not None
     task = get_task(config.data.task)
-    prepare.check_held_out(config)
+    check_held_out(config.data)
     folder = choose_folder(config, goes_on=goes_on)
-    ds_config, sizes = prepare.resolve_deepspeed(config, world_size)
-    base = read_spec(config.model, num_labels=prepare.num_labels(task))
+    zero, sizes = prepare.resolve_deepspeed(config, world_size)
+    base = read_spec(config.model, num_labels=task.num_labels)
     prepare.check_length(config, base)
     prepare.check_labels(task, head=base.head)
     targets = prepare.targets_of(config, base)
-    prepare.check_base(config, base, ds_config, targets)
+    prepare.check_base(config, base, zero, targets)
     read_regions(config, targets.shapes)
     count = prepare.count_adapter(config, targets)
     heads = list(base.head_parameters.values())
     total = sum(parameter.numel() for parameter in base.meta.parameters())
     steps, rows_in_words = config.training.max_steps, "rows not counted: max_steps is set"
     if steps <= 0:
-        data = prepare.load_task_data(config)
+        data = load_task_data(config.data, seed=config.run.seed)
         plan = BatchPlan(len(data.train), sizes.global_batch_size, seed=config.run.seed)
         steps = total_steps(config.training, plan.steps_per_epoch)
         rows_in_words = f"{len(data.train)} rows, {plan.steps_per_epoch} steps per epoch"
@@ -58,7 +59,7 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
         "configuration:",
         json.dumps(config.flags(), indent=2),
         "deepspeed:",
-        json.dumps(without_secrets(ds_config), indent=2),
+        json.dumps(without_secrets(zero.raw), indent=2),
         f"run folder: {folder}",
         f"batch: {sizes.in_words()}",
         f"steps: {steps} ({rows_in_words})",

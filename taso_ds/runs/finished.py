@@ -76,8 +76,8 @@ def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
         setup = comm.together(lambda: set_up(config, trains=False))
         base = _load(setup, comm.together(lambda: _read(setup, run)))
         base.model.requires_grad_(False)
-        with scoring_engine(base.model, setup.ds_config) as model:
-            scores = setup.evaluator(model)
+        with scoring_engine(base.model, setup.zero) as model:
+            scores = setup.objective.evaluate(model)
     return {"run": run, "task": setup.data.task.name, **scores}
 
 

@@ -1,4 +1,7 @@
-"""Flags over the record of a finished run: those that say how to open it act, those that made it can no longer."""
+"""Flags over the record of a finished run: those that say how to open it act, those that made it can no longer.
+
+What loads libraries is imported where it is used, so that ``--help`` does not wait for them.
+"""
 
 import dataclasses
 import sys
@@ -7,22 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from taso_ds.command_line import given_names, parse_groups, parse_known, show_help_if_asked
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.data.arguments import DataArguments
-from taso_ds.defaults import with_defaults
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, given_names, parse_groups
-from taso_ds.methods.saved import BASE_FLAGS, base_of, is_model
+from taso_ds.flags import CALL, arg, flags_of
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.runs.folder import RUN
 from taso_ds.runs.recorded import read_run, recorded_flags
 
 EVALUATE, EXPORT = "evaluate", "export"
 _OPENS = frozenset(entry.name for group in (ModelArguments, DataArguments) for entry in dataclasses.fields(group))
-_STARTS = frozenset({"expected_world_size", "force", "debug", "config", "local_rank"})
+_CALLS = frozenset(name for name, flag in flags_of(GROUPS).items() if flag.effect == CALL) - {"dry_run"}
+_STARTS = _CALLS | {"run", "expected_world_size", "force"}
 _ACTS = {
     EVALUATE: _OPENS | _STARTS | {"ds_config", "nvme_path", "per_device_eval_batch_size", "max_new_tokens"},
-    EXPORT: _OPENS | _STARTS,
+    EXPORT: _OPENS | _STARTS | {"merge"},
 }
 _QUANTIZES = ("load_in_4bit", "load_in_8bit")
 # What was recorded beside a flag belongs to its recorded value, and goes when another one is given.
@@ -40,7 +43,7 @@ class FinishedArguments:
     run: str | None = arg(
         None, "Folder of a finished run; its recorded arguments are the defaults of all flags.", path=True
     )
-    merge: bool = arg(False, "export: add the adapter to the base's weights and write a plain model.")
+    merge: bool = arg(False, "Add the adapter to the base's weights and write a plain model.")
 
 
 def parse_over_run(
@@ -55,7 +58,13 @@ def parse_over_run(
         UserError: bad flag, one that cannot change a finished run, or a folder that is not one.
     """
     argv = sys.argv[1:] if argv is None else argv
-    (named,) = parse_groups([FinishedArguments], argv, description="", partial=True)
+    show_help_if_asked(
+        (*GROUPS, FinishedArguments), argv, description=description, own=FinishedArguments, acting=_ACTS[verb]
+    )
+    from taso_ds.defaults import with_defaults
+    from taso_ds.methods.saved import base_of
+
+    (named,), _ = parse_known([FinishedArguments], argv)
     recorded = _recorded(named.run)
     given = given_names(argv)
     excluded = {*(_QUANTIZES if given.intersection(_QUANTIZES) else ())}
@@ -103,6 +112,8 @@ def _changed(groups: Sequence[Any], recorded: Mapping[str, Any]) -> dict[str, An
 
 def _refuse(changed: Mapping[str, Any], recorded: Mapping[str, Any], finished: FinishedArguments, verb: str) -> None:
     """Refuse a flag that would be ignored: what it decides, the run has decided."""
+    from taso_ds.methods.saved import BASE_FLAGS, is_model
+
     acts = _ACTS[verb].difference(_QUANTIZES if finished.merge else ())
     if is_model(str(recorded.get("method"))):
         acts = acts.difference(BASE_FLAGS, _QUANTIZES)

@@ -1,12 +1,7 @@
 """Everything a run decides before weights are loaded: defaults, data, tokens, batch numbers, the DeepSpeed dict."""
 
-import dataclasses
-import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,23 +11,17 @@ from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.targets import Targets
 from taso_ds.adapters.towers import left_out_in_words
 from taso_ds.config import RunConfig
-from taso_ds.data.embedded import EMBEDDED_DATA, embedded_records
-from taso_ds.data.encode import EncodedRow, encode_examples
-from taso_ds.data.records import Records, build_examples, load_records, read_jsonl
-from taso_ds.data.tasks import Example, Task, get_task
+from taso_ds.data.encode import EncodedRow
+from taso_ds.data.tasks import Task, get_task
 from taso_ds.distributed import environment
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.ds_config_check import check_ds_config
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.methods.peft_names import check_read_back
 from taso_ds.models.bfloat16 import check_bfloat16
 from taso_ds.models.spec import BaseSpec
 from taso_ds.training.arguments import BatchSizes, batch_sizes
-
-# Ways to move partitions that compute with them on the way.
-_ALTERS_BITS = ("zero_quantized_weights", "use_all_reduce_for_fetch_params")
-
-log = logging.getLogger(__name__)
 
 
 def check_flags(config: RunConfig, world_size: int) -> None:
@@ -44,16 +33,6 @@ def check_flags(config: RunConfig, world_size: int) -> None:
     batch_sizes(config.training, world_size)
 
 
-def check_held_out(config: RunConfig) -> None:
-    """Refuse to evaluate on the rows that are trained on, by one name or two."""
-    train, evaluation = config.data.train_file, config.data.eval_file
-    if train is not None and evaluation is not None and os.path.realpath(train) == os.path.realpath(evaluation):
-        raise UserError(
-            f"eval_file: {evaluation} is train_file: the run would be judged on rows that it has seen; name other rows,"
-            " or hold some out with --eval_fraction 0.05 in place of --eval_file"
-        )
-
-
 def check_world_size(config: RunConfig, world_size: int) -> None:
     """Refuse another number of ranks than was asked for."""
     expected = config.run.expected_world_size
@@ -62,87 +41,6 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
             f"expected_world_size: {expected} ranks were asked for and {world_size} came; compare the nodes and tasks"
             " of the allocation with those of the script, or the launcher's flags"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class TaskData:
-    """Examples of both splits and where they come from."""
-
-    task: Task
-    train: list[Example]
-    evaluation: list[Example]
-    train_source: str
-    eval_source: str
-
-
-def load_task_data(config: RunConfig) -> TaskData:
-    """Read both splits; calibration rows are taken from the training split later.
-
-    Raises:
-        UserError: missing, unreadable or ill-formed data, with file and line.
-    """
-    data = config.data
-    assert data.task is not None
-    task = get_task(data.task)
-    if data.eval_metric != "none":
-        task = dataclasses.replace(task, metrics=(data.eval_metric,))
-    train, evaluation = _records(config, task)
-    if data.max_train_samples is not None:
-        train = train.first(data.max_train_samples)
-    if data.max_eval_samples is not None:
-        evaluation = evaluation.first(data.max_eval_samples)
-    for name, records in (("train", train), ("evaluation", evaluation)):
-        if not records.rows:
-            raise UserError(f"{name} data: {records.source} has no rows")
-    found = TaskData(
-        task, build_examples(task, train), build_examples(task, evaluation), train.source, evaluation.source
-    )
-    if data.eval_fraction is not None:
-        _warn_of_shared_prompts(found)
-    return found
-
-
-def _records(config: RunConfig, task: Task) -> tuple[Records, Records]:
-    data = config.data
-    if data.data_dir == EMBEDDED_DATA:
-        train = _embedded_part(task, 0, data.train_file)
-    else:
-        train = load_records(task, "train", data_dir=data.data_dir, file=data.train_file)
-    if data.eval_fraction is not None:
-        return train.hold_out(data.eval_fraction, seed=config.run.seed)
-    if data.data_dir == EMBEDDED_DATA:
-        return train, _embedded_part(task, 1, data.eval_file)
-    if data.train_file is not None and data.eval_file is None and data.data_dir is None:
-        raise UserError(
-            "eval_file: --train_file needs rows to evaluate on: name them with --eval_file, or hold some of its own out"
-            " with --eval_fraction 0.05"
-        )
-    return train, load_records(task, task.eval_split, data_dir=data.data_dir, file=data.eval_file)
-
-
-def _embedded_part(task: Task, part: int, file: str | None) -> Records:
-    if file is not None:
-        return Records(read_jsonl(Path(file)), file)
-    return embedded_records(task)[part]  # one split for every seed, so that seeds are compared on the same rows
-
-
-def _warn_of_shared_prompts(data: TaskData) -> None:
-    trained = {example.prompt for example in data.train}
-    shared = sum(example.prompt in trained for example in data.evaluation)
-    if shared:
-        log.warning("%d of the %d held-out prompts are asked in the training rows too", shared, len(data.evaluation))
-
-
-def encode_training_rows(config: RunConfig, data: TaskData, tokenizer: Any, *, head: bool) -> list[EncodedRow]:
-    return encode_examples(
-        tokenizer,
-        data.train,
-        data.task,
-        max_seq_length=config.data.max_seq_length,
-        head=head,
-        use_chat_template=config.data.use_chat_template,
-        source=data.train_source,
-    )
 
 
 def check_accumulation(sizes: BatchSizes, rows: Sequence[EncodedRow]) -> None:
@@ -183,7 +81,7 @@ def check_checkpointing(config: RunConfig, model: nn.Module) -> None:
         )
 
 
-def check_quantization(config: RunConfig, base: BaseSpec, ds_config: dict[str, Any]) -> None:
+def check_quantization(config: RunConfig, base: BaseSpec, zero: ZeroConfig) -> None:
     """Refuse what a quantized base cannot do, and a base that cannot be quantized."""
     if base.quantization is None:
         return
@@ -192,14 +90,12 @@ def check_quantization(config: RunConfig, base: BaseSpec, ds_config: dict[str, A
         raise UserError("adapt_experts: the base is quantized; drop the flag, or load the base in 16 bits")
     if config.adapter.method == "full":
         raise UserError("method: full trains all weights, which quantized ones do not allow; use taso or lora")
-    name = alters_bits(ds_config)
+    name = zero.alters_bits
     if name is not None:
         raise UserError(f"{config.run.ds_config}: zero_optimization.{name} alters the bits of quantized weights")
 
 
-def check_base(
-    config: RunConfig, base: BaseSpec, ds_config: dict[str, Any], targets: Targets, *, trains: bool = True
-) -> None:
+def check_base(config: RunConfig, base: BaseSpec, zero: ZeroConfig, targets: Targets, *, trains: bool = True) -> None:
     """Refuse what a base cannot do.
 
     Args:
@@ -207,25 +103,15 @@ def check_base(
         trains: whether there will be an adapter to export.
     """
     check_checkpointing(config, base.meta)
-    check_quantization(config, base, ds_config)
+    check_quantization(config, base, zero)
     check_bfloat16(base)
     if trains and config.adapter.method != "full" and config.run.verify_export:
         check_read_back(base.meta, list(targets))
 
 
-def alters_bits(ds_config: Mapping[str, Any]) -> str | None:
-    """Return the key by which ZeRO would compute with weights on their way; None when it moves them as they are."""
-    return next((name for name in _ALTERS_BITS if ds_config["zero_optimization"].get(name)), None)
-
-
-def num_labels(task: Task) -> int | None:
-    """Return the outputs of a classification head for this task; None when it has no labels."""
-    return 1 if task.is_regression else len(task.labels) or None
-
-
 def check_labels(task: Task, *, head: bool) -> None:
     """Refuse a classification head for a task without labels."""
-    if head and num_labels(task) is None:
+    if head and not task.num_labels:
         raise UserError(
             f"task {task.name} has no labels for a classification head; use a causal language model (--head lm, if the"
             " base is one)"
@@ -234,8 +120,8 @@ def check_labels(task: Task, *, head: bool) -> None:
 
 def resolve_deepspeed(
     config: RunConfig, world_size: int, *, ranks_per_node: int | None = None
-) -> tuple[dict[str, Any], BatchSizes]:
-    """Return the DeepSpeed dict of this run without anything automatic, and the batch numbers.
+) -> tuple[ZeroConfig, BatchSizes]:
+    """Return the DeepSpeed configuration of this run, and the batch numbers.
 
     Args:
         ranks_per_node: default: those of this node.

@@ -11,7 +11,8 @@ from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError, nearest, reason
 from taso_ds.files.json_text import parse_json
 from taso_ds.files.schema import check_schema
-from taso_ds.flags import LENGTH, SCHEDULE, START, Flag, flags_of, typed
+from taso_ds.flags import LENGTH, SCHEDULE, Flag, flags_of
+from taso_ds.flags_file import typed
 from taso_ds.runs.folder import RESULTS, RUN
 
 
@@ -64,7 +65,7 @@ def recorded_flags(record: Mapping[str, Any], file: Path) -> dict[str, Any]:
         UserError: a flag that this version does not have, or a value of another type.
     """
     given, started_in = record["config"], record.get("started_in") or ""
-    flags = {name: flag for name, flag in flags_of(GROUPS).items() if flag.effect != START}
+    flags = {name: flag for name, flag in flags_of(GROUPS).items() if flag.is_recorded}
     known = list(flags_of(GROUPS))
     unknown = sorted(given.keys() - known)
     if unknown:

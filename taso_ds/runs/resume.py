@@ -19,6 +19,7 @@ from taso_ds.runs.recorded import Difference, differences, is_calibration, is_fi
 from taso_ds.training.arguments import TrainArguments
 from taso_ds.training.checkpoint import CHECKPOINTS, PROGRESS, Checkpoints, resolve_checkpoint
 from taso_ds.training.progress import Progress, read_progress
+from taso_ds.verbs import command
 
 log = logging.getLogger(__name__)
 
@@ -149,8 +150,8 @@ def find_calibration(config: RunConfig, folder: Path) -> bool:
 def _refuse_to_replace_others(config: RunConfig, folder: Path, run: Mapping[str, Any]) -> None:
     """Refuse to train over what another program of this package has made; UserError."""
     others = {
-        "core regions that launch/calibrate.py made": is_calibration(run),
-        f"{MODEL}, which launch/export.py made": config.adapter.method != "full" and (folder / MODEL).exists(),
+        f"core regions that {command('calibrate')} made": is_calibration(run),
+        f"{MODEL}, which {command('export')} made": config.adapter.method != "full" and (folder / MODEL).exists(),
     }
     for words, is_there in others.items():
         if is_there:
@@ -188,7 +189,7 @@ def check_base(fingerprint: str, start: Start) -> None:
 
 
 def _from_calibration(config: RunConfig, folder: Path, run: Mapping[str, Any]) -> Start:
-    """Train in the core regions that ``launch/calibrate.py`` has left in this folder for this configuration."""
+    """Train in the core regions that a calibration has left in this folder for this configuration."""
     _check_same(config, folder, run)
     regions = folder / REGIONS
     return Start(folder, regions=regions if regions.is_file() else None)

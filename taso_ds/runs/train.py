@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from taso_ds.config import RunConfig
 from taso_ds.data.encode import pad_token_id
+from taso_ds.data.task_data import check_held_out
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import without_secrets
@@ -24,7 +25,6 @@ from taso_ds.methods.saved import is_model, saved_folder
 from taso_ds.models.fingerprint import base_fingerprint
 from taso_ds.models.load import BaseModel
 from taso_ds.models.quantization import num_parameters
-from taso_ds.runs import prepare
 from taso_ds.runs.build import Setup, Trained, attach, find_regions, load_base, set_up
 from taso_ds.runs.folder import ADAPTER, PICTURE, RESULTS, RUN, RunFolder, versions
 from taso_ds.runs.nodes import check_no_run_elsewhere, say_who_sees
@@ -94,7 +94,7 @@ def reports_in(path: Path) -> Iterator[None]:
 
 def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrupts) -> Path:
     config = comm.together(lambda: start.adapt(asked, comm.world_size()))
-    comm.together(lambda: prepare.check_held_out(config))
+    comm.together(lambda: check_held_out(config.data))
     setup = comm.together(lambda: set_up(config))
     steps = total_steps(config.training, setup.plan.steps_per_epoch)
     if start.progress is not None:
@@ -115,8 +115,8 @@ def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrup
     if start.progress is not None and start.progress.total_steps != steps:
         log.info(describe_extension(start.progress, trained.groups[0], schedule))
     say_who_sees(folder.path)
-    engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.ds_config)
-    evaluate = partial(setup.evaluator, engine.module)
+    engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.zero)
+    evaluate = partial(setup.objective.evaluate, engine.module)
     before = evaluate() if start.progress is None else start.progress.before
     log.info("before: %s", _in_words(before))
     training = RecoverableTraining(
@@ -134,7 +134,7 @@ def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrup
         "task": setup.data.task.name,
         "method": config.adapter.method,
         "steps": schedule.total_steps,
-        "headline": setup.evaluator.headline,
+        "headline": setup.objective.headline,
         "before": before,
         "after": after,
         "trainable_parameters": record["parameters"]["trainable"],
@@ -168,7 +168,7 @@ def _record_start(asked: RunConfig, setup: Setup) -> dict[str, Any]:
         "schema_version": SCHEMA,
         "config": asked.flags(),
         "started_in": str(Path.cwd()),
-        "deepspeed": without_secrets(setup.ds_config),
+        "deepspeed": without_secrets(setup.zero.raw),
         "world_size": comm.world_size(),
         "versions": versions(),
     }
@@ -246,7 +246,7 @@ def prove(setup: Setup, folder: RunFolder, base: BaseModel, rows: Sequence[list[
         revision=config.model.model_revision,
         trust_remote_code=config.model.trust_remote_code,
         head=setup.base.head,
-        num_labels=(setup.base.config.num_labels or 0) if setup.base.head else 0,
+        num_labels=setup.objective.num_labels,
         dtype="bfloat16" if config.model.bf16 else "float32",
         quantization=None if setup.base.quantization is None else setup.base.quantization.settings(base.model),
         pad_id=pad_token_id(setup.base.tokenizer),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from taso_ds.adapters.importance import REDUCTIONS, SCORES
+from taso_ds.adapters.choices import REDUCTIONS, SCORES
 from taso_ds.flags import SCHEDULE, arg, require, require_one_of
 
 IMPORTANCE_WEIGHTS = ("loaded", "original")
@@ -10,18 +10,28 @@ IMPORTANCE_WEIGHTS = ("loaded", "original")
 
 @dataclass(frozen=True)
 class CalibrationArguments:
-    """Importance scoring and the core region (method sections 1 and 2)."""
+    """Core regions: how the base is scored and cut. Method sections 1 and 2."""
 
-    calibration_samples: int = arg(128, "Training rows that are scored.")
-    calibration_batch_size: int | None = arg(None, "Rows per scoring micro-batch; default: the training micro-batch.")
+    calibration_samples: int = arg(128, "Training rows that are scored.", unit="rows")
+    calibration_batch_size: int | None = arg(
+        None, "Rows per scoring micro-batch; default: the training micro-batch.", unit="rows"
+    )
     calibration_reduction: str = arg("signed_mean", "signed_mean over all tokens, or per_batch_abs.")
     importance: str = arg("importance", "Score: importance |W·g|, magnitude |W|, gradient |g|, or random.")
-    element_fraction: float = arg(0.05, "Share of a matrix's elements that are core (the paper's k).")
-    core_fraction: float = arg(0.10, "Share of rows and of columns in the core region (the paper's p).")
-    calibration_passes: int = arg(
-        1, "Score in this many groups of matrices: less memory, more passes over the rows.", effect=SCHEDULE
+    element_fraction: float = arg(0.05, "Share of a matrix's elements that are core (the paper's k).", unit="share")
+    core_fraction: float = arg(
+        0.10, "Share of rows and of columns in the core region (the paper's p).", unit="share", first=True
     )
-    calibration_offload: str = arg("none", "cpu: gradient sums in host memory; none: on the device.", effect=SCHEDULE)
+    calibration_passes: int = arg(
+        1,
+        "Score in this many groups of matrices: less memory, more passes over the rows.",
+        effect=SCHEDULE,
+        unit="passes",
+        planned=True,
+    )
+    calibration_offload: str = arg(
+        "none", "cpu: gradient sums in host memory; none: on the device.", effect=SCHEDULE, planned=True
+    )
     importance_weights: str = arg("loaded", "W of the score: loaded (dequantized) or, if quantized here, original.")
     core_regions: str | None = arg(None, "Reuse this core_regions.safetensors instead of scoring.", path=True)
 

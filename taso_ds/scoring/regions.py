@@ -25,6 +25,7 @@ from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.models.fingerprint import fingerprint
 from taso_ds.models.stored_weights import StoredWeights
@@ -121,9 +122,8 @@ def score_base(
     rows: Sequence[EncodedRow],
     *,
     collate: Collate,
-    filler: EncodedRow,
     loss_sum: LossSum,
-    ds_config: dict[str, Any],
+    zero: ZeroConfig,
     stored: StoredWeights | None = None,
 ) -> Regions:
     """Score the frozen base on the calibration rows and cut the core regions. The base stays loaded.
@@ -151,11 +151,10 @@ def score_base(
         rows,
         batch_size=calibration.calibration_batch_size or config.training.per_device_train_batch_size,
         collate=collate,
-        filler=filler,
     )
     digest, made_of = fingerprint(targets, stored), _describe(config, rows)
     partial_file = _PartialScores(config, RegionFile({}, made_of, digest))
-    with scoring_engine(model, ds_config) as scored:
+    with scoring_engine(model, zero) as scored:
         scores = score_regions(
             scored,
             targets,

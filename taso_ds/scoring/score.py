@@ -26,13 +26,12 @@ from taso_ds.adapters.selection import RegionScores
 from taso_ds.adapters.targets import MatrixShape, Targets
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
+from taso_ds.objectives.batches import Batch
 from taso_ds.objectives.loss import LossSum
 from taso_ds.scoring.joined_calls import Deliver, JoinedCalls
 from taso_ds.scoring.scoring_pass import ScoringPass, ScoringSettings
 
 log = logging.getLogger(__name__)
-
-Batch = dict[str, Tensor]
 
 
 def split_passes(targets: Targets, passes: int) -> list[Targets]:

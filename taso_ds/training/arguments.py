@@ -11,42 +11,52 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """The loop."""
+    """The training loop: optimizer, batches, length, evaluation, checkpoints."""
 
-    learning_rate: float = arg(2e-4, "Peak learning rate before compensation.")
-    per_device_train_batch_size: int = arg(4, "Micro-batch: rows per rank and forward.", effect=SCHEDULE)
-    gradient_accumulation_steps: int | None = arg(
-        None, "Micro-batches per step; default: from global_batch_size.", effect=SCHEDULE
+    learning_rate: float = arg(2e-4, "Peak learning rate before compensation.", first=True)
+    per_device_train_batch_size: int = arg(
+        4, "Micro-batch: rows per rank and forward.", effect=SCHEDULE, unit="rows", first=True
     )
-    global_batch_size: int | None = arg(None, "Rows per step over all ranks; default: micro-batch × ranks.")
-    num_train_epochs: float = arg(3.0, "Passes over the training rows, unless max_steps is set.", effect=LENGTH)
-    max_steps: int = arg(-1, "Steps to train; overrides num_train_epochs.", effect=LENGTH)
+    gradient_accumulation_steps: int | None = arg(
+        None, "Micro-batches per step; default: from global_batch_size.", effect=SCHEDULE, unit="forwards"
+    )
+    global_batch_size: int | None = arg(
+        None, "Rows per step over all ranks; default: micro-batch × ranks.", unit="rows"
+    )
+    num_train_epochs: float = arg(
+        3.0, "Passes over the training rows, unless max_steps is set.", effect=LENGTH, unit="epochs", first=True
+    )
+    max_steps: int = arg(-1, "Steps to train; overrides num_train_epochs.", effect=LENGTH, unit="steps")
     lr_scheduler_type: str = arg("linear", f"One of {', '.join(SCHEDULES)}.")
-    warmup_ratio: float = arg(0.03, "Share of the steps with a rising learning rate.")
+    warmup_ratio: float = arg(0.03, "Share of the steps with a rising learning rate.", unit="share")
     weight_decay: float = arg(0.0, "AdamW weight decay.")
     adam_beta1: float = arg(0.9, "AdamW beta1.")
     adam_beta2: float = arg(0.999, "AdamW beta2.")
     adam_epsilon: float = arg(1e-8, "AdamW epsilon.")
     max_grad_norm: float = arg(1.0, "Clip the global gradient norm; 0 for no clipping.")
-    gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.", effect=SCHEDULE)
-    logging_steps: int = arg(1, "Steps between two lines of metrics.jsonl.", effect=SCHEDULE)
+    gradient_checkpointing: bool = arg(
+        False, "Recompute activations in backward to save memory.", effect=SCHEDULE, planned=True
+    )
+    logging_steps: int = arg(1, "Steps between two lines of metrics.jsonl.", effect=SCHEDULE, unit="steps")
     eval_steps: int | None = arg(
-        None, "Steps between evaluations; default: before and after training only.", effect=SCHEDULE
+        None, "Steps between evaluations; default: before and after training only.", effect=SCHEDULE, unit="steps"
     )
-    save_steps: int | None = arg(None, "Steps between checkpoints; default: by save_minutes only.", effect=SCHEDULE)
+    save_steps: int | None = arg(
+        None, "Steps between checkpoints; default: by save_minutes only.", effect=SCHEDULE, unit="steps"
+    )
     save_minutes: float | None = arg(
-        15.0, "Minutes between checkpoints; one is always written at the end.", effect=SCHEDULE
+        15.0, "Minutes between checkpoints; one is always written at the end.", effect=SCHEDULE, unit="minutes"
     )
-    save_total_limit: int = arg(2, "Checkpoints to keep.", effect=SCHEDULE)
+    save_total_limit: int = arg(2, "Checkpoints to keep.", effect=SCHEDULE, unit="checkpoints")
     max_loss_jump: float = arg(
         5.0, "A loss this far above the median of the last 16 is divergence; 0 for never.", effect=SCHEDULE
     )
     on_divergence: str = arg(
         "stop", "stop, or rollback to the last checkpoint and go on at half the learning rate.", effect=SCHEDULE
     )
-    max_rollbacks: int = arg(3, "Rollbacks before the run stops.", effect=SCHEDULE)
-    per_device_eval_batch_size: int = arg(8, "Rows per rank and forward in evaluation.", effect=SCHEDULE)
-    max_new_tokens: int = arg(256, "Tokens generated per answer in generation tasks.")
+    max_rollbacks: int = arg(3, "Rollbacks before the run stops.", effect=SCHEDULE, unit="rollbacks")
+    per_device_eval_batch_size: int = arg(8, "Rows per rank and forward in evaluation.", effect=SCHEDULE, unit="rows")
+    max_new_tokens: int = arg(256, "Tokens generated per answer in generation tasks.", unit="tokens")
 
     def __post_init__(self) -> None:
         require_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)

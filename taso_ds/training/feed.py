@@ -35,7 +35,6 @@ class Feed:
     plan: BatchPlan
     sizes: BatchSizes
     collate: Collate
-    filler: EncodedRow
 
     def step(self, step: int) -> Step:
         rows = self.plan.rows(step)
@@ -56,4 +55,4 @@ class Feed:
         )
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        return on_device(self.collate([self.rows[row] for row in rows] or [self.filler]))
+        return on_device(self.collate([self.rows[row] for row in rows]))

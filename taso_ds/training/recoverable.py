@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.distributed import comm
-from taso_ds.distributed.engine import zero_stage
 from taso_ds.files.schema import SCHEMA
 from taso_ds.interrupts import Interrupts
 from taso_ds.runs.build import Setup, Trained
@@ -52,17 +51,17 @@ class RecoverableTraining:
             describe=self._describe,
             limit=training.save_total_limit,
         )
-        evaluate = setup.evaluator
+        objective = setup.objective
 
         def on_eval(step: int) -> None:
-            scores = evaluate(engine.module)
+            scores = objective.evaluate(engine.module)
             if comm.is_main():
                 folder.log({"step": step, "eval": scores})
 
         self._trainer = Trainer(
             engine,
-            Feed(setup.rows, setup.plan, setup.sizes, setup.collate, setup.filler),
-            loss_sum=setup.loss_sum,
+            Feed(setup.rows, setup.plan, setup.sizes, objective.collate),
+            loss_sum=objective.loss_sum,
             groups=trained.groups,
             schedule=schedule,
             logging_steps=training.logging_steps,
@@ -132,7 +131,7 @@ class RecoverableTraining:
             optimizer_steps=optimizer_steps,
             config=setup.config.flags(),
             world_size=comm.world_size(),
-            zero_stage=zero_stage(setup.ds_config),
+            zero_stage=setup.zero.stage,
             global_batch_size=setup.sizes.global_batch_size,
             base=self._fingerprint,
             data=setup.data_digest,

@@ -8,8 +8,8 @@ import tiny_models
 
 from taso_ds.data.chat import read_chat
 from taso_ds.data.decode import answer_reader
-from taso_ds.data.encode import EncodedRow, encode_examples, encode_options, encode_prompt
-from taso_ds.data.tasks import Example, get_task
+from taso_ds.data.encode import EncodedRow, encode_completions, encode_options, encode_prompt
+from taso_ds.data.tasks import Example
 from taso_ds.errors import UserError
 
 # Tokens of other families' vocabularies; those of the last line are added ones without being special.
@@ -105,12 +105,11 @@ def tokenizer_of(template: str) -> Any:
 
 
 def encoded(tokenizer: Any, completion: str) -> EncodedRow:
-    return encode_examples(
+    return encode_completions(
         tokenizer,
         [Example("Is it?", completion)],
-        get_task("completion"),
         max_seq_length=512,
-        head=False,
+        append_eos=True,
         use_chat_template=True,
         source="mine",
     )[0]

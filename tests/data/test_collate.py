@@ -1,6 +1,7 @@
 """Padding by hand: where it goes, what it holds and that it counts nothing."""
 
 import math
+from functools import partial
 
 import torch
 from families import FAMILIES, build
@@ -20,14 +21,6 @@ def test_right_padding() -> None:
         "labels": [[-100, 6, 7], [-100, 9, -100]],
     }
     assert {value.dtype for value in batch.values()} == {torch.int64}
-
-
-def test_width_is_rounded_up() -> None:
-    for multiple, width in {1: 3, 2: 4, 3: 3, 8: 8}.items():
-        batch = collate([LONG, SHORT], pad_id=0, pad_to_multiple_of=multiple)
-        assert {value.shape for value in batch.values()} == {(2, width)}
-        assert batch["attention_mask"].sum() == 5
-        assert (batch["labels"] != -100).sum() == 3
 
 
 def test_left_padding_holds_prompts_only() -> None:
@@ -64,6 +57,17 @@ def test_an_empty_row_counts_nothing() -> None:
     assert batch["attention_mask"].all()  # nothing attended to would make softmax nan
     assert collate_head([row], pad_id=7, is_regression=False)["labels"].tolist() == [-100]
     assert math.isnan(collate_head([row], pad_id=7, is_regression=True)["labels"].item())
+
+
+def test_an_empty_row_stands_in_for_no_rows() -> None:
+    for collated in (
+        partial(collate, pad_id=7),
+        partial(collate_left, pad_id=7),
+        partial(collate_head, pad_id=7, is_regression=False),
+    ):
+        batch, expected = collated([]), collated([empty_row(7)])
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in batch.items())
 
 
 def test_an_empty_row_suits_a_model_that_shortens_sequences() -> None:

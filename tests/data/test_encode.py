@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 from taso_ds.data.encode import (
     EncodedRow,
-    encode_examples,
+    encode_completions,
     encode_options,
-    encode_pair,
     encode_prompt,
     pad_token_id,
 )
-from taso_ds.data.tasks import Example, get_task
+from taso_ds.data.encode_texts import encode_texts
+from taso_ds.data.tasks import Example
 from taso_ds.errors import UserError
 
 Make = Callable[..., Any]
@@ -58,10 +58,8 @@ def make_tokenizer() -> Make:
     return make
 
 
-def encode_completion(tokenizer: Any, prompt: str, completion: str, *, append_eos: bool, **settings: Any) -> EncodedRow:
-    """Encode one row of a task whose completions end, or of one whose options do not."""
-    task = get_task("completion" if append_eos else "boolq")
-    return encode_examples(tokenizer, [Example(prompt, completion)], task, head=False, source="mine", **settings)[0]
+def encode_completion(tokenizer: Any, prompt: str, completion: str, **settings: Any) -> EncodedRow:
+    return encode_completions(tokenizer, [Example(prompt, completion)], source="mine", **settings)[0]
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -162,27 +160,28 @@ def test_prompt_alone(make_tokenizer: Make) -> None:
 # Rows of a task ------------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: Any, name: str, *examples: Example, **changes: Any) -> list[EncodedRow]:
-    settings = {"max_seq_length": 64, "head": False, "source": "mine.jsonl"} | changes
-    return encode_examples(tokenizer, examples, get_task(name), **settings)
+def encode(tokenizer: Any, *examples: Example, **changes: Any) -> list[EncodedRow]:
+    settings = {"source": "mine.jsonl"} | options(append_eos=True) | changes
+    return encode_completions(tokenizer, examples, **settings)
 
 
-def test_eos_ends_what_is_generated_but_no_option(make_tokenizer: Make) -> None:
-    example = Example("a", " b", (" b", " c"), 0)
-    assert encode(make_tokenizer(), "boolq", example)[0].labels[-1:] == char_ids("b")
-    assert encode(make_tokenizer(), "gsm8k", example)[0].labels[-1] == EOS
-    assert encode(make_tokenizer(), "completion", example)[0].labels[-1] == EOS
+def encode_for_head(tokenizer: Any, *examples: Example, **changes: Any) -> list[EncodedRow]:
+    settings: dict[str, Any] = {"max_seq_length": 64, "is_regression": False, "source": "mine.jsonl"} | changes
+    return encode_texts(tokenizer, examples, **settings)
+
+
+def test_a_tokenizer_without_an_eos_is_refused(make_tokenizer: Make) -> None:
     with pytest.raises(UserError, match=r"^the tokenizer has no EOS token.* eos_token in tokenizer_config\.json"):
-        encode(make_tokenizer(eos_token=None), "gsm8k", example)
+        encode(make_tokenizer(eos_token=None), Example("a", " b"))
 
 
 def test_rows_equal_those_encoded_one_by_one(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer()
     examples = [Example(prompt, completion) for prompt in ("", "ax", "abc d") for completion in ("yb", " c", "zz")]
-    rows = encode(tokenizer, "gsm8k", *examples)
+    rows = encode(tokenizer, *examples)
     single = options(append_eos=True)
     assert rows == [encode_completion(tokenizer, each.prompt, each.completion, **single) for each in examples]
-    assert encode(tokenizer, "gsm8k") == []
+    assert encode(tokenizer) == []
 
 
 def test_options_are_encoded_behind_their_prompt_without_an_end(make_tokenizer: Make) -> None:
@@ -197,23 +196,23 @@ def test_options_are_encoded_behind_their_prompt_without_an_end(make_tokenizer: 
 def test_the_row_at_fault_is_named(make_tokenizer: Make) -> None:
     good, empty = Example("a", " b"), Example("a", "  ")
     with pytest.raises(UserError, match=r"^mine\.jsonl, row 2: the completion is empty"):
-        encode(make_tokenizer(), "completion", good, empty)
+        encode(make_tokenizer(), good, empty)
     with pytest.raises(UserError, match=r"^mine\.jsonl, row 7: the completion is empty"):
-        encode(make_tokenizer(), "completion", good, replace(empty, place=7))
+        encode(make_tokenizer(), good, replace(empty, place=7))
     with pytest.raises(UserError, match=r"^mine\.jsonl, row 1: .*one or two texts, but the row has none"):
-        encode(make_tokenizer(), "boolq", Example("a", " b", target=1), head=True)
+        encode_for_head(make_tokenizer(), Example("a", " b", target=1))
 
 
 def test_cuts_are_counted_in_one_warning(make_tokenizer: Make, caplog: pytest.LogCaptureFixture) -> None:
     examples = [Example("abcdef", "gh"), Example("a", "b"), Example("a", "bcdefgh"), Example("abcdef", "g")]
     with caplog.at_level(logging.WARNING):
-        encode(make_tokenizer(), "boolq", *examples, max_seq_length=6)
+        encode(make_tokenizer(), *examples, append_eos=False, max_seq_length=6)
     # "abcdefgh", "abcdefg" and, to keep one token before "bcdef", BOS + "a": three prompts; "bcdefgh": one completion.
     (record,) = caplog.records
     text = "mine.jsonl: of 4 rows, 3 had their prompt and 1 their completion cut to fit max_seq_length 6"
     assert record.getMessage() == text
     caplog.clear()
-    encode(make_tokenizer(), "boolq", *examples)
+    encode(make_tokenizer(), *examples, append_eos=False)
     assert not caplog.records
 
 
@@ -222,33 +221,29 @@ def test_cuts_are_counted_in_one_warning(make_tokenizer: Make, caplog: pytest.Lo
 
 def test_pair_keeps_token_types(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(behind="</s>", types=True)
-    row = encode_pair(tokenizer, ("ab", "c"), max_seq_length=64, target=1)
+    (row,) = encode_for_head(tokenizer, Example("", "", target=1, texts=("ab", "c")))
     ids = [BOS, *char_ids("ab"), EOS, *char_ids("c"), EOS]
     assert row == EncodedRow(ids, [], 1, token_type_ids=[0, 0, 0, 0, 1, 1])
     assert row.num_supervised == 1
-    assert encode_pair(make_tokenizer(), ("ab",), max_seq_length=64, target=0.5) == EncodedRow(
-        [BOS, *char_ids("ab")], [], 0.5
-    )
+    (single,) = encode_for_head(make_tokenizer(), Example("", "", target=0.5, texts=("ab",)), is_regression=True)
+    assert single == EncodedRow([BOS, *char_ids("ab")], [], 0.5)
 
 
 def test_of_a_pair_the_longer_text_is_cut(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(behind="</s>", types=True)
-    row = encode_pair(tokenizer, ("abcdefgh", "c"), max_seq_length=7, target=1)
+    (row,) = encode_for_head(tokenizer, Example("", "", target=1, texts=("abcdefgh", "c")), max_seq_length=7)
     assert row.input_ids == [BOS, *char_ids("abc"), EOS, *char_ids("c"), EOS]
     assert row.token_type_ids == [0, 0, 0, 0, 0, 1, 1]
 
 
 def test_head_rows_carry_targets(make_tokenizer: Make, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = make_tokenizer()
-    (row,) = encode(tokenizer, "rte", Example("", "", target=1, texts=("a", "b")), head=True)
+    (row,) = encode_for_head(tokenizer, Example("", "", target=1, texts=("a", "b")))
     assert (row.target, row.labels) == (1, [])
-    (row,) = encode(tokenizer, "stsb", Example("", "", target=2.5, texts=("abcdef", "b")), head=True, max_seq_length=4)
+    score = Example("", "", target=2.5, texts=("abcdef", "b"))
+    (row,) = encode_for_head(tokenizer, score, is_regression=True, max_seq_length=4)
     assert (row.target, len(row.input_ids)) == (2.5, 4)
     assert "of 1 rows, 1 had their prompt" in caplog.text
-    with pytest.raises(UserError, match="task gsm8k has no classification head"):
-        encode(tokenizer, "gsm8k", head=True)
-    with pytest.raises(UserError, match="use_chat_template is for causal"):
-        encode(tokenizer, "rte", head=True, use_chat_template=True)
 
 
 def test_pad_token(make_tokenizer: Make) -> None:

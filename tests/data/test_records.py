@@ -188,8 +188,8 @@ def test_the_hub_is_asked_by_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.DatasetDict({"test": datasets.Dataset.from_list([{"a": 1}])})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    records = load_records(get_task("gsm8k"), "validation", data_dir=None, file=None, cache_dir="here")
-    assert asked == [("openai/gsm8k", "main", {"cache_dir": "here"})]
+    records = load_records(get_task("gsm8k"), "validation", data_dir=None, file=None)
+    assert asked == [("openai/gsm8k", "main", {})]
     assert records == Records([{"a": 1}], "Hugging Face Hub openai/gsm8k/main, test split")
     with pytest.raises(UserError, match="has no split train; it has test"):
         load_records(get_task("gsm8k"), "train", data_dir=None, file=None)

@@ -32,7 +32,7 @@ def resolve(raw: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "bf16": True,
         "max_grad_norm": 1.0,
     }
-    return resolve_ds_config(raw, **{**run, **changes}, source="mine.json")
+    return resolve_ds_config(raw, **{**run, **changes}, source="mine.json").raw
 
 
 # Reading ------------------------------------------------------------------------------------------------------------

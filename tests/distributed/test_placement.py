@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from taso_ds.distributed.placement import check_nvme
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 
 
-def offload_to(folder: Path) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(folder)}}}
+def offload_to(folder: Path) -> ZeroConfig:
+    offload = {"device": "nvme", "nvme_path": str(folder)}
+    return ZeroConfig({"zero_optimization": {"stage": 3, "offload_param": offload}})
 
 
 @pytest.fixture
@@ -22,8 +24,8 @@ def libaio(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_devices_are_not_looked_at(tmp_path: Path) -> None:
-    check_nvme({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}})
-    check_nvme({"zero_optimization": {"stage": 0}})
+    check_nvme(ZeroConfig({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
+    check_nvme(ZeroConfig({"zero_optimization": {"stage": 0}}))
 
 
 @pytest.mark.usefixtures("libaio")

@@ -1,12 +1,13 @@
 """Versions: what is installed passes, what is too old, too new, missing or known to break is named with its reason."""
 
+import re
 from importlib import metadata, resources
 
 import pytest
 
 from taso_ds.doctor import versions
 from taso_ds.doctor.finding import FAIL, OK, WARN, Finding
-from taso_ds.doctor.versions import KNOWN_BAD, PACKAGES, check_versions, constraints
+from taso_ds.doctor.versions import KNOWN_BAD, PACKAGES, KnownBad, check_versions, constraints
 
 
 @pytest.fixture
@@ -46,15 +47,16 @@ def test_every_package_has_a_range_and_a_tested_version(monkeypatch: pytest.Monk
     old = with_version(monkeypatch, package, "0.0.1")
     assert old.status == FAIL
     assert old.remedy == f"pip install {package}=={constraints()[package]}"
-    assert "supported >=" in old.found
+    assert re.search(r"supported (<[\d.]+,)?>=", old.found)
     monkeypatch.undo()
     new = with_version(monkeypatch, package, "9999.0")
-    assert new.status == WARN
-    assert "newer than the tested" in new.found
+    is_bounded = "supported <" in old.found
+    assert new.status == (FAIL if is_bounded else WARN)
+    assert ("supported <" if is_bounded else "newer than the tested") in new.found
     monkeypatch.undo()
     missing = with_version(monkeypatch, package, None)
     assert (missing.status, missing.found) == (FAIL, "not installed")
-    assert missing.remedy.startswith(f"pip install '{package}>=")
+    assert re.match(rf"pip install '{package}(<[\d.]+,)?>=", missing.remedy)
 
 
 @pytest.mark.usefixtures("_tested")
@@ -91,8 +93,12 @@ def test_a_bad_pair_needs_both(monkeypatch: pytest.MonkeyPatch) -> None:
             raise metadata.PackageNotFoundError(name)
         return before(name)
 
+    tested = constraints()["deepspeed"]
+    pair = KnownBad("deepspeed", f"=={tested}", "peft", "they do not go together", "nowhere")
+    monkeypatch.setattr(versions, "KNOWN_BAD", (pair,))
+    assert with_version(monkeypatch, "deepspeed", tested).status == FAIL
     monkeypatch.setattr(metadata, "version", fake)
-    assert with_version(monkeypatch, "deepspeed", "0.19.2").status == OK
+    assert with_version(monkeypatch, "deepspeed", tested).status == OK
     monkeypatch.undo()
 
 

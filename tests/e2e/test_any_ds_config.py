@@ -20,6 +20,7 @@ from taso_ds.distributed import process_group
 from taso_ds.distributed.ds_config import resolve_ds_config
 from taso_ds.distributed.ds_config_check import check_device, check_ds_config
 from taso_ds.distributed.ds_config_values import Kind, Table
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
@@ -90,16 +91,16 @@ def document(path: Path_, value: Any, stage: int) -> dict[str, Any]:
     return raw
 
 
-def run_engine(resolved: dict[str, Any], *, bf16: bool) -> None:
+def run_engine(zero: ZeroConfig, *, bf16: bool) -> None:
     """Score a batch, then take two steps with one trained matrix."""
     model = tiny_models.llama(layers=1).to(torch.bfloat16 if bf16 else torch.float32)
     model.requires_grad_(False)
     trained = model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     ids = torch.ones(2, 4, dtype=torch.long)
-    with engines.scoring_engine(model, resolved) as scored:
+    with engines.scoring_engine(model, zero) as scored:
         scored(input_ids=ids, labels=ids).loss.backward()
     trained.grad = None
-    engine = engines.training_engine(model, torch.optim.AdamW([trained], lr=1e-3), resolved)
+    engine = engines.training_engine(model, torch.optim.AdamW([trained], lr=1e-3), zero)
     for _ in range(2):
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engines.step(engine)
@@ -109,16 +110,16 @@ def run_engine(resolved: dict[str, Any], *, bf16: bool) -> None:
 def outcome(path: Path_, value: Any, stage: int) -> str:
     bf16 = stage % 2 == 1
     try:
-        resolved = resolve_ds_config(
+        zero = resolve_ds_config(
             document(path, value, stage), micro_batch_size=2, grad_accum_steps=1, world_size=1, bf16=bf16,
             max_grad_norm=1.0, nvme_path="/disk",
         )  # fmt: skip
-        check_ds_config(resolved, "ds.json")
-        check_device(resolved, "ds.json")
+        check_ds_config(zero, "ds.json")
+        check_device(zero, "ds.json")
     except UserError as error:
         return "refused" if "\n" not in str(error) else f"not one line: {error}"
     try:
-        run_engine(resolved, bf16=bf16)
+        run_engine(zero, bf16=bf16)
     except Exception as error:
         return f"{'.'.join(path)} {json.dumps(value)} at stage {stage}: {type(error).__name__}: {error}"
     return "ran"

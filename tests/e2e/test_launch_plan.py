@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from launching import call_main
+from launching import ROOT, call_main
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -127,7 +127,7 @@ def test_a_run_takes_what_is_proposed(
     assert all(words in line for words in proposed)
     assert not any(words in line for words in not_proposed)
     words = shlex.split(line)
-    call_main("train", [*words[words.index("launch/train.py") + 1 :], "--dry_run"]).succeeded()
+    call_main("train", [*words[words.index(str(ROOT / "launch" / "train.py")) + 1 :], "--dry_run"]).succeeded()
 
 
 @pytest.mark.parametrize(

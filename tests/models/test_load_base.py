@@ -1,10 +1,14 @@
 """The base and its head: which parameters train in full, whatever is attached."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -12,13 +16,15 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.targets import find_targets
 from taso_ds.distributed import comm
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.methods.export import head_modules
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.load import BaseModel, _said_by_each_rank, load_base_model
+from taso_ds.models.source import model_source
 from taso_ds.models.spec import BaseSpec, load_config, outside_body
 
-STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
+STAGE_0 = ZeroConfig({"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}})
 
 
 def load(folder: Path, *, head: bool, bf16: bool = False, num_labels: int | None = None) -> BaseModel:
@@ -26,7 +32,7 @@ def load(folder: Path, *, head: bool, bf16: bool = False, num_labels: int | None
     config = load_config(arguments, str(folder))
     if num_labels is not None:
         config.num_labels = num_labels
-    return load_base_model(BaseSpec(arguments, str(folder), config, head), seed=0, ds_config=STAGE_0)
+    return load_base_model(BaseSpec(arguments, str(folder), config, head), seed=0, zero=STAGE_0)
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +153,23 @@ def test_a_rank_that_cannot_tell_the_others_tells_the_user(
     with pytest.raises(UserError, match="no room left"):
         _said_by_each_rank(load)
     assert [record.getMessage() for record in caplog.records] == ["rank 3: no room left"]
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_only_loads(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("the sun and the moon\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=280,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tiny_models.llama().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = read_spec(ModelArguments(), str(tmp_path)).tokenizer
+    assert tokenizer.decode(tokenizer.encode("the moon", add_special_tokens=False)) == "the moon"
+
+
+@pytest.mark.parametrize("read", [model_source, read_spec])
+def test_a_gguf_file_that_is_named_as_the_model_or_not_at_all(tmp_path: Path, read: Any) -> None:
+    (tmp_path / "tiny.gguf").touch()
+    for name in (tmp_path, tmp_path / "tiny.gguf"):
+        with pytest.raises(UserError, match=rf"pass --model_name_or_path {tmp_path} --gguf_file tiny\.gguf$"):
+            read(ModelArguments(model_name_or_path=str(name)))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from taso_ds.distributed import comm
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.load import load_base_model
 from taso_ds.models.quantization import adopt_linears, quantization_of
@@ -26,7 +27,7 @@ from taso_ds.models.quantized_linear import (
 )
 from taso_ds.models.spec import read_spec
 
-STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
+STAGE_0 = ZeroConfig({"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}})
 FORMATS: list[Format] = [NF4(), Int8(6.0)]
 both = pytest.mark.parametrize("format", FORMATS, ids=["4 bits", "8 bits"])
 
@@ -158,7 +159,7 @@ def test_a_forward_in_eval_mode_changes_no_byte(monkeypatch: pytest.MonkeyPatch)
 def test_a_base_has_no_layer_of_bitsandbytes(llama_folder: Path, bits: int) -> None:
     flags: dict[str, Any] = {f"load_in_{bits}bit": True}
     arguments = ModelArguments(model_name_or_path=str(llama_folder), bf16=False, **flags)
-    base = load_base_model(read_spec(arguments, str(llama_folder)), seed=0, ds_config=STAGE_0)
+    base = load_base_model(read_spec(arguments, str(llama_folder)), seed=0, zero=STAGE_0)
     kinds = {type(module).__name__ for module in base.model.modules()}
     assert "QuantizedLinear" in kinds
     assert not kinds & {"Linear4bit", "Linear8bitLt"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm, process_group
-from taso_ds.objectives import evaluate
+from taso_ds.objectives import classification, inference, language_model, metrics
 from taso_ds.runs import finished
 from taso_ds.runs.build import join
 
@@ -33,9 +33,9 @@ def config_of(folder: Path, task: str, stage: int) -> Any:
 
 @contextmanager
 def watched() -> Iterator[dict[str, list[Any]]]:
-    """Yield what the evaluator deals to this rank, batch by batch, and what it compares."""
+    """Yield what an evaluation deals to this rank, batch by batch, and what it compares."""
     seen: dict[str, list[Any]] = {"dealt": [], "compared": []}
-    deal, compute = evaluate.dealt_batches, evaluate.compute_metrics
+    deal, compute = inference.dealt_batches, metrics.compute_metrics
 
     def dealt(*args: Any, **options: Any) -> Any:
         batches = deal(*args, **options)
@@ -46,11 +46,15 @@ def watched() -> Iterator[dict[str, list[Any]]]:
         seen["compared"].append([list(predictions), list(references)])
         return compute(names, predictions, references)
 
-    evaluate.dealt_batches, evaluate.compute_metrics = dealt, compared
+    def replace(deal: Any, compute: Any) -> None:
+        inference.dealt_batches = deal
+        classification.compute_metrics = language_model.compute_metrics = compute
+
+    replace(dealt, compared)
     try:
         yield seen
     finally:
-        evaluate.dealt_batches, evaluate.compute_metrics = deal, compute
+        replace(deal, compute)
 
 
 def evaluate_task(folder: Path, task: str, stage: int) -> dict[str, Any]:

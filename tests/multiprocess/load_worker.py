@@ -103,7 +103,7 @@ def watched() -> Iterator[SimpleNamespace]:
 
 def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
     config = parse_run_config(["--model_name_or_path", str(folder), "--task", "sst2", *flags])
-    ds_config = resolve_ds_config(
+    zero_config = resolve_ds_config(
         read_ds_config(ds_config_file),
         micro_batch_size=1,
         grad_accum_steps=1,
@@ -112,10 +112,10 @@ def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
         max_grad_norm=1.0,
         nvme_path=str(folder.parent / f"nvme{comm.world_size()}"),
     )
-    check_nvme(ds_config)
+    check_nvme(zero_config)
     spec = read_spec(config.model, str(folder))
     with watched() as seen:
-        base = load_base_model(spec, seed=7, ds_config=ds_config)
+        base = load_base_model(spec, seed=7, zero=zero_config)
     found = {name: digest(zero.full_copy(value)) for name, value in base.model.named_parameters(remove_duplicate=False)}
     buffers = {name: digest(value) for name, value in base.model.named_buffers()}
     shards = comm.gather_objects(sum(zero.local_shard(value)[0].numel() for value in base.model.parameters()))

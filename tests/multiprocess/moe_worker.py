@@ -29,7 +29,7 @@ EXPERT_RUNS = [
 def without_experts(folder: str, stage: int, split: case.Split) -> dict[str, Any]:
     scores, base = worker.score(folder, stage, RUNS)
     groups = worker.taso_groups(base, worker.regions_of(scores["scores"]))
-    trained = worker.train(base, groups, worker.ds_config_of(stage, split), split)
+    trained = worker.train(base, groups, worker.zero_config_of(stage, split), split)
     leaves = [type(module).__name__ for module in get_z3_leaf_modules(base.model)]
     return scores | {"train": trained, "leaves": leaves}
 
@@ -37,7 +37,7 @@ def without_experts(folder: str, stage: int, split: case.Split) -> dict[str, Any
 def with_experts(folder: str, stage: int, split: case.Split, *, checkpointing: bool) -> dict[str, Any]:
     scores, base = worker.score(folder, stage, EXPERT_RUNS, checkpointing=checkpointing, experts=True)
     groups = worker.taso_groups(base, worker.regions_of(scores["one batch"]))
-    trained = worker.train(base, groups, worker.ds_config_of(stage, split), split)
+    trained = worker.train(base, groups, worker.zero_config_of(stage, split), split)
     return scores | {"train": trained}
 
 

@@ -24,17 +24,19 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion, RegionScores, cut_region
 from taso_ds.config import parse_run_config
 from taso_ds.data.batch_plan import BatchPlan
-from taso_ds.data.collate import collate, collate_head, empty_row
+from taso_ds.data.collate import collate, collate_head
 from taso_ds.data.encode import EncodedRow
-from taso_ds.distributed import comm, process_group, zero
+from taso_ds.distributed import comm, process_group
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.distributed.zero import full_copy, full_numel, is_partitioned
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.methods.lora import attach_lora, lora_parameters
 from taso_ds.models.spec import BaseSpec, load_config
 from taso_ds.objectives import chunked_loss
 from taso_ds.objectives.batches import dealt_batches
 from taso_ds.objectives.chunked_loss import LanguageModelLoss
-from taso_ds.objectives.loss import loss_sum
+from taso_ds.objectives.loss import head_loss_sum
 from taso_ds.runs.build import load_base
 from taso_ds.runs.prepare import targets_of
 from taso_ds.scoring import score as calibrate
@@ -45,14 +47,13 @@ from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Group, make_groups, make_optimizer, make_schedule
 from taso_ds.training.trainer import Trainer
 
-FILLER = empty_row(0)
 COLLATE = partial(collate, pad_id=0)
 COLLATE_HEAD = partial(collate_head, pad_id=0, is_regression=False)
 
 Regions = dict[str, CoreRegion]
 
 
-def ds_config_of(stage: int, split: case.Split, *, bf16: bool = False) -> dict[str, Any]:
+def zero_config_of(stage: int, split: case.Split, *, bf16: bool = False) -> ZeroConfig:
     return resolve_ds_config(
         read_ds_config(f"zero{stage}.json"),
         micro_batch_size=split.micro,
@@ -65,7 +66,7 @@ def ds_config_of(stage: int, split: case.Split, *, bf16: bool = False) -> dict[s
 
 def load(
     folder: str,
-    ds_config: dict[str, Any],
+    zero: ZeroConfig,
     *,
     bf16: bool = False,
     head: bool = False,
@@ -78,7 +79,7 @@ def load(
     flags += ["--adapt_experts"] if experts else []
     config = parse_run_config(flags)
     spec = BaseSpec(config.model, folder, load_config(config.model, folder), head)
-    setup: Any = SimpleNamespace(config=config, base=spec, targets=targets_of(config, spec), ds_config=ds_config)
+    setup: Any = SimpleNamespace(config=config, base=spec, targets=targets_of(config, spec), zero=zero)
     return load_base(setup)
 
 
@@ -131,7 +132,7 @@ def left_behind(model: nn.Module, stage: int) -> list[str]:
             shard: Any = parameter
             if parameter.numel():
                 found.append(f"{name} is whole")
-            if shard.ds_tensor.numel() > -(-zero.full_numel(parameter) // comm.world_size()):
+            if shard.ds_tensor.numel() > -(-full_numel(parameter) // comm.world_size()):
                 found.append(f"{name} has more than its shard")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
@@ -151,16 +152,16 @@ def score(
     experts: bool = False,
 ) -> tuple[dict[str, Any], Any]:
     """Score one base several times; ``runs`` are (label, score, reduction, rows per batch)."""
-    ds_config = ds_config_of(stage, case.SPLITS[comm.world_size()][0], bf16=bf16)
-    base, targets = load(folder, ds_config, bf16=bf16, checkpointing=checkpointing, experts=experts)
+    zero = zero_config_of(stage, case.SPLITS[comm.world_size()][0], bf16=bf16)
+    base, targets = load(folder, zero, bf16=bf16, checkpointing=checkpointing, experts=experts)
     scoring_pass.GradientSum, calibrate.ScoringPass = Watched, WatchedPass  # type: ignore[misc]
     hooks_before = left_behind(base.model, stage)
     found: dict[str, Any] = {"held": {}, "turns": {}}
     language_model_loss = LanguageModelLoss(targets)
-    with engines.scoring_engine(base.model, ds_config) as scored:
+    with engines.scoring_engine(base.model, zero) as scored:
         for label, kind, reduction, batch_size in runs:
             Watched.elements, WatchedPass.turns = 0, []
-            batches = dealt_batches(case.CALIBRATION, batch_size=batch_size, collate=COLLATE, filler=FILLER)
+            batches = dealt_batches(case.CALIBRATION, batch_size=batch_size, collate=COLLATE)
             passes = case.PASSES if "passes" in label else 1
             settings = ScoringSettings(kind, reduction, case.LADDER, case.SEED, passes=passes, offload=passes > 1)
             scores = score_regions(
@@ -202,13 +203,13 @@ def taso_groups(base: Any, regions: Regions) -> list[Group]:
 
 def values_of(groups: list[Group]) -> list[list[float]]:
     """All trained values, gathered. A collective."""
-    return [zero.full_copy(value).float().flatten().tolist() for group in groups for value in group.parameters]
+    return [full_copy(value).float().flatten().tolist() for group in groups for value in group.parameters]
 
 
 def train(
     base: Any,
     groups: list[Group],
-    ds_config: dict[str, Any],
+    zero: ZeroConfig,
     split: case.Split,
     *,
     rows: Sequence[EncodedRow] = case.TRAIN,
@@ -217,7 +218,7 @@ def train(
 ) -> dict[str, Any]:
     sizes = split.sizes(comm.world_size())
     plan = BatchPlan(len(rows), sizes.global_batch_size, seed=case.SEED)
-    engine = engines.training_engine(base.model, make_optimizer(groups, case.TRAINING), ds_config)
+    engine = engines.training_engine(base.model, make_optimizer(groups, case.TRAINING), zero)
     found: dict[str, Any] = {"loss": [], "grad_norm": [], "logged_rates": [], "live_rates": []}
 
     def on_log(metrics: dict[str, Any]) -> None:
@@ -229,8 +230,8 @@ def train(
 
     trainer = Trainer(
         engine,
-        Feed(rows, plan, sizes, COLLATE_HEAD if head else COLLATE, FILLER),
-        loss_sum=partial(loss_sum, head=True) if head else LanguageModelLoss(),
+        Feed(rows, plan, sizes, COLLATE_HEAD if head else COLLATE),
+        loss_sum=head_loss_sum if head else LanguageModelLoss(),
         groups=groups,
         schedule=make_schedule(case.TRAINING, case.STEPS),
         logging_steps=1,
@@ -276,7 +277,7 @@ def masters(engine: Any, groups: list[Group]) -> list[list[float]] | None:
     """The fp32 values the optimizer steps on; None at stage 0 in fp32, where they are the parameters."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    if engines.zero_stage(engine.config) == 0:
+    if engine.zero_optimization_stage() == 0:
         wrapped = getattr(engine.optimizer, "fp32_groups", None)
         if wrapped is None:
             return None
@@ -292,39 +293,39 @@ def train_stage(stage: int, folders: dict[str, str], regions: Regions, scored_ba
     splits = case.SPLITS[comm.world_size()]
     first = splits[0]
     for number, split in enumerate(splits):
-        ds_config = ds_config_of(stage, split)
-        base = scored_base if number == 0 else load(folders["llama"], ds_config)[0]  # a run trains the base it scored
+        zero = zero_config_of(stage, split)
+        base = scored_base if number == 0 else load(folders["llama"], zero)[0]  # a run trains the base it scored
         groups = taso_groups(base, regions)
-        found["splits"][f"{split.micro}x{split.accumulation}"] = train(base, groups, ds_config, split)
+        found["splits"][f"{split.micro}x{split.accumulation}"] = train(base, groups, zero, split)
 
-    ds_config = ds_config_of(stage, first, bf16=True)
-    base, *_ = load(folders["llama"], ds_config, bf16=True)
+    zero = zero_config_of(stage, first, bf16=True)
+    base, *_ = load(folders["llama"], zero, bf16=True)
     groups = taso_groups(base, regions)
-    found["bf16"] = train(base, groups, ds_config, first)
+    found["bf16"] = train(base, groups, zero, first)
     if comm.world_size() > case.SMALL_WORLD:
         return found
 
     if stage in (0, 3):
-        ds_config = ds_config_of(stage, first)
-        base, *_ = load(folders["llama"], ds_config, checkpointing=True)
+        zero = zero_config_of(stage, first)
+        base, *_ = load(folders["llama"], zero, checkpointing=True)
         groups = taso_groups(base, regions)
         forwards: list[int] = []
         base.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
-        found["checkpointed"] = train(base, groups, ds_config, first)
+        found["checkpointed"] = train(base, groups, zero, first)
         found["checkpointed"]["forwards"] = len(forwards)
 
-        base, targets = load(folders["llama"], ds_config)
+        base, targets = load(folders["llama"], zero)
         torch.manual_seed(case.SEED)
         attach_lora(base.model, list(targets), rank=2, scaling=1.0, transposed=False)
         trained = list(lora_parameters(base.model).values())
         groups = make_groups(case.TRAINING, adapter=trained, head=[], full=[], rho=0.0)
-        found["lora"] = train(base, groups, ds_config, first)
+        found["lora"] = train(base, groups, zero, first)
         if stage == 3:
             shards: Any = trained
-            found["lora"]["partitioned"] = all(zero.is_partitioned(value) for value in shards)
+            found["lora"]["partitioned"] = all(is_partitioned(value) for value in shards)
 
-    ds_config = ds_config_of(stage, first)
-    base, targets = load(folders["bert"], ds_config, head=True)
+    zero = zero_config_of(stage, first)
+    base, targets = load(folders["bert"], zero, head=True)
     corner = {
         name: CoreRegion(torch.arange(4), torch.arange(5), shape.out_features, shape.in_features)
         for name, shape in targets.shapes.items()
@@ -332,7 +333,7 @@ def train_stage(stage: int, folders: dict[str, str], regions: Regions, scored_ba
     groups = taso_groups(base, corner)
     values = [values_of(groups)]  # before the first step, and after each
     found["head"] = train(
-        base, groups, ds_config, first, rows=case.HEAD_TRAIN, head=True,
+        base, groups, zero, first, rows=case.HEAD_TRAIN, head=True,
         after_step=lambda: values.append(values_of(groups)),
     )  # fmt: skip
     found["head"]["first_step"] = values[:2]

@@ -7,7 +7,6 @@ import faulthandler
 import json
 import sys
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,16 +21,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from taso_ds.config import parse_run_config
 from taso_ds.data.collate import collate
-from taso_ds.distributed import comm, process_group, zero
+from taso_ds.distributed import comm, process_group
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.distributed.zero import full_copy, full_numel, local_shard
 from taso_ds.methods.lora import attach_lora, lora_parameters
 from taso_ds.models.fingerprint import fingerprint
 from taso_ds.models.quantized_linear import QuantizedLinear
 from taso_ds.models.spec import read_spec
 from taso_ds.models.stored_weights import stored_weights
 from taso_ds.objectives.batches import dealt_batches
-from taso_ds.objectives.loss import loss_sum
+from taso_ds.objectives.loss import lm_loss_sum
 from taso_ds.runs.build import load_base
 from taso_ds.runs.prepare import targets_of
 from taso_ds.scoring.score import score_regions
@@ -51,7 +51,7 @@ def load(folder: str, stage: int, *flags: str, bf16: bool = False, **zero_option
     )
     raw = read_ds_config(f"zero{stage}.json")
     raw["zero_optimization"] |= zero_options
-    ds_config = resolve_ds_config(
+    zero = resolve_ds_config(
         raw,
         micro_batch_size=SPLIT.micro,
         grad_accum_steps=SPLIT.accumulation,
@@ -60,8 +60,8 @@ def load(folder: str, stage: int, *flags: str, bf16: bool = False, **zero_option
         max_grad_norm=case.MAX_GRAD_NORM,
     )
     spec = read_spec(config.model, folder)
-    setup: Any = SimpleNamespace(config=config, base=spec, targets=targets_of(config, spec), ds_config=ds_config)
-    return *load_base(setup), ds_config
+    setup: Any = SimpleNamespace(config=config, base=spec, targets=targets_of(config, spec), zero=zero)
+    return *load_base(setup), zero
 
 
 def quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -72,7 +72,7 @@ def digests(model: nn.Module) -> dict[str, list[str]]:
     """Bits of every quantized weight and of its statistics."""
     found = {}
     for name, module in quantized(model).items():
-        packed, state = zero.full_copy(module.get_parameter("weight")), module.statistics
+        packed, state = full_copy(module.get_parameter("weight")), module.statistics
         tensors = [state] if isinstance(state, Tensor) else [state.absmax, state.offset, state.state2.absmax]
         found[name] = [digest(packed.flatten().view(torch.uint8)), *map(digest, tensors)]
     return found
@@ -81,7 +81,7 @@ def digests(model: nn.Module) -> dict[str, list[str]]:
 def plain_digests(model: nn.Module) -> dict[str, str]:
     """Bits of every parameter that is not quantized."""
     packed = {f"{name}.weight" for name in quantized(model)}
-    return {name: digest(zero.full_copy(value)) for name, value in model.named_parameters() if name not in packed}
+    return {name: digest(full_copy(value)) for name, value in model.named_parameters() if name not in packed}
 
 
 def held(folder: str, stage: int, *flags: str) -> dict[str, Any]:
@@ -92,58 +92,53 @@ def held(folder: str, stage: int, *flags: str) -> dict[str, Any]:
 
 
 def train_lora(folder: str, stage: int, *flags: str) -> list[float]:
-    base, targets, ds_config = load(folder, stage, *flags)
+    base, targets, zero = load(folder, stage, *flags)
     torch.manual_seed(case.SEED)
     attach_lora(base.model, list(targets), rank=2, scaling=1.0, transposed=False)
     trained = list(lora_parameters(base.model).values())
     groups = make_groups(case.TRAINING, adapter=trained, head=[], full=[], rho=0.0)
-    losses: list[float] = parity.train(base, groups, ds_config, SPLIT)["loss"]
+    losses: list[float] = parity.train(base, groups, zero, SPLIT)["loss"]
     return losses
 
 
 def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
-    base, targets, ds_config = load(folder, stage, *flags)
-    batches = [
-        batch
-        for _, batch in dealt_batches(
-            case.CALIBRATION, batch_size=ROWS_PER_BATCH, collate=parity.COLLATE, filler=parity.FILLER
-        )
-    ]
+    base, targets, zero = load(folder, stage, *flags)
+    batches = [batch for _, batch in dealt_batches(case.CALIBRATION, batch_size=ROWS_PER_BATCH, collate=parity.COLLATE)]
     found: dict[str, Any] = {}
     with (
         stored_weights(base, targets) as stored,
-        engines.scoring_engine(base.model, ds_config) as scored,
+        engines.scoring_engine(base.model, zero) as scored,
     ):
         assert stored is not None
         found["fingerprint"] = fingerprint(targets, stored)
         for label, original in (("loaded", None), ("original", stored.read)):
             settings = ScoringSettings("importance", "signed_mean", case.LADDER, case.SEED, original_weight=original)
-            scores = score_regions(scored, targets, batches, loss_sum=partial(loss_sum, head=False), settings=settings)
+            scores = score_regions(scored, targets, batches, loss_sum=lm_loss_sum, settings=settings)
             found[label] = parity.as_json(scores)
     return found
 
 
 def train(folder: str, stage: int, regions: parity.Regions, *flags: str) -> dict[str, Any]:
-    base, _, ds_config = load(folder, stage, *flags)
+    base, _, zero = load(folder, stage, *flags)
     found = {"digests": digests(base.model)}
-    return found | parity.train(base, parity.taso_groups(base, regions), ds_config, SPLIT)
+    return found | parity.train(base, parity.taso_groups(base, regions), zero, SPLIT)
 
 
 def kept_for_backward(folder: str, *flags: str) -> list[int]:
     """Return how many of the targets' weights a forward gathers, and how many of them it keeps for backward."""
     # Live parameters are released at once, as they are in a model too large to keep any.
     options = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    base, targets, ds_config = load(folder, 3, *flags, **options)
+    base, targets, zero = load(folder, 3, *flags, **options)
     batch = collate(case.CALIBRATION[:2], pad_id=0)
     alive: list[StorageWeakRef] = []
-    with engines.scoring_engine(base.model, ds_config) as scored, ExitStack() as hooks:
+    with engines.scoring_engine(base.model, zero) as scored, ExitStack() as hooks:
         for target in targets.values():
             hook = target.matrix.register_forward_pre_hook(
                 lambda own, _: alive.append(StorageWeakRef(own.weight.data.untyped_storage()))
             )
             hooks.callback(hook.remove)
         base.model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].requires_grad_(True))
-        total, _ = loss_sum(scored, batch, head=False)
+        total, _ = lm_loss_sum(scored, batch)
         kept = [len(alive), sum(not storage.expired() for storage in alive)]
         total.backward()
     return kept
@@ -156,8 +151,8 @@ def memory_of_load(folder: str) -> dict[str, int]:
     peak = peak_bytes(lambda: loaded.append(load(folder, 3, "--load_in_4bit", bf16=True)[0].model))
     shard = statistics = whole = 0
     for parameter in loaded[0].parameters():
-        shard += zero.local_shard(parameter)[0].nbytes
-        whole += zero.full_numel(parameter) * parameter.dtype.itemsize
+        shard += local_shard(parameter)[0].nbytes
+        whole += full_numel(parameter) * parameter.dtype.itemsize
     for module in quantized(loaded[0]).values():
         state = module.statistics
         statistics += sum(tensor.nbytes for tensor in (state.absmax, state.offset, state.code))

@@ -19,10 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
 from taso_ds.adapters.targets import find_targets
-from taso_ds.distributed import comm, engine, process_group, zero
+from taso_ds.distributed import comm, engine, process_group
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.distributed.zero import full_numel, is_partitioned
 from taso_ds.models.load_sharded import partition_whole
-from taso_ds.objectives.loss import loss_sum
+from taso_ds.objectives.loss import lm_loss_sum
 from taso_ds.scoring.gradient_sum import GradientSum
 from taso_ds.scoring.score import score_regions, scoring_mode
 from taso_ds.scoring.scoring_pass import ScoringSettings
@@ -32,7 +33,7 @@ LAYERS = 4
 
 
 def language_model_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    return loss_sum(model, batch, head=False)
+    return lm_loss_sum(model, batch)
 
 
 def peak_bytes(action: Callable[[], object]) -> int:
@@ -109,12 +110,12 @@ def measure(hidden_size: int) -> dict[str, float]:
         vocab_size=256, hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=LAYERS,
         num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False,
     )  # fmt: skip
-    ds_config = resolve_ds_config(
+    zero = resolve_ds_config(
         read_ds_config("zero3.json"), micro_batch_size=1, grad_accum_steps=1, world_size=comm.world_size(), bf16=True,
         max_grad_norm=1.0,
     )  # fmt: skip
     model: nn.Module = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
-    partition_whole(model, ds_config)
+    partition_whole(model, zero)
     targets = find_targets(model)
     generator = torch.Generator().manual_seed(comm.rank())
     rows = [torch.randint(0, 256, (1, 16), generator=generator) for _ in range(2)]
@@ -123,7 +124,7 @@ def measure(hidden_size: int) -> dict[str, float]:
         "elements": targets.numel,
         "largest": max(shape.numel for shape in targets.shapes.values()),
     }
-    with engine.scoring_engine(model, ds_config) as live:
+    with engine.scoring_engine(model, zero) as live:
 
         def score(batches: Sequence[dict[str, Tensor]], passes: int = 1) -> None:
             settings = ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0, passes=passes)
@@ -140,10 +141,10 @@ def measure(hidden_size: int) -> dict[str, float]:
             found[name] = max(comm.gather_objects(peak_bytes(job)))
         for name, some in (("sums", batches), ("sums of a single batch", batches[:1])):
             found[name] = max(comm.gather_objects(bytes_of_sums(partial(score, some))))
-    with engine.scoring_engine(model, ds_config) as live:
+    with engine.scoring_engine(model, zero) as live:
         found["gathered in a step"] = gathered_in_a_step(live, batches)
-    assert all(zero.is_partitioned(weight) for weight in weights)
-    return found | {"parameters": sum(zero.full_numel(value) for value in model.parameters())}
+    assert all(is_partitioned(weight) for weight in weights)
+    return found | {"parameters": sum(full_numel(value) for value in model.parameters())}
 
 
 def main(out: str) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from taso_ds.data.encode import IGNORED
 from taso_ds.objectives import chunked_loss
 from taso_ds.objectives.chunked_loss import LanguageModelLoss, chunked_loss_sum
-from taso_ds.objectives.loss import IGNORED, loss_sum
+from taso_ds.objectives.loss import lm_loss_sum
 
 BATCH = tiny_models.token_batch()
 EMPTY = {**BATCH, "labels": torch.full_like(BATCH["labels"], IGNORED)}
@@ -196,7 +197,7 @@ def test_a_block_learns_the_same(checkpointed: bool) -> None:
     """Gradients of trained parameters below the output layer, with blocks recomputed or not."""
     model = tiny_models.llama().requires_grad_(False).train()
     block = model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
-    loss, _ = loss_sum(model, BATCH, head=False)
+    loss, _ = lm_loss_sum(model, BATCH)
     (expected,) = torch.autograd.grad(loss * 0.25, block)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -243,7 +244,7 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> No
     assert units == positions
     assert 0.9 * chunked_loss.CHUNK_BYTES < seen.bytes <= chunked_loss.CHUNK_BYTES
     with LargestTensor() as seen, torch.no_grad():
-        loss_sum(model, batch, head=False)
+        lm_loss_sum(model, batch)
     assert seen.bytes >= 4 * vocabulary * positions  # so the bound can be missed
 
 
@@ -316,7 +317,7 @@ def test_where_chunks_would_be_wrong_all_logits_are_computed_and_one_line_says_s
     compute = LanguageModelLoss(adapted)
     for _ in range(2):
         loss, units = compute(model, BATCH)
-        expected, same = loss_sum(model, BATCH, head=False)
+        expected, same = lm_loss_sum(model, BATCH)
         assert torch.equal(loss, expected)
         assert units == same
     (line,) = caplog.messages

@@ -8,7 +8,8 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from taso_ds.objectives.loss import IGNORED, keeps_logits, loss_sum, supervised_logits
+from taso_ds.data.encode import IGNORED
+from taso_ds.objectives.loss import head_loss_sum, keeps_logits, lm_loss_sum, supervised_logits
 
 BATCH = tiny_models.token_batch()
 
@@ -46,7 +47,7 @@ def test_the_sum_is_cross_entropy_written_out(make: Any, selecting: bool) -> Non
     assert keeps_logits(tested) is selecting
     full = model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
     expected, number = longhand(full, BATCH["labels"])
-    loss, units = loss_sum(tested, BATCH, head=False)
+    loss, units = lm_loss_sum(tested, BATCH)
     # 3 rows of 12 tokens, 4 of them prompt: 8 supervised, less 3 of padding in the last row.
     assert units == number == 8 + 8 + 5
     assert loss.dtype == torch.float32
@@ -68,7 +69,7 @@ def test_logits_are_computed_where_some_row_is_supervised_and_nowhere_else() -> 
 def test_the_first_label_is_predicted_by_nothing() -> None:
     batch = {**BATCH, "labels": BATCH["input_ids"].clone()}
     batch["labels"][:, 2:] = IGNORED
-    loss, units = loss_sum(tiny_models.llama(), batch, head=False)
+    loss, units = lm_loss_sum(tiny_models.llama(), batch)
     assert units == 3  # token 1 of three rows; token 0 has a label too
     logits = tiny_models.llama()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     assert loss.item() == pytest.approx(longhand(logits, batch["labels"])[0], rel=1e-5)
@@ -79,7 +80,7 @@ def test_an_empty_batch_is_zero_with_a_gradient() -> None:
     calls: list[int] = []
     model = tiny_models.llama()
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    loss, units = loss_sum(model, {**BATCH, "labels": torch.full_like(BATCH["labels"], IGNORED)}, head=False)
+    loss, units = lm_loss_sum(model, {**BATCH, "labels": torch.full_like(BATCH["labels"], IGNORED)})
     assert (loss.item(), units) == (0.0, 0)
     assert calls == [1]
     loss.backward()
@@ -89,7 +90,7 @@ def test_an_empty_batch_is_zero_with_a_gradient() -> None:
 
 def test_bf16_logits_are_summed_in_fp32() -> None:
     model = tiny_models.llama().bfloat16()
-    loss, _ = loss_sum(model, BATCH, head=False)
+    loss, _ = lm_loss_sum(model, BATCH)
     logits = model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(longhand(logits.float(), BATCH["labels"])[0], rel=1e-3)
@@ -99,13 +100,11 @@ def test_bf16_logits_are_summed_in_fp32() -> None:
 def test_sums_add_up_over_any_split(head: bool) -> None:
     if head:
         batch = {key: BATCH[key] for key in ("input_ids", "attention_mask")} | {"labels": torch.tensor([1, 0, 1])}
-        model = tiny_models.bert()
+        model, loss_sum = tiny_models.bert(), head_loss_sum
     else:
-        batch, model = BATCH, tiny_models.llama()
-    whole, units = loss_sum(model, batch, head=head)
-    parts = [
-        loss_sum(model, {key: value[row : row + 1] for key, value in batch.items()}, head=head) for row in range(3)
-    ]
+        batch, model, loss_sum = BATCH, tiny_models.llama(), lm_loss_sum
+    whole, units = loss_sum(model, batch)
+    parts = [loss_sum(model, {key: value[row : row + 1] for key, value in batch.items()}) for row in range(3)]
     assert sum(number for _, number in parts) == units
     assert sum(loss.item() for loss, _ in parts) == pytest.approx(whole.item(), rel=1e-5)
 
@@ -130,7 +129,7 @@ def batch_of(labels: Tensor) -> dict[str, Tensor]:
 
 def test_classes_by_hand_with_a_filler() -> None:
     model = Fixed([[0.0, 0.0], [math.log(3.0), 0.0], [9.0, -9.0]])
-    loss, units = loss_sum(model, batch_of(torch.tensor([0, 1, IGNORED])), head=True)
+    loss, units = head_loss_sum(model, batch_of(torch.tensor([0, 1, IGNORED])))
     # -log(1/2) - log(1/4); the third row only fills up.
     assert units == 2
     assert loss.item() == pytest.approx(math.log(2.0) + math.log(4.0))
@@ -138,7 +137,7 @@ def test_classes_by_hand_with_a_filler() -> None:
 
 def test_regression_by_hand_with_a_filler() -> None:
     model = Fixed([[1.0], [2.5], [7.0]])
-    loss, units = loss_sum(model, batch_of(torch.tensor([3.0, 2.0, float("nan")])), head=True)
+    loss, units = head_loss_sum(model, batch_of(torch.tensor([3.0, 2.0, float("nan")])))
     # (1 - 3)² + (2.5 - 2)²
     assert units == 2
     assert loss.item() == pytest.approx(4.25)
@@ -148,5 +147,5 @@ def test_regression_by_hand_with_a_filler() -> None:
 
 def test_only_fillers() -> None:
     for labels in (torch.tensor([IGNORED]), torch.tensor([float("nan")])):
-        loss, units = loss_sum(Fixed([[0.5, 1.0]]), batch_of(labels), head=True)
+        loss, units = head_loss_sum(Fixed([[0.5, 1.0]]), batch_of(labels))
         assert (loss.item(), units) == (0.0, 0)

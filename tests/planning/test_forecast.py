@@ -90,8 +90,8 @@ def test_what_can_be_quantized() -> None:
 )
 def test_a_strategy_is_read_from_the_json(name: str, expected: Strategy) -> None:
     config = run("--ds_config", name, "--nvme_path", "/disk", "--gradient_checkpointing")
-    ds_config, _ = prepare.resolve_deepspeed(config, 16, ranks_per_node=8)
-    found = strategy_of(config, ds_config["zero_optimization"])
+    zero, _ = prepare.resolve_deepspeed(config, 16, ranks_per_node=8)
+    found = strategy_of(config, zero)
     assert (found.stage, found.place, found.hpz) == (expected.stage, expected.place, expected.hpz)
     assert found.gradient_checkpointing
     assert found.ds_config == name

@@ -1,20 +1,22 @@
 """What is decided before weights load: calibration rows come from the training split, and counts from shapes alone."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
+from sample_rows import write_rows
 from torch import nn
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import select_core_region
 from taso_ds.adapters.targets import MatrixShape, Target, Targets
 from taso_ds.config import RunConfig, parse_run_config
-from taso_ds.data.encode import EncodedRow
+from taso_ds.data.encode import EncodedRow, encode_completions
+from taso_ds.data.task_data import load_task_data
 from taso_ds.defaults import with_defaults
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.spec import BaseSpec, read_spec
@@ -24,9 +26,6 @@ from taso_ds.runs.prepare import (
     check_length,
     check_quantization,
     count_adapter,
-    encode_training_rows,
-    load_task_data,
-    num_labels,
     resolve_deepspeed,
     targets_of,
 )
@@ -43,20 +42,18 @@ def spec_of(config: RunConfig, model: Any) -> BaseSpec:
 @pytest.fixture
 def data(tmp_path: Path) -> list[str]:
     """Flags of 40 training and 10 evaluation rows that no two share a text with."""
-    flags = []
-    for split, number in (("train", 40), ("eval", 10)):
-        lines = [json.dumps({"prompt": f"{split} {n}:", "completion": f" {n * n}"}) for n in range(number)]
-        file = tmp_path / f"{split}.jsonl"
-        file.write_text("\n".join(lines) + "\n")
-        flags += [f"--{split}_file", str(file)]
-    return flags
+    train, evaluation = write_rows(tmp_path / "train.jsonl", 40), write_rows(tmp_path / "eval.jsonl", 10)
+    return ["--train_file", str(train), "--eval_file", str(evaluation)]
 
 
 # Calibration rows -----------------------------------------------------------------------------------------------------
 
 
 def encoded(config: RunConfig) -> list[EncodedRow]:
-    return encode_training_rows(config, load_task_data(config), tiny_models.byte_tokenizer(), head=False)
+    data = load_task_data(config.data, seed=config.run.seed)
+    return encode_completions(
+        tiny_models.byte_tokenizer(), data.train, max_seq_length=64, append_eos=True, source=data.train_source
+    )
 
 
 def test_calibration_rows_are_training_rows(data: list[str]) -> None:
@@ -87,57 +84,6 @@ def test_too_few_rows_are_all_taken(data: list[str]) -> None:
     rows = encoded(config)
     assert calibration_rows(config, rows) == rows
     assert len(rows) == 40
-
-
-def test_the_first_rows_only(data: list[str]) -> None:
-    config = config_of(*data, "--max_train_samples", "7", "--max_eval_samples", "3")
-    loaded = load_task_data(config)
-    assert (len(loaded.train), len(loaded.evaluation)) == (7, 3)
-    assert loaded.train[0].prompt == "train 0:"
-    assert loaded.evaluation[2].prompt == "eval 2:"
-    assert loaded.train_source != loaded.eval_source
-
-
-def test_rows_of_one_file_are_held_out(data: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    def prompts(*flags: str) -> tuple[list[str], list[str]]:
-        loaded = load_task_data(config_of(*data[:2], "--eval_fraction", "0.25", *flags))
-        return [example.prompt for example in loaded.train], [example.prompt for example in loaded.evaluation]
-
-    train, held_out = prompts()
-    assert (len(train), len(held_out)) == (30, 10)
-    assert {*train} | {*held_out} == {f"train {n}:" for n in range(40)}
-    assert prompts("--learning_rate", "1") == (train, held_out)
-    assert prompts("--seed", "1")[1] != held_out
-    assert prompts("--max_train_samples", "5", "--max_eval_samples", "2") == (train[:5], held_out[:2])
-    assert not caplog.messages
-
-
-def test_rows_are_held_out_of_any_tasks_training_split(tmp_path: Path) -> None:
-    rows = [json.dumps({"question": f"{n}?", "answer": f"#### {n}"}) for n in range(8)]
-    (tmp_path / "train.jsonl").write_text("\n".join(rows))
-    flags = ["--model_name_or_path", "base", "--task", "gsm8k", "--data_dir", str(tmp_path)]
-    with pytest.raises(UserError, match=r"no test\.jsonl .*; --eval_fraction holds training rows out instead$"):
-        load_task_data(parse_run_config(flags))
-    loaded = load_task_data(parse_run_config([*flags, "--eval_fraction", "0.5"]))
-    assert (len(loaded.train), len(loaded.evaluation)) == (4, 4)
-
-
-def test_a_prompt_on_both_sides_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "again", "completion": "b"}\n' * 4)
-    with caplog.at_level("WARNING", logger="taso_ds"):
-        load_task_data(config_of("--train_file", str(file), "--eval_fraction", "0.5"))
-    assert caplog.messages == ["2 of the 2 held-out prompts are asked in the training rows too"]
-
-
-def test_a_metric_is_measured_when_it_is_asked_for(data: list[str]) -> None:
-    assert load_task_data(config_of(*data)).task.metrics == ()
-    assert load_task_data(config_of(*data, "--eval_metric", "rouge")).task.metrics == ("rouge",)
-
-
-def test_training_rows_without_evaluation_rows_are_refused(data: list[str]) -> None:
-    with pytest.raises(UserError, match=r"eval_file: --train_file needs .*--eval_file.*--eval_fraction"):
-        load_task_data(config_of(*data[:2]))
 
 
 # Counts ---------------------------------------------------------------------------------------------------------------
@@ -213,7 +159,7 @@ def test_only_taso_adapts_experts(method: str) -> None:
 def test_experts_of_a_quantized_base_are_refused() -> None:
     config = config_of("--adapt_experts", "--load_in_4bit")
     with pytest.raises(UserError, match="adapt_experts: the base is quantized"):
-        check_quantization(config, spec_of(config, tiny_models.mixtral()), {"zero_optimization": {}})
+        check_quantization(config, spec_of(config, tiny_models.mixtral()), ZeroConfig({"zero_optimization": {}}))
 
 
 # The rest -------------------------------------------------------------------------------------------------------------
@@ -248,7 +194,7 @@ def test_a_head_gets_the_tasks_labels(task: str, labels: int, tmp_path: Path) ->
 
     tiny_models.bert(num_labels=5).config.save_pretrained(tmp_path)
     arguments = ModelArguments(model_name_or_path=str(tmp_path), head="classification")
-    base = read_spec(arguments, str(tmp_path), num_labels=num_labels(get_task(task)))
+    base = read_spec(arguments, str(tmp_path), num_labels=get_task(task).num_labels)
     base.pad_with(0)
     assert (base.config.num_labels, base.config.pad_token_id) == (labels, 0)
     assert base.meta.config.num_labels == labels
@@ -263,8 +209,8 @@ def test_a_task_without_labels_has_no_head() -> None:
 
 def test_the_deepspeed_dict_has_the_runs_numbers() -> None:
     config = config_of("--per_device_train_batch_size", "2", "--global_batch_size", "24", "--no_bf16")
-    resolved, sizes = resolve_deepspeed(config, world_size=4)
+    zero, sizes = resolve_deepspeed(config, world_size=4)
     assert (sizes.micro_batch_size, sizes.grad_accum_steps, sizes.world_size) == (2, 3, 4)
-    assert resolved["train_batch_size"] == sizes.global_batch_size == 24
-    assert resolved["bf16"] == {"enabled": False}
-    assert resolved["zero_optimization"]["stage"] == 3  # the default file
+    assert zero.raw["train_batch_size"] == sizes.global_batch_size == 24
+    assert not zero.bf16
+    assert zero.stage == 3  # the default file

@@ -10,17 +10,18 @@ import torch
 
 from taso_ds.adapters.targets import find_targets
 from taso_ds.config import RunConfig, parse_run_config
-from taso_ds.data.collate import collate, empty_row
+from taso_ds.data.collate import collate
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
+from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
-from taso_ds.objectives.loss import loss_sum
+from taso_ds.objectives.loss import lm_loss_sum
 from taso_ds.runs.folder import PARTIAL
 from taso_ds.runs.output_folder import choose_folder
 from taso_ds.scoring import regions, scoring_pass
 from taso_ds.scoring.score import split_passes
 
-PASSES, STAGE_0 = 3, {"zero_optimization": {"stage": 0}}
+PASSES, STAGE_0 = 3, ZeroConfig({"zero_optimization": {"stage": 0}})
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,8 @@ def rows() -> list[EncodedRow]:
 def score(config: RunConfig, model: Any, *, calibration: list[EncodedRow] | None = None) -> regions.Regions:
     targets = find_targets(model)
     return regions.score_base(
-        config, model, targets, calibration or rows(), collate=partial(collate, pad_id=0), filler=empty_row(0),
-        loss_sum=partial(loss_sum, head=False), ds_config=STAGE_0,
+        config, model, targets, calibration or rows(), collate=partial(collate, pad_id=0),
+        loss_sum=lm_loss_sum, zero=STAGE_0,
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Scoring in one process, against autograd written out; tests/multiprocess does the same over ranks and ZeRO stages."""
 
 import weakref
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.models.fingerprint import fingerprint
-from taso_ds.objectives.loss import loss_sum
+from taso_ds.objectives.loss import head_loss_sum, lm_loss_sum
 from taso_ds.scoring.gradient_sum import GradientSum
 from taso_ds.scoring.regions import Regions, describe_regions
 from taso_ds.scoring.score import score_regions, scoring_mode
@@ -47,7 +46,7 @@ def scores_of(
 ) -> Any:
     targets = find_targets(model, experts=experts)
     settings = ScoringSettings(score=score, reduction=reduction, ladder=LADDER, seed=0, passes=passes, offload=offload)
-    loss = partial(loss_sum, head=head)
+    loss = head_loss_sum if head else lm_loss_sum
     return score_regions(model, targets, batches, loss_sum=loss, settings=settings)
 
 
@@ -56,7 +55,7 @@ def reference(model: Any, batches: list[dict[str, Tensor]], *, head: bool = Fals
     model.eval().requires_grad_(True)
     total, units = torch.zeros(()), 0
     for batch in batches:
-        loss, number = loss_sum(model, batch, head=head)
+        loss, number = (head_loss_sum if head else lm_loss_sum)(model, batch)
         total, units = total + loss, units + number
     (total / units).backward()
     found = {}
@@ -151,7 +150,7 @@ def test_nothing_but_sums_lives_into_the_next_micro_batch() -> None:
 
     def losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         assert all(loss() is None for loss in earlier)
-        loss, units = loss_sum(model, batch, head=False)
+        loss, units = lm_loss_sum(model, batch)
         earlier.append(weakref.ref(loss))
         return loss, units
 

@@ -17,7 +17,7 @@ from taso_ds.objectives.batches import Batch, dealt_batches
 from taso_ds.training.arguments import BatchSizes
 from taso_ds.training.feed import Feed
 
-FILLER = empty_row(0)
+FILLER = empty_row(0)  # which stands in where a batch has no rows
 COLLATE = partial(collate, pad_id=0)
 
 
@@ -39,7 +39,7 @@ def deal(rows: list[EncodedRow], batch_size: int, world_size: int) -> list[list[
     found = []
     for rank in range(world_size):
         with as_rank(rank, world_size):
-            found.append(dealt_batches(rows, batch_size=batch_size, collate=COLLATE, filler=FILLER))
+            found.append(dealt_batches(rows, batch_size=batch_size, collate=COLLATE))
     return found
 
 
@@ -87,7 +87,7 @@ def test_a_step_deals_the_rows_of_its_global_batch(
     steps = []
     for rank in range(world_size):
         with as_rank(rank, world_size):
-            steps.append(Feed(rows, plan, sizes, COLLATE, FILLER).step(step))
+            steps.append(Feed(rows, plan, sizes, COLLATE).step(step))
     taken = [row for found in steps for batch in found.micro_batches for row in batch]
     assert sorted(taken) == sorted(plan.rows(step))
     assert all(len(found.micro_batches) == accumulation for found in steps)
@@ -98,7 +98,7 @@ def test_a_step_deals_the_rows_of_its_global_batch(
 
 
 def test_an_empty_micro_batch_is_a_filler() -> None:
-    feed = Feed(rows_of([3, 4]), BatchPlan(2, 2, seed=0), BatchSizes(1, 1, 2), COLLATE, FILLER)
+    feed = Feed(rows_of([3, 4]), BatchPlan(2, 2, seed=0), BatchSizes(1, 1, 2), COLLATE)
     with as_rank(0, 1):
         assert feed.batch([1])["input_ids"].tolist() == [[4, 4, 4, 4]]
         assert feed.batch([])["labels"].tolist() == [FILLER.labels]

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from plain_engine import PlainEngine
 from torch import Tensor, nn
 
 from taso_ds.data.batch_plan import BatchPlan
-from taso_ds.data.collate import collate, empty_row
+from taso_ds.data.collate import collate
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
@@ -29,28 +30,6 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
 
-class PlainEngine:
-    """What the trainer uses of a DeepSpeed engine, on one process; like stage 0 in fp32 it keeps no gradient norm."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, accumulation: int) -> None:
-        self.optimizer, self.accumulation = optimizer, accumulation
-        self.micro_steps, self.rates = 0, []
-
-    def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> None:
-        assert not scale_wrt_gas
-        loss.backward()
-
-    def step(self) -> None:
-        self.micro_steps += 1
-        if self.micro_steps % self.accumulation == 0:
-            self.rates.append([group["lr"] for group in self.optimizer.param_groups])
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def get_global_grad_norm(self) -> None:
-        return None
-
-
 def run(loss_sum: Any, weight: nn.Parameter, *, steps: int = 4, **changes: Any) -> SimpleNamespace:
     """Train one weight on whatever ``loss_sum`` says; returns the engine and what the hooks saw."""
     training = TrainArguments(learning_rate=0.1)
@@ -61,7 +40,7 @@ def run(loss_sum: Any, weight: nn.Parameter, *, steps: int = 4, **changes: Any) 
     options = {"logging_steps": 1, "eval_steps": None} | changes
     trainer = Trainer(
         engine,
-        Feed(ROWS, plan, SIZES, partial(collate, pad_id=0), empty_row(0)),
+        Feed(ROWS, plan, SIZES, partial(collate, pad_id=0)),
         loss_sum=loss_sum,
         groups=groups,
         schedule=Schedule("linear", steps, 0),
@@ -156,7 +135,7 @@ def test_learns_with_a_real_model() -> None:
     weight = model.lm_head.weight
     model.requires_grad_(False)
     weight.requires_grad_(True)
-    from taso_ds.objectives.loss import loss_sum
+    from taso_ds.objectives.loss import lm_loss_sum
 
-    seen = run(lambda _engine, batch: loss_sum(model, batch, head=False), weight, steps=12)
+    seen = run(lambda _engine, batch: lm_loss_sum(model, batch), weight, steps=12)
     assert seen.logs[-1]["loss"] < 0.5 * seen.logs[0]["loss"]

@@ -1,19 +1,9 @@
-"""The command line of a strategy, and the flags that a plan decides."""
+"""The command line of a strategy, and the flags that make a run take it."""
 
 from collections.abc import Collection, Sequence
 
 from taso_ds.planning.numbers.plan import Candidate
 from taso_ds.planning.numbers.strategy import Strategy, Workload
-
-# A user who gives one of these has decided it: the plan keeps to it.
-DECIDED_FLAGS = (
-    "ds_config",
-    "gradient_checkpointing",
-    "load_in_4bit",
-    "load_in_8bit",
-    "calibration_passes",
-    "calibration_offload",
-)
 
 
 def ds_config_name(strategy: Strategy) -> str:
@@ -41,12 +31,12 @@ def decided_flags(candidate: Candidate, *, given: Collection[str] = (), stored_b
         "calibration_passes": ["--calibration_passes", str(work.calibration_passes)] * (work.calibration_passes > 1),
         "calibration_offload": ["--calibration_offload", "cpu"] * work.calibration_offload,
     }
-    return [word for name in DECIDED_FLAGS if name not in given for word in wanted[name]]
+    return [word for name, words in wanted.items() if name not in given for word in words]
 
 
-def command_line(work: Workload, flags: Sequence[str]) -> str:
-    """Return the command that trains with these flags on so many devices."""
+def command_line(work: Workload, program: str, flags: Sequence[str]) -> str:
+    """Return the command that runs a program with these flags on so many devices."""
     words = ["deepspeed"]
     if work.nodes > 1:
         words += ["--hostfile", "hostfile", "--num_nodes", str(work.nodes)]
-    return " ".join([*words, "--num_gpus", str(work.gpus_per_node), "launch/train.py", *flags])
+    return " ".join([*words, "--num_gpus", str(work.gpus_per_node), program, *flags])

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 from counted_models import counted
 
+from taso_ds.config import GROUPS
 from taso_ds.errors import UserError
+from taso_ds.flags import flags_of
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.planning.numbers.advice import advice
 from taso_ds.planning.numbers.command import decided_flags
@@ -189,3 +191,13 @@ def test_long_scoring_is_weighed_against_the_steps() -> None:
     assert fastest([found, quick]) is quick
     many = [replace(one, work=replace(one.work, steps=100_000)) for one in (found, quick)]
     assert fastest(many) is many[0]
+
+
+def test_the_plan_decides_the_flags_that_say_so() -> None:
+    planned = {name for name, flag in flags_of(GROUPS).items() if flag.is_planned}
+    work = replace(ONE, calibration_passes=2, calibration_offload=True)
+    ways = [Strategy(3, bits=bits, gradient_checkpointing=True) for bits in (4, 8)]
+    found = [assess(llama_7b(), way, work, hardware(80.0)) for way in ways]
+    words = {word for candidate in found for word in decided_flags(candidate) if word.startswith("--")}
+    assert words == {f"--{name}" for name in planned}
+    assert all(decided_flags(candidate, given=planned) == [] for candidate in found)

@@ -84,7 +84,7 @@ def test_gathers_move_both_passes_less_what_stays() -> None:
 def test_the_command_line_parses() -> None:
     work = Workload(nodes=2, gpus_per_node=8)
     best = assess(llama_7b(), Strategy(3, gradient_checkpointing=True), work, hardware(80.0))
-    line = command_line(work, [*decided_flags(best), "--task", "gsm8k", "--rank", "2"])
+    line = command_line(work, "launch/train.py", [*decided_flags(best), "--task", "gsm8k", "--rank", "2"])
     words = shlex.split(line)
     assert words[:6] == ["deepspeed", "--hostfile", "hostfile", "--num_nodes", "2", "--num_gpus"]
     config = parse_run_config(words[words.index("launch/train.py") + 1 :])

@@ -8,13 +8,15 @@ import pytest
 import tiny_models
 import torch
 
+from taso_ds.data.arguments import DataArguments
 from taso_ds.data.collate import collate
-from taso_ds.data.encode import encode_examples, pad_token_id
+from taso_ds.data.encode import encode_completions, pad_token_id
+from taso_ds.data.task_data import TaskData
 from taso_ds.data.tasks import Example, Task, get_task
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
-from taso_ds.objectives.evaluate import Evaluator
-from taso_ds.objectives.loss import loss_sum
+from taso_ds.objectives.language_model import LanguageModel
+from taso_ds.objectives.loss import lm_loss_sum
 
 PAIRS = {"sky": "blue", "grass": "green", "sun": "yellow"}
 TEMPLATE = (  # of a family whose turns end with another token than the tokenizer's EOS
@@ -31,22 +33,17 @@ def dialogue_tokenizer() -> Any:
 
 
 @pytest.fixture
-def evaluator(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Evaluator]:
+def objective(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LanguageModel]:
     monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
-    def make(task: Task, examples: list[Example], *, chat: bool = True) -> Evaluator:
-        return Evaluator(
-            examples=examples,
-            task=task,
-            tokenizer=dialogue_tokenizer(),
-            head=False,
-            loss_sum=lambda model, batch: loss_sum(model, batch, head=False),
-            source="mine",
+    def make(task: Task, examples: list[Example]) -> LanguageModel:
+        return LanguageModel(
+            TaskData(task, [], examples, "", "mine"),
+            DataArguments(max_seq_length=64, use_chat_template=True),
+            dialogue_tokenizer(),
+            adapted=(),
             batch_size=2,
-            max_seq_length=64,
             max_new_tokens=12,
-            use_chat_template=chat,
-            synced=False,
         )
 
     return make
@@ -63,30 +60,30 @@ def examples(**changes: str) -> list[Example]:
 @pytest.fixture(scope="module")
 def learned() -> Any:
     tokenizer, model = dialogue_tokenizer(), tiny_models.llama()
-    rows = encode_examples(
-        tokenizer, examples(), measured(), max_seq_length=64, head=False, use_chat_template=True, source="mine"
+    rows = encode_completions(
+        tokenizer, examples(), max_seq_length=64, append_eos=True, use_chat_template=True, source="mine"
     )
     batch = collate(rows, pad_id=pad_token_id(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
-        total, units = loss_sum(model, batch, head=False)
+        total, units = lm_loss_sum(model, batch)
         (total / units).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
 
 
-def test_dialogues_learned_by_heart_are_generated_to_their_end(learned: Any, evaluator: Any) -> None:
+def test_dialogues_learned_by_heart_are_generated_to_their_end(learned: Any, objective: Any) -> None:
     assert learned.generation_config.eos_token_id == 2  # which no dialogue holds: the end of a turn stops it
-    scores = evaluator(measured("exact_match", "rouge"), examples())(learned)
+    scores = objective(measured("exact_match", "rouge"), examples()).evaluate(learned)
     assert (scores["exact_match"], scores["rouge"]) == (1.0, 1.0)
-    wrong = evaluator(measured("exact_match"), examples(sky="black"))
-    assert wrong(learned)["exact_match"] == pytest.approx(2 / 3)
-    assert (wrong.headline, evaluator(measured(), []).headline) == ("exact_match", "loss")
+    wrong = objective(measured("exact_match"), examples(sky="black"))
+    assert wrong.evaluate(learned)["exact_match"] == pytest.approx(2 / 3)
+    assert (wrong.headline, objective(measured(), []).headline) == ("exact_match", "loss")
 
 
 def test_generation_goes_no_further_than_the_end_of_the_turn(
-    learned: Any, evaluator: Any, monkeypatch: pytest.MonkeyPatch
+    learned: Any, objective: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate, lengths = learned.generate, []
 
@@ -96,12 +93,12 @@ def test_generation_goes_no_further_than_the_end_of_the_turn(
         return tokens
 
     monkeypatch.setattr(learned, "generate", watched)
-    evaluator(measured("exact_match"), examples())(learned)
+    objective(measured("exact_match"), examples()).evaluate(learned)
     # Batches of two rows by length: "sky" and "sun", then "grass"; their bytes and the end of the turn.
     assert lengths == [len("yellow") + 1, len("green") + 1]
 
 
-def test_generation_is_greedy_whatever_the_folder_says(learned: Any, evaluator: Any) -> None:
+def test_generation_is_greedy_whatever_the_folder_says(learned: Any, objective: Any) -> None:
     """What a folder recommends for talking to its model is no measure: several answers, searched for or penalized."""
     from transformers import GenerationConfig
 
@@ -109,20 +106,20 @@ def test_generation_is_greedy_whatever_the_folder_says(learned: Any, evaluator: 
     said = GenerationConfig(eos_token_id=2, bad_words_ids=[[3 + ord("e") - ord("!")]], **recommended)
     before, learned.generation_config = learned.generation_config, said
     try:
-        scores = evaluator(measured("exact_match"), examples())(learned)
+        scores = objective(measured("exact_match"), examples()).evaluate(learned)
         assert learned.generation_config is said  # it is exported with a merged model
     finally:
         learned.generation_config = before
     assert scores["exact_match"] == 1.0
 
 
-def test_without_a_metric_nothing_is_generated(learned: Any, evaluator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_metric_nothing_is_generated(learned: Any, objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learned, "generate", None)
-    assert evaluator(measured(), examples())(learned).keys() == {"loss", "num_examples"}
+    assert objective(measured(), examples()).evaluate(learned).keys() == {"loss", "num_examples"}
 
 
-def test_an_answer_needs_positions_too(evaluator: Any) -> None:
-    asked = evaluator(measured("exact_match"), examples())
+def test_an_answer_needs_positions_too(objective: Any) -> None:
+    asked = objective(measured("exact_match"), examples())
     longest = max(len(row.input_ids) for row in asked._prompts)
     asked.check(longest + 12)
     asked.check(None)
@@ -130,4 +127,4 @@ def test_an_answer_needs_positions_too(evaluator: Any) -> None:
         UserError, match=rf"^max_new_tokens: 12 behind .* {longest} tokens, .* {longest + 11} positions"
     ):
         asked.check(longest + 11)
-    evaluator(measured(), examples()).check(1)  # nothing is generated
+    objective(measured(), examples()).check(1)  # nothing is generated
