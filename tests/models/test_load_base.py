@@ -22,7 +22,7 @@ from taso_ds.methods.export import head_modules
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.load import BaseModel, _said_by_each_rank, load_base_model
 from taso_ds.models.source import model_source
-from taso_ds.models.spec import BaseSpec, load_config, outside_body
+from taso_ds.models.spec import BaseSpec, load_config, outside_body, read_spec
 
 STAGE_0 = ZeroConfig({"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}})
 
