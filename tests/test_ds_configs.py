@@ -5,8 +5,8 @@ One process for all of them: most of the time is DeepSpeed's start.
 
 import itertools
 import json
-import os
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
