@@ -6,6 +6,7 @@ One process for all of them: most of the time is DeepSpeed's start.
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool, i
         capture_output=True,
         text=True,
         timeout=600,
-        env=launching.environment(),
+        env=launching.environment() | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(CASES, json.loads(report.read_text()), strict=True))

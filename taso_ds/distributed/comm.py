@@ -41,13 +41,6 @@ def device() -> torch.device:
     return torch.device("cpu") if name == "cpu" else torch.device(accelerator.device_name(environment.local_rank()))
 
 
-def peak_device_memory() -> int:
-    """Return the peak bytes allocated on this rank's accelerator; 0 on a CPU, which keeps no such count."""
-    from deepspeed.accelerator import get_accelerator
-
-    return int(get_accelerator().max_memory_allocated() or 0)
-
-
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

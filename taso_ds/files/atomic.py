@@ -1,5 +1,6 @@
 """Writing files whole or not at all, with errors a user can act on."""
 
+import hashlib
 import json
 import os
 import stat
@@ -59,3 +60,27 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all; UserError when it cannot be written."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_flushed(path: Path, text: str) -> None:
+    """Write a text under its own name and wait until it is on the disk; OSError when it cannot be written."""
+    path.write_text(text, encoding="utf-8")
+    flush(path)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, read in blocks."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()

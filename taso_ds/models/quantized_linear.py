@@ -21,7 +21,7 @@ from taso_ds.distributed import comm
 from taso_ds.distributed.sharded import Fill
 
 # Weights quantized at once; bitsandbytes needs up to 20 bytes for each of them meanwhile.
-_CHUNK = 1 << 22
+QUANTIZING_CHUNK = 1 << 22
 
 
 def quiet_bitsandbytes() -> None:
@@ -229,7 +229,7 @@ def quantize_range(
     first_unit = first * per_byte // unit
     end_unit = -(-min((first + out.numel()) * per_byte, total) // unit)
     statistics = torch.empty(end_unit - first_unit, device=comm.device())
-    step = max(1, _CHUNK // unit)
+    step = max(1, QUANTIZING_CHUNK // unit)
     for start in range(first_unit, end_unit, step):
         stop = min(start + step, end_unit)
         weights = torch.empty(min(stop * unit, total) - start * unit, dtype=dtype, device=comm.device())

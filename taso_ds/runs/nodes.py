@@ -15,6 +15,7 @@ from typing import Any
 from taso_ds.config import RunConfig
 from taso_ds.distributed import comm, environment
 from taso_ds.errors import UserError
+from taso_ds.files.atomic import write_flushed
 from taso_ds.models.source import OTHER_FILES, SMALL_FILES, WEIGHT_FILES
 from taso_ds.runs.folder import RUN
 
@@ -53,10 +54,10 @@ def file_digests(folder: Path) -> dict[str, str]:
     small = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
     large = {path for pattern in WEIGHT_FILES for path in folder.glob(pattern)}
     others = set(folder.glob(OTHER_FILES))
-    return {path.name: _digest(path, whole=path in small) for path in sorted((small | large) - others)}
+    return {path.name: _sampled_digest(path, whole=path in small) for path in sorted((small | large) - others)}
 
 
-def _digest(path: Path, *, whole: bool) -> str:
+def _sampled_digest(path: Path, *, whole: bool) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -90,7 +91,7 @@ def say_who_sees(folder: Path) -> None:
     if not comm.spans_nodes():
         return
     token = comm.on_main(lambda: secrets.token_hex(8))
-    comm.on_main(lambda: _write(folder / _TOKEN, token))
+    comm.on_main(lambda: write_flushed(folder / _TOKEN, token))
     nodes = _on_each_node(lambda: _read(folder / _TOKEN) == token)
     comm.on_main(lambda: (folder / _TOKEN).unlink(missing_ok=True))
     blind = [node for node, sees in nodes if not sees]
@@ -106,10 +107,6 @@ def _on_each_node(action: Callable[[], Any]) -> list[tuple[str, Any]]:
     found = comm.together(lambda: action() if is_first else None)
     everywhere = comm.gather_objects((is_first, socket.gethostname(), found))
     return [(host, value) for counts, host, value in everywhere if counts]
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _read(path: Path) -> str | None:

@@ -7,7 +7,6 @@ last of all the pointer ``latest``. Until then the previous checkpoint is the on
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from taso_ds.errors import UserError
+from taso_ds.files.atomic import file_digest, flush, write_flushed
 from taso_ds.files.json_text import parse_json
 
 log = logging.getLogger(__name__)
@@ -69,19 +69,19 @@ class Checkpoints:
             staging.mkdir(parents=True)
             for name, write in files.items():
                 write(staging / name)
-                _flush(staging / name)
+                flush(staging / name)
             manifest = {name: _describe(staging / name) for name in files}
-            _write_flushed(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-            _write_flushed(staging / MARKER, _digest(staging / MANIFEST) + "\n")
-            _flush(staging)
+            write_flushed(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            write_flushed(staging / MARKER, file_digest(staging / MANIFEST) + "\n")
+            flush(staging)
             if final.exists():
                 self._move_aside(final)
             os.rename(staging, final)
-            _flush(self.folder)
+            flush(self.folder)
             pointer = self.folder / f".{LATEST}.tmp"
-            _write_flushed(pointer, final.name + "\n")
+            write_flushed(pointer, final.name + "\n")
             os.replace(pointer, self.folder / LATEST)
-            _flush(self.folder)
+            flush(self.folder)
         self._remove_oldest(final, limit)
         return final
 
@@ -140,7 +140,7 @@ def find_problem(path: Path, *, deep: bool = True) -> str | None:
     try:
         if not (path / MARKER).is_file():
             return f"is not complete (no {MARKER})"
-        if (path / MARKER).read_text(encoding="utf-8", errors="replace").strip() != _digest(path / MANIFEST):
+        if (path / MARKER).read_text(encoding="utf-8", errors="replace").strip() != file_digest(path / MANIFEST):
             return f"{MANIFEST} is damaged"
         manifest: dict[str, dict[str, Any]] = parse_json((path / MANIFEST).read_text(encoding="utf-8"), MANIFEST)
         for name in {STATE, PROGRESS, *manifest}:
@@ -148,7 +148,7 @@ def find_problem(path: Path, *, deep: bool = True) -> str | None:
                 return f"{name} is missing"
             if (path / name).stat().st_size != manifest[name]["bytes"]:
                 return f"{name} is {(path / name).stat().st_size} bytes long, not {manifest[name]['bytes']}"
-            if deep and _digest(path / name) != manifest[name]["sha256"]:
+            if deep and file_digest(path / name) != manifest[name]["sha256"]:
                 return f"{name} is damaged (its digest differs)"
     except OSError as error:
         return f"is not readable ({error.strerror})"
@@ -194,26 +194,4 @@ def _disk_errors(folder: Path, staging: Path) -> Iterator[None]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}

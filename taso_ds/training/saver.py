@@ -16,6 +16,7 @@ from taso_ds.adapters.selection import CoreRegion
 from taso_ds.distributed import comm, zero
 from taso_ds.distributed.trained_state import KINDS, optimizer_steps, read_state, write_state
 from taso_ds.errors import UserError
+from taso_ds.files.atomic import write_flushed
 from taso_ds.files.tensors import read_tensors, stream_tensors, write_tensors
 from taso_ds.training.agreement import digest
 from taso_ds.training.checkpoint import PROGRESS, STATE, Checkpoints
@@ -79,7 +80,7 @@ class Saver:
             progress = self._describe(step, steps)
             writers: dict[str, Callable[[Path], None]] = {
                 STATE: lambda path: stream_tensors(path, self._shapes(), values),
-                PROGRESS: lambda path: _write(path, json.dumps(dataclasses.asdict(progress), indent=2) + "\n"),
+                PROGRESS: lambda path: write_flushed(path, json.dumps(dataclasses.asdict(progress), indent=2) + "\n"),
             }
             if self._regions:
                 writers[_REGIONS] = lambda path: write_tensors(path, self._regions, {"kind": _KIND})
@@ -154,7 +155,3 @@ def _while_all_send(values: Iterator[Tensor], write: Callable[[], Path]) -> Path
 
 def _nothing(kind: str, name: str) -> Tensor:
     raise AssertionError("only rank 0 reads a checkpoint")
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from trained_adapters import losses_of_steps
 
-from taso_ds.adapters.adapter import ADAPTER_MODULE, TasoAdapter, merge_into, num_dense_entries
+from taso_ds.adapters.adapter import ADAPTER_MODULE, TasoAdapter, merge_into
 from taso_ds.adapters.selection import CoreRegion, share
-from taso_ds.adapters.structure import STRUCTURES, count_parameters
+from taso_ds.adapters.structure import STRUCTURES, count_dense, count_parameters
 from taso_ds.adapters.targets import find_targets, matrix_shape
 
 BATCH = tiny_models.token_batch()
@@ -356,7 +356,10 @@ def test_only_the_flat_parameter_learns() -> None:
         )
         for region in adapter.regions.values()
     )
-    assert num_dense_entries(adapter.regions, structure="union", rank=1) == adapter.num_dense
+    assert adapter.num_dense == sum(
+        count_dense("union", out_features=region.out_features, in_features=region.in_features, rank=1)
+        for region in adapter.regions.values()
+    )
 
 
 def test_learns() -> None:

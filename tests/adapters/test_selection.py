@@ -12,11 +12,9 @@ from taso_ds.adapters.selection import (
     ELEMENT_FRACTION_LADDER,
     CoreRegion,
     concentration,
-    core_elements,
     cut_region,
     ladder_with,
     score_rows_and_cols,
-    select_core_region,
     share,
 )
 
@@ -46,6 +44,11 @@ def reference_region(importance: Tensor, k: float, p: float) -> tuple[list[int],
             [math.fsum(values[i][j] for i in range(rows)) for j in range(cols)],
         ),
     )
+
+
+def select_core_region(importance: Tensor, *, element_fraction: float, core_fraction: float) -> CoreRegion:
+    scores = score_rows_and_cols(importance, [element_fraction])
+    return cut_region(scores, element_fraction=element_fraction, core_fraction=core_fraction)
 
 
 def as_lists(region: CoreRegion) -> tuple[list[int], list[int]]:
@@ -83,17 +86,21 @@ def test_equals_the_longhand_selection_on_real_valued_importance(shape: tuple[in
 
 @settings(max_examples=300, deadline=None)
 @given(whole_matrices, fractions)
-def test_the_element_mask_has_exactly_its_share_and_ties_go_to_the_lower_index(importance: Tensor, k: float) -> None:
-    mask = core_elements(importance, k)
+def test_exactly_the_share_of_elements_counts_and_ties_go_to_the_lower_index(importance: Tensor, k: float) -> None:
+    scores, mask = score_rows_and_cols(importance, [k]), torch.tensor(reference_mask(importance, k))
     assert int(mask.sum()) == share(k, importance.numel()) == max(1, math.floor(k * importance.numel()))
-    assert mask.tolist() == reference_mask(importance, k)
+    assert scores.row_counts[0].tolist() == mask.sum(1).tolist()
+    assert scores.col_counts[0].tolist() == mask.sum(0).tolist()
+    # A matrix of one row: the columns' counts are the mask itself.
+    flat = score_rows_and_cols(importance.flatten()[None], [k])
+    assert flat.col_counts[0].tolist() == mask.flatten().int().tolist()
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(0.0, width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=60), st.data())
 def test_the_largest_are_found_among_any_floats(values: list[float], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(values)))
-    mask = core_elements(torch.tensor([values]), (k + 0.5) / len(values))
+    mask = score_rows_and_cols(torch.tensor([values]), [(k + 0.5) / len(values)]).col_counts
     largest = sorted(range(len(values)), key=lambda index: (-values[index], index))[:k]
     assert mask[0].nonzero().flatten().tolist() == sorted(largest)
 
@@ -137,7 +144,7 @@ def test_counts_come_before_sums() -> None:
 def test_without_any_difference_the_first_indices_are_taken() -> None:
     region = select_core_region(torch.zeros(20, 10), element_fraction=1.0, core_fraction=0.2)
     assert as_lists(region) == ([0, 1, 2, 3], [0, 1])
-    assert core_elements(torch.ones(4, 5), 0.25).flatten().nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+    assert score_rows_and_cols(torch.ones(1, 20), [0.25]).col_counts[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 # Shares ---------------------------------------------------------------------------------------------------------------
@@ -154,7 +161,7 @@ def test_shares_are_floored_and_never_empty(fraction: float, total: int, expecte
 def test_everything_is_selected_at_one() -> None:
     region = select_core_region(torch.randn(6, 9).abs(), element_fraction=1.0, core_fraction=1.0)
     assert as_lists(region) == (list(range(6)), list(range(9)))
-    assert core_elements(torch.randn(6, 9).abs(), 1.0).all()
+    assert score_rows_and_cols(torch.randn(1, 54).abs(), [1.0]).col_counts.all()
 
 
 # Structure ------------------------------------------------------------------------------------------------------------

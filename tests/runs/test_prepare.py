@@ -10,7 +10,7 @@ from sample_rows import write_rows
 from torch import nn
 
 from taso_ds.adapters.adapter import TasoAdapter
-from taso_ds.adapters.selection import select_core_region
+from taso_ds.adapters.selection import cut_region, score_rows_and_cols
 from taso_ds.adapters.targets import MatrixShape, Target, Targets
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.data.encode import EncodedRow, encode_completions
@@ -129,8 +129,10 @@ def test_the_count_is_the_adapters_own(make: Any, structure: str) -> None:
     config = config_of("--structure", structure, "--rank", "2", "--core_fraction", "0.3")
     targets = targets_of(config, spec_of(config, make()))
     regions = {
-        name: select_core_region(
-            torch.rand(shape.out_features, shape.in_features), element_fraction=0.05, core_fraction=0.3
+        name: cut_region(
+            score_rows_and_cols(torch.rand(shape.out_features, shape.in_features), [0.05]),
+            element_fraction=0.05,
+            core_fraction=0.3,
         )
         for name, shape in targets.shapes.items()
     }

@@ -11,6 +11,7 @@ import torch
 from plain_engine import PlainEngine
 from torch import Tensor, nn
 
+from taso_ds.data import batch_plan
 from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate
 from taso_ds.data.encode import EncodedRow
@@ -30,13 +31,19 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
 
+@pytest.fixture(autouse=True)
+def _in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows come as they stand, for losses by hand."""
+    monkeypatch.setattr(batch_plan, "_permutation", lambda num_rows, _seed, _epoch: torch.arange(num_rows))
+
+
 def run(loss_sum: Any, weight: nn.Parameter, *, steps: int = 4, **changes: Any) -> SimpleNamespace:
     """Train one weight on whatever ``loss_sum`` says; returns the engine and what the hooks saw."""
     training = TrainArguments(learning_rate=0.1)
     groups = make_groups(training, adapter=[weight], head=[], full=[], rho=0.75)
     engine = PlainEngine(make_optimizer(groups, training), SIZES.grad_accum_steps)
     seen = SimpleNamespace(engine=engine, logs=[], evals=[])
-    plan = BatchPlan(len(ROWS), SIZES.global_batch_size, seed=0, shuffle=False)
+    plan = BatchPlan(len(ROWS), SIZES.global_batch_size, seed=0)
     options = {"logging_steps": 1, "eval_steps": None} | changes
     trainer = Trainer(
         engine,

@@ -35,9 +35,11 @@ from taso_ds.planning.numbers.weights import (
     weight_bytes,
 )
 
-_LOSS_CHUNK_BYTES = 64 << 20
-# bitsandbytes quantizes this many weights at once, and needs up to so many bytes for each meanwhile.
-_QUANTIZING_CHUNK, _QUANTIZING_BYTES = 1 << 22, 20.0
+# As ``objectives.chunked_loss`` cuts its logits; a test compares the two.
+LOSS_CHUNK_BYTES = 64 << 20
+# ``models.quantized_linear`` quantizes this many weights at once, which a test compares; each needs up to so many bytes
+# meanwhile.
+QUANTIZING_CHUNK, _QUANTIZING_BYTES = 1 << 22, 20.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def loss_bytes(shape: ModelShape, work: Workload, *, rows: int) -> float:
     if not shape.output:
         return 0.0
     positions = rows * work.max_seq_length * work.supervised_share
-    chunk = min(positions, max(1, _LOSS_CHUNK_BYTES // (4 * shape.vocabulary)))
+    chunk = min(positions, max(1, LOSS_CHUNK_BYTES // (4 * shape.vocabulary)))
     kept = 2 * work.element * positions * shape.hidden
     return chunk * shape.vocabulary * (2.0 * work.element + 4.0) + kept
 
@@ -131,7 +133,7 @@ def load_usage(shape: ModelShape, strategy: Strategy, work: Workload, device: De
     on_device, host = _spread(shape, strategy, work, device)
     element, once, mapped = work.element, {}, 0.0
     if strategy.quantized:
-        on_device["quantizing"] = _QUANTIZING_BYTES * min(_QUANTIZING_CHUNK, shape.largest_quantized)
+        on_device["quantizing"] = _QUANTIZING_BYTES * min(QUANTIZING_CHUNK, shape.largest_quantized)
         if strategy.stage == 3 and shape.reads_whole:
             on_device.pop("weights")
             on_device["whole model"] = weight_bytes(shape, strategy, element).total

@@ -8,6 +8,9 @@ from counted_models import counted, llama
 from torch import Tensor, nn
 
 from taso_ds.adapters.targets import MatrixShape, find_targets
+from taso_ds.models import quantized_linear
+from taso_ds.objectives import chunked_loss
+from taso_ds.planning.numbers import memory
 from taso_ds.planning.numbers.devices import get_device
 from taso_ds.planning.numbers.memory import (
     activation_bytes,
@@ -22,6 +25,11 @@ from taso_ds.planning.numbers.memory import (
 from taso_ds.planning.numbers.model_shape import ModelShape
 from taso_ds.planning.numbers.strategy import Limits, Strategy, Workload
 from taso_ds.planning.numbers.weights import gathered_bytes, kept_gathered, resident_weights, weight_bytes
+
+
+def test_constants_that_it_shares_with_the_code_it_counts() -> None:
+    assert memory.LOSS_CHUNK_BYTES == chunked_loss.CHUNK_BYTES
+    assert memory.QUANTIZING_CHUNK == quantized_linear.QUANTIZING_CHUNK
 
 
 def saved_bytes(config: object, *, tokens: int) -> int:
