@@ -8,8 +8,9 @@ longer. Then both go.
 
 Other modules of this room only read what DeepSpeed keeps to itself. When a version moves it, their tests stop:
 ``sharded`` the layout of a partition that ``zero.Init`` makes, ``zero`` the attributes of a partitioned parameter,
-``trained_state`` where the optimizer of each stage keeps masters and moments, ``accelerator`` and ``launcher`` the
-rules by which it builds operators and starts ranks, ``ds_config_keys`` the keys of its JSON.
+``trained_state`` where the optimizer of each stage keeps masters and moments, ``accelerator`` the rules by which it
+builds operators, ``launcher`` and ``hostfile`` those by which it starts ranks, ``ds_config_keys`` and
+``ds_config_check`` what it accepts in its JSON.
 """
 
 import functools

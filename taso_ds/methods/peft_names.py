@@ -12,16 +12,14 @@ from typing import Any
 from taso_ds.adapters.fused_experts import fused_sizes
 from taso_ds.adapters.peft_format import peft_targets
 from taso_ds.errors import UserError
+from taso_ds.models.transformers_fixes import rearrangements, stacks_modules
 
 _PREFIX = "base_model.model."
 
 
 def fuses_experts(model: Any) -> bool:
     """Say whether transformers puts the experts of this type of model into one parameter as it loads them."""
-    from transformers.core_model_loading import MergeModulelist
-
-    steps = (step for rule in _rearrangements(model) for step in getattr(rule, "operations", ()))
-    return any(isinstance(step, MergeModulelist) for step in steps)
+    return any(map(stacks_modules, rearrangements(model)))
 
 
 def check_read_back(model: Any, names: Sequence[str]) -> None:
@@ -41,7 +39,7 @@ def not_read_back(model: Any, names: Sequence[str]) -> list[str]:
     Args:
         model: on the meta device; it stays as it is.
     """
-    if not _rearrangements(model):
+    if not rearrangements(model):
         return []
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -55,13 +53,6 @@ def not_read_back(model: Any, names: Sequence[str]) -> list[str]:
         read: Any = set_peft_model_state_dict(opened, written)
     lost = (name.partition(".lora_")[0] for name in read.missing_keys if ".lora_" in name)
     return sorted({name.removeprefix(_PREFIX) for name in lost})
-
-
-def _rearrangements(model: Any) -> list[Any]:
-    """Return transformers' rules for the type of the model, by which PEFT decides too."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    return list(get_checkpoint_conversion_mapping(model.config.model_type) or [])
 
 
 def _module_names(model: Any) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from taso_ds.errors import UserError
 from taso_ds.models.model_class import model_class
 from taso_ds.models.spec import BaseSpec
+from taso_ds.models.transformers_fixes import skip_initialization
 
 _TOKENS = 16  # enough for models that shorten sequences on the way (Funnel)
 
@@ -36,9 +37,8 @@ def check_bfloat16(base: BaseSpec) -> None:
 
 def _what_ends_it(base: BaseSpec, dtype: torch.dtype) -> Exception | None:
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers.initialization import no_init_weights
 
-    with _silence(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), no_init_weights():
+    with _silence(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), skip_initialization():
         try:
             model = model_class(head=base.head).from_config(
                 copy.deepcopy(base.config), dtype=dtype, trust_remote_code=base.arguments.trust_remote_code

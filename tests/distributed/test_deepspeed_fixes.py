@@ -1,6 +1,8 @@
 """Each correction of DeepSpeed is still needed: a test that fails says which of them can go."""
 
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +62,15 @@ def test_each_says_when_and_where_and_has_a_test(fix: Any) -> None:
     assert "Seen in: DeepSpeed 0." in fix.__doc__
     assert "Upstream: " in fix.__doc__
     assert f"test_{fix.__name__}_is_needed" in globals()
+
+
+def test_only_the_modules_that_the_list_names_reach_inside() -> None:
+    folder = Path(deepspeed_fixes.__file__).parent
+    inside = re.compile(r"^ *from deepspeed\.(runtime|ops|launcher)\b", re.M)
+    found = {path.stem for path in folder.glob("*.py") if inside.search(path.read_text(encoding="utf-8"))}
+    named = {"sharded", "accelerator", "launcher", "hostfile", "ds_config_check"}
+    assert found == named | {"deepspeed_fixes"}
+    assert all(f"``{name}``" in str(deepspeed_fixes.__doc__) for name in named)
 
 
 def test_undo_warm_up_step_is_needed() -> None:

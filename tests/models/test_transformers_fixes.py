@@ -100,6 +100,16 @@ def test_converters_of() -> None:
     assert any("experts" in pattern for rule in rules for pattern in rule.target_patterns)
 
 
+def test_rearrangements() -> None:
+    assert not transformers_fixes.rearrangements(tiny_models.llama())
+    assert transformers_fixes.rearrangements(tiny_models.mixtral())
+
+
+def test_stacks_modules() -> None:
+    assert any(map(transformers_fixes.stacks_modules, transformers_fixes.rearrangements(tiny_models.mixtral())))
+    assert not transformers_fixes.stacks_modules(object())
+
+
 def test_puts_experts_end_to_end() -> None:
     rules = transformers_fixes.converters_of(tiny_models.mixtral())
     assert all(transformers_fixes.puts_experts_end_to_end(rule) for rule in rules)
