@@ -72,19 +72,15 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     model = Alone(adapter)
     live = engine.training_engine(model, torch.optim.AdamW(model.parameters(), lr=1e-3), zero)
-
-    def describe(step: int, optimizer_steps: int) -> Progress:
-        return Progress(step, 100, optimizer_steps, {}, 2, arguments.stage, 8, "", "", {}, [], 0)
-
     seconds, sizes = [], []
     with tempfile.TemporaryDirectory(prefix="taso_checkpoint_") as name:
-        saver = Saver(live, Checkpoints(Path(name)), regions=regions, describe=describe, limit=2)
+        saver = Saver(live, Checkpoints(Path(name)), regions=regions, limit=2)
         for step in range(1, arguments.saves + 1):
-            live.backward(live())
+            live.backward(live(), scale_wrt_gas=True)
             engine.step(live)
             comm.barrier()
             started = time.perf_counter()
-            saver.save(step)
+            saver.save(Progress(step, 100, step, {}, 2, arguments.stage, 8, "", "", {}, [], 0))
             seconds.append(time.perf_counter() - started)
             if comm.is_main():
                 newest = Checkpoints(Path(name)).newest().path

@@ -27,7 +27,7 @@ POINTS: dict[str, tuple[str, ...]] = {
         "taso_ds.training.saver:Saver.save",
     ),
     "files": ("os:replace", "taso_ds.scoring.regions:write_regions"),
-    "export": ("taso_ds.methods.export:save_taso", "taso_ds.runs.train:save"),
+    "export": ("taso_ds.methods.taso:Taso.save", "taso_ds.runs.train:save"),
 }
 
 

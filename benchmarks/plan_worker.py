@@ -19,7 +19,7 @@ from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed import comm, process_group
 from taso_ds.distributed import engine as engines
-from taso_ds.runs.build import Setup, attach, find_regions, join, load_base, set_up
+from taso_ds.runs.build import Setup, find_regions, join, load_base, set_up
 from taso_ds.runs.folder import RunFolder
 from taso_ds.runs.train import save
 from taso_ds.training.feed import Feed
@@ -53,10 +53,10 @@ def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
     phases, config = Phases(), setup.config
     base, targets = load_base(setup)
     phases.end("load")
-    found = find_regions(setup, base, targets)
+    regions = find_regions(setup, base, targets).cut
     phases.end("score")
-    trained = attach(setup, base, targets, found)
-    engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.zero)
+    groups = config.method.attach(base, targets, regions)
+    engine = engines.training_engine(base.model, make_optimizer(groups, config.training), setup.zero)
     engine.train()
     steps = config.training.max_steps
     trainer = Trainer(
@@ -68,12 +68,10 @@ def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
             setup.objective.collate,
         ),
         loss_sum=setup.objective.loss_sum,
-        groups=trained.groups,
+        groups=groups,
         schedule=Schedule("constant", steps, 0),
         logging_steps=steps,
         eval_steps=None,
-        on_log=lambda metrics: None,
-        on_eval=lambda step: None,
     )
     phases.end("start")
     for step in range(steps):
@@ -81,7 +79,7 @@ def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
         phases.end("first step" if step == 0 else "train")  # the first one records DeepSpeed's trace
     out = RunFolder(folder)
     comm.on_main(out.start)
-    save(setup, out, base, trained, engine.module)
+    save(setup, out, base, engine.module)
     phases.end("export")
     return phases.found
 

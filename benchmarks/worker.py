@@ -23,7 +23,7 @@ from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
 from taso_ds.objectives.batches import dealt_batches, on_device
 from taso_ds.runs import prepare
-from taso_ds.runs.build import Setup, attach, find_regions, join, load_base, set_up
+from taso_ds.runs.build import Setup, find_regions, join, load_base, set_up
 from taso_ds.scoring import score as calibrate
 from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Schedule, make_optimizer
@@ -45,22 +45,20 @@ def make_setup(flags: Sequence[str]) -> Setup:
 def make_trainer(setup: Setup, steps: int) -> Trainer:
     """Build one method's engine, as a run does. Regions come from magnitudes: where they lie changes no time."""
     base, targets = load_base(setup)
-    method = setup.config.adapter.method
-    found = find_regions(setup, base, targets) if method == "taso" else None
-    trained = attach(setup, base, targets, found)
-    engine = engines.training_engine(base.model, make_optimizer(trained.groups, setup.config.training), setup.zero)
+    method = setup.config.method
+    regions = find_regions(setup, base, targets).cut if method.needs_regions else {}
+    groups = method.attach(base, targets, regions)
+    engine = engines.training_engine(base.model, make_optimizer(groups, setup.config.training), setup.zero)
     engine.train()
     plan = BatchPlan(len(setup.rows), setup.sizes.global_batch_size, seed=0)
     return Trainer(
         engine,
         Feed(setup.rows, plan, setup.sizes, setup.objective.collate),
         loss_sum=setup.objective.loss_sum,
-        groups=trained.groups,
+        groups=groups,
         schedule=Schedule("constant", steps, 0),
         logging_steps=1,
         eval_steps=None,
-        on_log=lambda metrics: None,
-        on_eval=lambda step: None,
     )
 
 

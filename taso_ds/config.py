@@ -14,7 +14,8 @@ from taso_ds.command_line import given_names, parse_groups
 from taso_ds.data.arguments import DataArguments
 from taso_ds.errors import UserError
 from taso_ds.flags import CALL, SCHEDULE, START, arg, flags_of, require
-from taso_ds.methods.arguments import AdapterArguments
+from taso_ds.methods.arguments import AdapterArguments, make_method
+from taso_ds.methods.method import Method
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.scoring.arguments import SCORING, CalibrationArguments
 from taso_ds.training.arguments import TrainArguments
@@ -89,6 +90,16 @@ class RunConfig:
         quantizes = self.model.load_in_4bit or self.model.load_in_8bit
         if self.calibration.importance_weights == "original" and not quantizes:
             raise UserError("importance_weights: original is for --load_in_4bit and --load_in_8bit; drop it")
+
+    @property
+    def method(self) -> Method:
+        """What is trained, with this run's numbers."""
+        return make_method(
+            self.adapter,
+            core_fraction=self.calibration.core_fraction,
+            training=self.training,
+            seed=self.run.seed,
+        )
 
     def flags(self) -> dict[str, Any]:
         """Return every argument under its flag's name, without those that say how the run was started or do nothing."""

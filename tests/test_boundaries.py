@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "reports": {"errors", "files", "adapters"},
     "objectives": _GROUND | {"data", "models", "distributed", "adapters"},
     "scoring": _GROUND | {"adapters", "data", "distributed", "models", "objectives"},
-    "training": _GROUND | {"adapters", "data", "distributed", "models", "objectives", "interrupts"},
+    "training": _GROUND | {"adapters", "data", "distributed", "models", "objectives", "reports", "interrupts"},
     "methods": _GROUND | {"adapters", "data", "distributed", "models", "scoring", "training"},
     "config": {"errors", "flags", "command_line", "data", "models", "scoring", "training", "methods"},
     "defaults": {"errors", "config", "data", "training"},
@@ -74,10 +74,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 # What still leads upward, each until the type that replaces it is there.
 for _room, _others in {
-    "methods": {"runs"},
     "planning": {"runs"},
     "scoring": {"runs", "config", "reports"},
-    "training": {"runs", "scoring"},
 }.items():
     ALLOWED[_room] |= _others
 # The method runs wherever torch does.

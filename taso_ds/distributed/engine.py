@@ -3,13 +3,27 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from taso_ds.distributed import comm, deepspeed_fixes
 from taso_ds.distributed.zero_config import ZeroConfig
+
+
+class Engine(Protocol):
+    """What this package uses of a DeepSpeed engine, beside its optimizer: that differs with the stage."""
+
+    module: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def train(self) -> object: ...
+
+    def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool) -> object: ...
+
+    def step(self) -> object: ...
 
 
 def quiet_deepspeed() -> None:
@@ -81,9 +95,7 @@ def set_leaf_modules(model: nn.Module, names: Sequence[str]) -> None:
         set_z3_leaf_module(model.get_submodule(name), True)
 
 
-def training_engine(
-    model: nn.Module, optimizer: torch.optim.Optimizer, zero: ZeroConfig
-) -> Any:  # deepspeed.DeepSpeedEngine
+def training_engine(model: nn.Module, optimizer: torch.optim.Optimizer, zero: ZeroConfig) -> Engine:
     """Return the DeepSpeed engine of ``model``; ZeRO partitions what ``optimizer`` trains."""
     import deepspeed
 
@@ -91,7 +103,8 @@ def training_engine(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero.raw)
     if zero.stage == 0 and zero.bf16:
         deepspeed_fixes.undo_warm_up_step(engine.optimizer)
-    return engine
+    made: Engine = engine
+    return made
 
 
 def optimizer_groups(engine: Any) -> Sequence[dict[str, Any]]:

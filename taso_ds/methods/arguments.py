@@ -6,8 +6,9 @@ from taso_ds.adapters.choices import STRUCTURES
 from taso_ds.adapters.compensation import parse_rho
 from taso_ds.errors import UserError
 from taso_ds.flags import arg, is_positive, require, require_one_of
-
-METHODS = ("taso", "lora", "full")
+from taso_ds.methods.method import Method, MethodSettings
+from taso_ds.methods.table import METHODS
+from taso_ds.training.arguments import TrainArguments
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,29 @@ class AdapterArguments:
     adapt_experts: bool = arg(False, "Take in the experts that a mixture of experts keeps in fused parameters.")
 
     def __post_init__(self) -> None:
-        require_one_of("method", self.method, METHODS)
+        require_one_of("method", self.method, list(METHODS))
         require_one_of("structure", self.structure, list(STRUCTURES))
         require(self.rank > 0, "rank", self.rank, "a positive number")
         require(self.alpha is None or is_positive(self.alpha), "alpha", self.alpha, "positive and finite")
         parse_rho(self.rho)
-        if self.adapt_experts and self.method != "taso":
+        if self.adapt_experts and not METHODS[self.method].adapts_experts:
             raise UserError(f"adapt_experts: --method {self.method} does not adapt single experts; drop the flag")
 
     @property
     def scaling(self) -> float:
         """``s = alpha / rank``."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def make_method(adapter: AdapterArguments, *, core_fraction: float, training: TrainArguments, seed: int) -> Method:
+    """Return the method that the flags name, with the run's numbers."""
+    settings = MethodSettings(
+        structure=adapter.structure,
+        rank=adapter.rank,
+        scaling=adapter.scaling,
+        rho=adapter.rho,
+        core_fraction=core_fraction,
+        seed=seed,
+        training=training,
+    )
+    return METHODS[adapter.method](settings)

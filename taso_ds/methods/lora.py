@@ -1,21 +1,33 @@
-"""The baseline ``--method lora``: the peft library's own layers, in the same loop, and read back from PEFT's files."""
+"""``--method lora``, the baseline: the peft library's own layers in the same loop, read back from PEFT's files."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from taso_ds.adapters.peft_format import PEFT_CONFIG_FILE, PEFT_FILE
-from taso_ds.adapters.targets import get_target, matrix_shape
-from taso_ds.distributed import zero
+from taso_ds.adapters.peft_format import PEFT_CONFIG_FILE, PEFT_FILE, peft_targets
+from taso_ds.adapters.selection import CoreRegion
+from taso_ds.adapters.targets import Targets, get_target, matrix_shape
+from taso_ds.distributed import comm, zero
 from taso_ds.errors import UserError
+from taso_ds.files.atomic import replacing_folder, write_json
 from taso_ds.files.json_text import parse_json
-from taso_ds.files.tensors import read_tensors
+from taso_ds.files.tensors import read_tensors, write_tensors
+from taso_ds.methods.method import Count, Deltas, MethodSettings, adapter_groups, counted
+from taso_ds.methods.peft_names import fuses_experts
+from taso_ds.methods.task_head import head_modules, task_type
+from taso_ds.models.load import BaseModel
+from taso_ds.models.spec import BaseSpec
+from taso_ds.training.optim import Group
+
+if TYPE_CHECKING:  # peft loads when a LoRA is made
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 KIND = "peft_lora"
 _ADAPTER = "default"
@@ -23,8 +35,64 @@ _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
-def attach_lora(model: nn.Module, targets: Sequence[str], *, rank: int, scaling: float, transposed: bool) -> Any:
-    """Put PEFT's LoRA on the targets, in place, in the model's dtype; returns PEFT's configuration.
+@dataclass(frozen=True)
+class Lora:
+    """Trains PEFT's LoRA on whole matrices."""
+
+    settings: MethodSettings
+
+    needs_regions: ClassVar[bool] = False
+    trains_base: ClassVar[bool] = False
+    adapts_experts: ClassVar[bool] = False
+
+    def count(self, base: BaseSpec, targets: Targets) -> Count:
+        rank = self.settings.rank
+        return Count(adapter_groups(self.settings.training, base, [counted(rank * targets.edges, rank=rank)]))
+
+    def attach(self, base: BaseModel, targets: Targets, regions: Mapping[str, CoreRegion]) -> list[Group]:
+        torch.manual_seed(self.settings.seed)
+        attach_lora(
+            base.model,
+            list(targets),
+            rank=self.settings.rank,
+            scaling=self.settings.scaling,
+            transposed=targets.any_transposed,
+        )
+        return adapter_groups(self.settings.training, base, list(lora_parameters(base.model).values()))
+
+    def save(self, folder: Path, base: BaseModel) -> None:
+        """Write PEFT's files."""
+        model, head_parameters = base.model, base.head_parameters
+        tensors = lora_tensors(lora_parameters(model))
+        tensors |= {f"{_PREFIX}{name}": zero.full_copy(parameter) for name, parameter in head_parameters.items()}
+        config = _config_of(model)
+        settings = config.to_dict()
+        modules = [name for name, _ in model.named_modules()]
+        settings |= peft_targets(sorted(config.target_modules or ()), modules, fuses_experts=fuses_experts(model))
+        settings |= {
+            "base_model_name_or_path": base.spec.name,
+            "task_type": task_type(head=bool(head_parameters)),
+            "modules_to_save": head_modules(model, head_parameters) or None,
+            "inference_mode": True,
+            "peft_type": "LORA",
+        }
+
+        def write() -> None:
+            if not any(bool(tensor.any()) for name, tensor in tensors.items() if ".lora_B." in name):
+                raise UserError("export: every lora_B of the adapter is zero: nothing was trained")
+            with replacing_folder(folder) as path:
+                write_tensors(path / PEFT_FILE, tensors, {"kind": KIND})
+                write_json(path / PEFT_CONFIG_FILE, settings)
+
+        comm.on_main(write)
+
+    @staticmethod
+    def open(folder: Path) -> "LoraFiles":
+        return read_lora(folder)
+
+
+def attach_lora(model: nn.Module, targets: Sequence[str], *, rank: int, scaling: float, transposed: bool) -> None:
+    """Put PEFT's LoRA on the targets, in place, in the model's dtype.
 
     What was trainable, a head, stays so.
     """
@@ -41,17 +109,25 @@ def attach_lora(model: nn.Module, targets: Sequence[str], *, rank: int, scaling:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Which freezes whatever is not its own. In a module of no type: of some types PEFT takes other targets than these.
     inject_adapter_in_model(config, nn.ModuleDict({"model": model}), adapter_name=_ADAPTER)
+    model.peft_config = {_ADAPTER: config}  # type: ignore[assignment]  # where PEFT has it in a model of its own
     for parameter in trainable:
         parameter.requires_grad_(True)
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.to(model.dtype)  # type: ignore[arg-type]
-    return config
 
 
-def detach_lora(model: Any, targets: Sequence[str]) -> None:
+def _config_of(model: nn.Module) -> "LoraConfig":
+    """Return PEFT's configuration of what ``attach_lora`` put into the model."""
+    configs = cast("Mapping[str, LoraConfig]", model.peft_config)
+    return configs[_ADAPTER]
+
+
+def detach_lora(model: nn.Module, targets: Sequence[str]) -> None:
     """Undo ``attach_lora``: the model has its own modules again."""
     for name in targets:
-        model.set_submodule(name, model.get_submodule(name).get_base_layer())
+        layer = cast("LoraLayer", model.get_submodule(name))
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -87,15 +163,15 @@ class LoraFiles:
         return {name: (self._of(name, _B).shape[0], self._of(name, _A).shape[1]) for name in self._names}
 
     @property
-    def head(self) -> dict[str, Tensor]:
+    def head_tensors(self) -> dict[str, Tensor]:
         """The tensors of the task head by parameter name."""
-        found = {name: tensor for name, tensor in self.tensors.items() if not name.endswith((_A, _B))}
-        return {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
+        return {
+            name.removeprefix(_PREFIX): tensor for name, tensor in self.tensors.items() if not name.endswith((_A, _B))
+        }
 
     @property
     def _names(self) -> list[str]:
-        found = [name for name in self.tensors if name.endswith(_A)]
-        return [name.removeprefix(_PREFIX).removesuffix(_A) for name in found]
+        return [name.removeprefix(_PREFIX).removesuffix(_A) for name in self.tensors if name.endswith(_A)]
 
     def _of(self, name: str, side: str) -> Tensor:
         return self.tensors[f"{_PREFIX}{name}{side}"]
@@ -120,10 +196,10 @@ class LoraFiles:
         for name, parameter in lora_parameters(model).items():
             zero.assign(parameter, self.tensors[_stored_name(name)])
 
-    def detach(self, model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    def detach(self, model: nn.Module) -> Deltas:
         """Undo ``attach``; returns what gives ``ΔW`` of each matrix, in fp32."""
         detach_lora(model, self._names)
-        dtype: Any = model.dtype
+        dtype = cast(torch.dtype, model.dtype)
         return {name: partial(self._delta_weight, name, dtype) for name in self._names}
 
     def _delta_weight(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -144,8 +220,8 @@ def read_lora(folder: Path) -> LoraFiles:
         rank, alpha = settings["r"], settings["lora_alpha"]
         if type(rank) is not int or type(alpha) not in (int, float) or rank <= 0 or not math.isfinite(alpha):
             raise ValueError(f"r {rank!r}, lora_alpha {alpha!r}")
-        found = LoraFiles(tensors, rank, alpha / rank)
-        found.check()
+        files = LoraFiles(tensors, rank, alpha / rank)
+        files.check()
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: incomplete or inconsistent ({error}): copy it again") from error
-    return found
+    return files

@@ -11,14 +11,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from taso_ds.errors import UserError
 from taso_ds.files.atomic import writing
@@ -57,60 +57,89 @@ class Proof:
         return f"logits differ by {self.error:.1e} (tolerance {self.tolerance:.1e}){effect}"
 
 
-def probe_logits(model: Any, rows: Sequence[list[int]]) -> list[Tensor]:
+def probe_logits(model: nn.Module, rows: Sequence[list[int]]) -> list[Tensor]:
     """Return the logits of each row run alone: fp32, on the CPU; ``(tokens, vocabulary)`` or ``(labels,)``."""
-    found = []
+    probed: list[Tensor] = []
     device = next(model.parameters()).device
     with torch.no_grad():
         for row in rows:
             logits = model(input_ids=torch.tensor([row], device=device)).logits[0]
-            found.append(logits.float().cpu())
-    return found
+            probed.append(logits.float().cpu())
+    return probed
 
 
-def relative_distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Return ``‖found − wanted‖ / ‖wanted‖`` over all tensors together."""
-    differences = torch.cat([(one - other).flatten() for one, other in zip(found, wanted, strict=True)])
+def relative_distance(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Return ``‖values − wanted‖ / ‖wanted‖`` over all tensors together."""
+    differences = torch.cat([(one - other).flatten() for one, other in zip(values, wanted, strict=True)])
     return float(differences.norm() / torch.cat([value.flatten() for value in wanted]).norm())
 
 
-def prove_export(
-    folder: Path,
-    *,
-    source: str | None,
-    revision: str,
-    trust_remote_code: bool,
-    head: bool,
-    num_labels: int,
-    dtype: str,
-    quantization: dict[str, Any] | None,
-    pad_id: int,
-    rows: Sequence[list[int]],
-    live: Sequence[Tensor],
-) -> Proof:
-    """Re-open an adapter or a model in a fresh process and compare.
+@dataclass(frozen=True)
+class Export:
+    """What was exported, and how anyone would open it.
+
+    Attributes:
+        folder: the adapter, or the whole model.
+        source: the adapter's base; None where ``folder`` is a whole model.
+        head: whether the base ends in a classification head, which has ``num_labels`` outputs.
+        dtype: ``float32`` or ``bfloat16``.
+        quantization: what ``BitsAndBytesConfig`` needs to quantize the base as the run did.
+    """
+
+    folder: str
+    source: str | None
+    revision: str
+    trust_remote_code: bool
+    head: bool
+    num_labels: int
+    dtype: str
+    quantization: dict[str, object] | None
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the fresh process says.
+
+    Attributes:
+        error: ``‖opened − live‖ / ‖live‖`` of the logits.
+        effect: ``‖live − base‖ / ‖live‖``; None for a whole model.
+        rounding: distance between the export computed in the model's dtype and in fp32.
+        stored_rounding: what rounding the stored tensors to their dtype may move.
+        different: tensors that the library did not take up as they stand in the file.
+        merges: whether peft merges experts in every forward.
+    """
+
+    error: float
+    effect: float | None
+    rounding: float
+    stored_rounding: float
+    different: list[str]
+    merges: bool
+
+    def tolerance(self, dtype: str) -> float:
+        """Return the largest error that is rounding."""
+        least = (MERGE_ROUNDING if self.merges else _ROUNDING)[dtype]
+        return max(least, _ROUNDINGS * self.rounding, self.stored_rounding)
+
+
+def prove_export(export: Export, *, rows: Sequence[list[int]], live: Sequence[Tensor]) -> Proof:
+    """Re-open an export in a fresh process and compare.
 
     Args:
-        source: the adapter's base; None when ``folder`` is a whole model.
-        quantization: what ``BitsAndBytesConfig`` needs to quantize the base as the run did.
+        rows: probes, as tokens.
+        live: the live model's logits on each of them.
 
     Raises:
         UserError: when the process fails, the logits differ by more than rounding, or the adapter does nothing.
     """
+    folder, source, dtype = export.folder, export.source, export.dtype
     library = "transformers" if source is None else "peft"
     with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="taso_proof_") as place:
-        save_file({str(number): value for number, value in enumerate(live)}, Path(place) / "live.safetensors")
-        spec = Path(place) / "spec.json"
-        spec.write_text(
-            json.dumps(
-                {
-                    "folder": str(folder.absolute()), "source": source, "revision": revision,
-                    "trust_remote_code": trust_remote_code, "head": head, "num_labels": num_labels, "dtype": dtype,
-                    "quantization": quantization, "pad_id": pad_id, "rows": list(rows),
-                    "live": str(Path(place) / "live.safetensors"),
-                }
-            )
-        )  # fmt: skip
+        spec, stored = Path(place) / "spec.json", Path(place) / "live.safetensors"
+        save_file({str(number): value for number, value in enumerate(live)}, stored)
+        described = asdict(export) | {"folder": str(Path(folder).absolute())}
+        spec.write_text(json.dumps({"export": described, "rows": list(rows), "live": str(stored)}))
         environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
         environment["CUDA_VISIBLE_DEVICES"] = ""
         done = subprocess.run(
@@ -119,10 +148,12 @@ def prove_export(
         )  # fmt: skip
     if done.returncode:
         raise UserError(f"export: {folder} does not open with {library}: {what_was_raised(done.stderr)}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    if found["different"]:
-        raise UserError(f"export: {folder}: {library} did not take up {found['different'][0]} as it stands in the file")
-    proof = Proof(found["error"], found["effect"], tolerance(found, dtype))
+    comparison = Comparison(**json.loads(done.stdout.strip().splitlines()[-1]))
+    if comparison.different:
+        raise UserError(
+            f"export: {folder}: {library} did not take up {comparison.different[0]} as it stands in the file"
+        )
+    proof = Proof(comparison.error, comparison.effect, comparison.tolerance(dtype))
     if not proof.error <= proof.tolerance:
         raise UserError(
             f"export: {folder} opened with {library} differs from the live model by {proof.error:.2e} of its logits,"
@@ -131,12 +162,6 @@ def prove_export(
     if proof.effect == 0.0:
         raise UserError(f"export: {folder} changes nothing: its logits equal the base's")
     return proof
-
-
-def tolerance(found: Mapping[str, Any], dtype: str) -> float:
-    """Return the largest error that is rounding, of what the fresh process found."""
-    least = (MERGE_ROUNDING if found["merges"] else _ROUNDING)[dtype]
-    return max(least, _ROUNDINGS * found["rounding"], found["stored_rounding"])
 
 
 def what_was_raised(stderr: str) -> str:
@@ -148,76 +173,80 @@ def what_was_raised(stderr: str) -> str:
 
 def _main(spec_file: str) -> None:
     spec = json.loads(Path(spec_file).read_text())
+    export, rows = Export(**spec["export"]), spec["rows"]
     live = [value for _, value in sorted(load_file(spec["live"]).items(), key=lambda item: int(item[0]))]
-    print(json.dumps(_open_model(spec, live) if spec["source"] is None else _open_adapter(spec, live)))
+    compare = _open_model if export.source is None else _open_adapter
+    print(json.dumps(asdict(compare(export, rows, live))))
 
 
-def _open_model(spec: dict[str, Any], live: Sequence[Tensor]) -> dict[str, Any]:
+def _open_model(export: Export, rows: Sequence[list[int]], live: Sequence[Tensor]) -> Comparison:
     """Compare a whole model, of which transformers is told nothing but its folder; its tokenizer must open too."""
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(spec["folder"], trust_remote_code=spec["trust_remote_code"])
-    model, loaded = _from_pretrained(spec, spec["folder"])
-    found = probe_logits(model, spec["rows"])
-    return {
-        "error": relative_distance(found, live),
-        "effect": None,
-        "rounding": relative_distance(probe_logits(model.float(), spec["rows"]), found),
-        "stored_rounding": 0.0,
-        "different": sorted(name for keys in loaded.values() for name in keys),
-        "merges": False,
-    }
+    AutoTokenizer.from_pretrained(export.folder, trust_remote_code=export.trust_remote_code)
+    model, unlike = _from_pretrained(export, export.folder)
+    logits = probe_logits(model, rows)
+    return Comparison(
+        error=relative_distance(logits, live),
+        effect=None,
+        rounding=relative_distance(probe_logits(model.float(), rows), logits),
+        stored_rounding=0.0,
+        different=unlike,
+        merges=False,
+    )
 
 
-def _open_adapter(spec: dict[str, Any], live: Sequence[Tensor]) -> dict[str, Any]:
+def _open_adapter(export: Export, rows: Sequence[list[int]], live: Sequence[Tensor]) -> Comparison:
     from peft import PeftModel, get_peft_model_state_dict
     from transformers import BitsAndBytesConfig
 
-    options: dict[str, Any] = {"revision": spec["revision"]}
-    if spec["quantization"]:
-        options["quantization_config"] = BitsAndBytesConfig(**spec["quantization"])
-    if spec["head"]:
-        options |= {"num_labels": spec["num_labels"], "pad_token_id": spec["pad_id"]}
-    base, _ = _from_pretrained(spec, spec["source"], **options)
+    assert export.source is not None
+    options: dict[str, object] = {"revision": export.revision}
+    if export.quantization:
+        options["quantization_config"] = BitsAndBytesConfig(**export.quantization)
+    if export.head:
+        options |= {"num_labels": export.num_labels, "pad_token_id": export.pad_id}
+    base, _ = _from_pretrained(export, export.source, **options)
     for module in base.modules():
         # bitsandbytes would repack weights for a kernel that rounds more than any other, on some processors only.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    before = probe_logits(base, spec["rows"])
-    opened = PeftModel.from_pretrained(base, spec["folder"], autocast_adapter_dtype=False).eval()
+    before = probe_logits(base, rows)
+    opened = PeftModel.from_pretrained(base, export.folder, autocast_adapter_dtype=False).eval()
     adapted = [parameter for name, parameter in opened.named_parameters() if ".lora_" in name]
     for parameter in adapted:
-        parameter.data = parameter.data.to(getattr(torch, spec["dtype"]))  # peft takes fp32 where it sees int8 weights
-    stored = load_file(Path(spec["folder"]) / "adapter_model.safetensors")
+        parameter.data = parameter.data.to(getattr(torch, export.dtype))  # peft takes fp32 where it sees int8 weights
+    stored = load_file(Path(export.folder) / "adapter_model.safetensors")
     held = get_peft_model_state_dict(opened, save_embedding_layers=False)
-    different = [name for name in {*stored, *held} if not _same(stored.get(name), held.get(name))]
     settings: Any = opened.peft_config["default"]
-    after = probe_logits(opened, spec["rows"])
+    after = probe_logits(opened, rows)
     for parameter in adapted:
         parameter.data = parameter.data.float()
     effect = relative_distance(before, live)
-    return {
-        "error": relative_distance(after, live),
-        "effect": effect,
-        "rounding": relative_distance(probe_logits(opened, spec["rows"]), after),
-        "stored_rounding": effect * max(torch.finfo(tensor.dtype).eps for tensor in stored.values()),
-        "different": sorted(different),
-        "merges": bool(settings.target_parameters),
-    }
+    return Comparison(
+        error=relative_distance(after, live),
+        effect=effect,
+        rounding=relative_distance(probe_logits(opened, rows), after),
+        stored_rounding=effect * max(torch.finfo(tensor.dtype).eps for tensor in stored.values()),
+        different=sorted(name for name in {*stored, *held} if not _same(stored.get(name), held.get(name))),
+        merges=bool(settings.target_parameters),
+    )
 
 
-def _from_pretrained(spec: dict[str, Any], source: str, **options: Any) -> tuple[Any, Any]:
+def _from_pretrained(export: Export, source: str, **options: object) -> tuple[Any, list[str]]:
+    """Return a model, and the names of what its checkpoint and the model do not share."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    model_class: Any = AutoModelForSequenceClassification if spec["head"] else AutoModelForCausalLM
+    model_class: Any = AutoModelForSequenceClassification if export.head else AutoModelForCausalLM
     model, loaded = model_class.from_pretrained(
         source,
-        dtype=getattr(torch, spec["dtype"]),
-        trust_remote_code=spec["trust_remote_code"],
+        dtype=getattr(torch, export.dtype),
+        trust_remote_code=export.trust_remote_code,
         output_loading_info=True,
         **options,
     )
-    return model.eval(), {name: loaded[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return model.eval(), sorted(name for kind in kinds for name in loaded[kind])
 
 
 def _same(stored: Tensor | None, held: Tensor | None) -> bool:

@@ -11,7 +11,6 @@ from taso_ds.models.quantization import Quantization
 from taso_ds.models.spec import BaseSpec
 from taso_ds.models.stored_names import merged_names
 from taso_ds.planning.numbers.model_shape import ModelShape, read_model_shape
-from taso_ds.runs import prepare
 
 
 class NotCountedError(UserError):
@@ -36,27 +35,21 @@ def count_model(config: RunConfig, base: BaseSpec, targets: Targets) -> ModelSha
 
 
 def _count(config: RunConfig, base: BaseSpec, targets: Targets) -> ModelShape:
-    adapter, model = config.adapter, base.meta
-    heads = sum(value.numel() for value in base.head_parameters.values())
-    trains_base = adapter.method == "full"
-    if trains_base:
-        trainable = sum(value.numel() for value in model.parameters())
-    else:
-        trainable = prepare.count_adapter(config, targets).trainable + heads
-    is_taso = adapter.method == "taso"
+    method, model = config.method, base.meta
+    count = method.count(base, targets)
     found = read_model_shape(
         model,
         base.config,
         targets.shapes,
-        trainable=trainable,
-        adapter_dense=targets.count_dense(adapter.structure, rank=adapter.rank) if is_taso else 0,
+        trainable=count.trainable,
+        adapter_dense=count.dense,
         quantized=_quantized_names(base),
         merged=merged_names(model, Path(base.source)),
     )
     stored = None if base.quantization is None else base.quantization.stored
     return dataclasses.replace(
         found,
-        trains_base=trains_base,
+        trains_base=method.trains_base,
         reads_whole=_is_read_whole(base),
         double_quantized=stored is None or bool(stored.get("bnb_4bit_use_double_quant")),
     )
@@ -64,7 +57,7 @@ def _count(config: RunConfig, base: BaseSpec, targets: Targets) -> ModelShape:
 
 def can_quantize(config: RunConfig, base: BaseSpec) -> bool:
     """Say whether a base that is not quantized may be, as this run uses it."""
-    if config.adapter.method == "full" or config.adapter.adapt_experts:
+    if config.method.trains_base or config.adapter.adapt_experts:
         return False
     return bool(_quantized_names(base))
 

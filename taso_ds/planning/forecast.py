@@ -161,11 +161,11 @@ def read_shape(config: RunConfig) -> tuple[ModelShape, Targets]:
 
 def planned_files(config: RunConfig, shape: ModelShape, targets: Targets) -> dict[str, float]:
     """Return the bytes a run will have in its folder at most, by cause."""
-    is_taso = config.adapter.method == "taso"
+    in_regions = config.method.needs_regions
     return disk_bytes(
         shape,
         element=2 if config.model.bf16 else 4,
-        edges=targets.edges if is_taso else 0,
+        edges=targets.edges if in_regions else 0,
         core_fraction=config.calibration.core_fraction,
         ladder=len(ladder_with(config.calibration.element_fraction)),
         checkpoints=config.training.save_total_limit + 1,  # the oldest goes when the newest is whole
@@ -188,7 +188,7 @@ def workload(config: RunConfig, *, nodes: int, gpus_per_node: int, share: float,
         calibration_offload=calibration.calibration_offload == "cpu",
         supervised_share=share,
         bf16=config.model.bf16,
-        scores=config.adapter.method == "taso" and calibration.core_regions is None,
+        scores=config.method.needs_regions and calibration.core_regions is None,
         proves=config.run.verify_export,
         steps=training.max_steps if training.max_steps > 0 else Workload.steps,
     )

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
-from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.region_file import load_region_file
 from taso_ds.adapters.targets import Targets
@@ -24,7 +21,6 @@ from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config_check import check_device
 from taso_ds.distributed.zero import full_shape
 from taso_ds.distributed.zero_config import ZeroConfig
-from taso_ds.methods.lora import attach_lora, lora_parameters
 from taso_ds.models.load import BaseModel, load_base_model
 from taso_ds.models.quantized_linear import quiet_bitsandbytes
 from taso_ds.models.source import model_source
@@ -37,7 +33,6 @@ from taso_ds.runs import prepare
 from taso_ds.runs.nodes import check_same_model
 from taso_ds.scoring import regions
 from taso_ds.training.arguments import BatchSizes
-from taso_ds.training.optim import Group, make_groups
 
 log = logging.getLogger(__name__)
 
@@ -167,49 +162,3 @@ def find_regions(setup: Setup, base: BaseModel, targets: Targets, *, earlier: Pa
             zero=setup.zero,
             stored=stored,
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """What a method trains: its parameters by role, and how it is saved."""
-
-    adapter: TasoAdapter | None
-    lora_config: Any
-    groups: list[Group]
-
-
-def attach(setup: Setup, base: BaseModel, targets: Targets, found: regions.Regions | None) -> Trained:
-    """Make the method's parameters part of the model, trainable beside a task head."""
-    config, model = setup.config, base.model
-    head = list(base.head_parameters.values())
-    count = prepare.count_adapter(config, targets)
-    adapter, lora_config, trained, full = None, None, [], []
-    if config.adapter.method == "taso":
-        assert found is not None
-        adapter = TasoAdapter(
-            found.cut,
-            structure=config.adapter.structure,
-            rank=config.adapter.rank,
-            scaling=config.adapter.scaling,
-            seed=config.run.seed,
-            dtype=model.dtype,
-        ).to(comm.device())
-        adapter.attach(model)
-        trained = [adapter.flat]
-        assert adapter.flat.numel() == count.trainable
-    elif config.adapter.method == "lora":
-        torch.manual_seed(config.run.seed)
-        lora_config = attach_lora(
-            model,
-            list(targets),
-            rank=config.adapter.rank,
-            scaling=config.adapter.scaling,
-            transposed=targets.any_transposed,
-        )
-        trained = list(lora_parameters(model).values())
-    else:
-        model.requires_grad_(True)
-        heads = {id(parameter) for parameter in head}
-        full = [parameter for parameter in model.parameters() if id(parameter) not in heads]
-    groups = make_groups(config.training, adapter=trained, head=head, full=full, rho=count.rho)
-    return Trained(adapter, lora_config, groups)

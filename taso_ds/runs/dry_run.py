@@ -2,9 +2,6 @@
 
 import json
 
-import torch
-from torch import nn
-
 from taso_ds.config import RunConfig
 from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.task_data import check_held_out, load_task_data
@@ -14,7 +11,7 @@ from taso_ds.models.spec import read_spec
 from taso_ds.runs import prepare
 from taso_ds.runs.output_folder import choose_folder
 from taso_ds.scoring.regions import read_regions
-from taso_ds.training.optim import describe_groups, learning_rate_table, make_groups, make_schedule, total_steps
+from taso_ds.training.optim import describe_groups, learning_rate_table, make_schedule, total_steps
 
 
 def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
@@ -37,8 +34,7 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
     targets = prepare.targets_of(config, base)
     prepare.check_base(config, base, zero, targets)
     read_regions(config, targets.shapes)
-    count = prepare.count_adapter(config, targets)
-    heads = list(base.head_parameters.values())
+    groups = config.method.count(base, targets).groups
     total = sum(parameter.numel() for parameter in base.meta.parameters())
     steps, rows_in_words = config.training.max_steps, "rows not counted: max_steps is set"
     if steps <= 0:
@@ -47,14 +43,11 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
         steps = total_steps(config.training, plan.steps_per_epoch)
         rows_in_words = f"{len(data.train)} rows, {plan.steps_per_epoch} steps per epoch"
     schedule = make_schedule(config.training, steps)
-    is_full = config.adapter.method == "full"
-    adapter = [] if is_full else [nn.Parameter(torch.empty(count.trainable, device="meta"))]
-    known = {id(parameter) for parameter in heads}
-    full = [parameter for parameter in base.meta.parameters() if is_full and id(parameter) not in known]
-    groups = make_groups(config.training, adapter=adapter, head=heads, full=full, rho=count.rho)
     table = learning_rate_table(groups, schedule)
     trainable = sum(row["parameters"] for row in table)
-    everything = total if is_full else total + count.trainable
+    known = {id(parameter) for parameter in base.meta.parameters()}
+    added = (value for group in groups for value in group.parameters if id(value) not in known)
+    everything = total + sum(value.numel() for value in added)
     lines = [
         "configuration:",
         json.dumps(config.flags(), indent=2),

@@ -15,11 +15,13 @@ from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
 from taso_ds.methods import export
 from taso_ds.methods.disk_tensors import DiskTensors
+from taso_ds.methods.full import save_model
+from taso_ds.methods.method import MODEL, SavedAdapter
 from taso_ds.methods.prove import probe_logits, relative_distance
-from taso_ds.methods.saved import SavedAdapter, is_model, read_adapter, saved_folder
+from taso_ds.methods.saved import read_adapter, saved_folder
+from taso_ds.methods.task_head import load_head
 from taso_ds.models.load import BaseModel
 from taso_ds.runs.build import Setup, load_base, set_up
-from taso_ds.runs.folder import MODEL, RunFolder
 from taso_ds.runs.output_folder import check_no_model
 from taso_ds.runs.run_lock import locked
 from taso_ds.runs.train import prove, reports_in
@@ -43,10 +45,10 @@ def _check_fits(setup: Setup, saved: SavedAdapter, run: str) -> None:
         if _shape_of(setup.base.meta, name) != shape:
             raise UserError(f"run: the adapter in {run} has {name}, which this base does not have in that shape")
     head = setup.base.head_parameters
-    for name in sorted(head.keys() | saved.head.keys()):
-        if name not in saved.head:
+    for name in sorted(head.keys() | saved.head_tensors.keys()):
+        if name not in saved.head_tensors:
             raise UserError(f"run: the adapter in {run} has no {name}, which would be untrained: drop --head")
-        if name not in head or head[name].shape != saved.head[name].shape:
+        if name not in head or head[name].shape != saved.head_tensors[name].shape:
             raise UserError(
                 f"run: the adapter in {run} has a trained {name}, which this base does not have in that shape for task"
                 f" {setup.data.task.name}"
@@ -66,7 +68,7 @@ def _load(setup: Setup, saved: SavedAdapter | None) -> BaseModel:
     base, _ = load_base(setup)
     if saved is not None:
         saved.attach(base.model)
-        export.load_head(base.model, saved.head)
+        load_head(base.model, saved.head_tensors)
     return base
 
 
@@ -90,7 +92,7 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
     if comm.world_size() > 1:
         raise UserError("export: runs in one process; start it with plain python")
     path = saved_folder(config.adapter.method, Path(run))
-    if merge and is_model(config.adapter.method):
+    if merge and config.method.trains_base:
         raise UserError(f"merge: {path} is a plain model already; use it as it is")
     whole = dataclasses.replace(config, run=dataclasses.replace(config.run, ds_config="zero0.json"))  # no partitions
     with reports_in(Path(run)):
@@ -106,7 +108,7 @@ def _prove(config: RunConfig, run: str, path: Path) -> Path:
     base = _load(setup, _read(setup, run))
     base.model.eval()
     rows = export.probe_rows(setup.rows)
-    prove(setup, RunFolder(Path(run)), base, rows, probe_logits(base.model, rows))
+    prove(setup, Path(run), base, rows, probe_logits(base.model, rows))
     return path
 
 
@@ -115,7 +117,7 @@ def _merge(config: RunConfig, run: str) -> Path:
         log.info("merging into the base as it was before the run quantized it")
         unquantized = dataclasses.replace(config.model, load_in_4bit=False, load_in_8bit=False)
         config = dataclasses.replace(config, model=unquantized)
-    setup, folder = set_up(config, trains=False), RunFolder(Path(run))
+    setup, path = set_up(config, trains=False), Path(run) / MODEL
     if setup.base.quantization is not None:
         raise UserError(f"merge: {config.model.model_name_or_path} is quantized; merge into the base it was made from")
     saved = _read(setup, run)
@@ -124,11 +126,12 @@ def _merge(config: RunConfig, run: str) -> Path:
     base.model.eval()
     rows = export.probe_rows(setup.rows)
     live = probe_logits(base.model, rows)
-    with DiskTensors(folder.path) as disk:
+    with DiskTensors(path.parent) as disk:
         deltas = saved.detach(base.model)
         effect = relative_distance(probe_logits(base.model, rows), live)
         export.merge_adapter(base.model, deltas, disk)
-        error = export.check_merged(probe_logits(base.model, rows), live, dtype=base.model.dtype)
-        log.info(export.describe_merged(error, effect, dtype=base.model.dtype))
-        export.save_model(folder, base.model, base.model.state_dict(), setup.base.tokenizer)
-    return folder.path / MODEL
+        dtype = base.model.dtype
+        error = export.check_merged(probe_logits(base.model, rows), live, dtype=dtype)
+        log.info(export.describe_merged(error, effect, dtype=dtype))
+        save_model(path, base.model, base.model.state_dict(), setup.base.tokenizer)
+    return path

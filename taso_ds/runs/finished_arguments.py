@@ -15,6 +15,8 @@ from taso_ds.config import GROUPS, RunConfig
 from taso_ds.data.arguments import DataArguments
 from taso_ds.errors import UserError
 from taso_ds.flags import CALL, arg, flags_of
+from taso_ds.methods.saved import BASE_FLAGS, base_of
+from taso_ds.methods.table import METHODS
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.runs.folder import RUN
 from taso_ds.runs.recorded import read_run, recorded_flags
@@ -62,7 +64,6 @@ def parse_over_run(
         (*GROUPS, FinishedArguments), argv, description=description, own=FinishedArguments, acting=_ACTS[verb]
     )
     from taso_ds.defaults import with_defaults
-    from taso_ds.methods.saved import base_of
 
     (named,), _ = parse_known([FinishedArguments], argv)
     recorded = _recorded(named.run)
@@ -112,10 +113,10 @@ def _changed(groups: Sequence[Any], recorded: Mapping[str, Any]) -> dict[str, An
 
 def _refuse(changed: Mapping[str, Any], recorded: Mapping[str, Any], finished: FinishedArguments, verb: str) -> None:
     """Refuse a flag that would be ignored: what it decides, the run has decided."""
-    from taso_ds.methods.saved import BASE_FLAGS, is_model
 
     acts = _ACTS[verb].difference(_QUANTIZES if finished.merge else ())
-    if is_model(str(recorded.get("method"))):
+    method = METHODS.get(str(recorded.get("method")))
+    if method is not None and method.trains_base:
         acts = acts.difference(BASE_FLAGS, _QUANTIZES)
     for name, value in changed.items():
         if name not in acts:

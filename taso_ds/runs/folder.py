@@ -4,28 +4,28 @@
 full fine-tuning), ``metrics.jsonl``, ``results.json``.
 """
 
-import errno
 import importlib.metadata
 import json
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from taso_ds.data.encode import EncodedRow
-from taso_ds.files.atomic import open_to_umask, replacing, write_json, writing
+from taso_ds.files.atomic import replacing, write_json, writing
+from taso_ds.methods.method import ADAPTER, MODEL
+from taso_ds.reports.metrics_file import METRICS
 from taso_ds.training.checkpoint import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
-RUN, RESULTS, METRICS = "run.json", "results.json", "metrics.jsonl"
+RUN, RESULTS = "run.json", "results.json"
 CALIBRATION, REGIONS, PICTURE = "calibration.jsonl", "core_regions.safetensors", "core_regions.png"
 PARTIAL = "core_regions.partial.safetensors"  # scores of the finished passes; gone when scoring is done
-ADAPTER, MODEL = "adapter", "model"
 # The record last: a folder without one is taken for somebody else's.
 ENTRIES = (RESULTS, METRICS, CALIBRATION, REGIONS, PICTURE, PARTIAL, ADAPTER, MODEL, CHECKPOINTS, RUN)
 _VERSIONS = ("taso_ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "bitsandbytes")
@@ -54,36 +54,9 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         write_json(self.path / name, value)
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``, or none of it where the disk is full."""
-        path = self.path / METRICS
-        with writing(path), path.open("ab", buffering=0) as file:
-            end, line = file.tell(), (json.dumps(metrics) + "\n").encode()
-            try:
-                if file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                file.truncate(end)
-                raise
-
     def finish_scoring(self) -> None:
         """Remove the scores of single passes: the regions are written."""
         (self.path / PARTIAL).unlink(missing_ok=True)
-
-    def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps that are done again, and of a line that was cut short."""
-        path = self.path / METRICS
-        if not path.is_file():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                log.warning("%s: a line that was cut short is dropped", path)
-        with replacing(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
 
     def write_rows(self, name: str, rows: Sequence[EncodedRow]) -> None:
         """Write encoded rows as JSON lines: enough for anyone to recompute the regions with plain autograd."""
@@ -97,25 +70,6 @@ class RunFolder:
             lines.append(json.dumps(record) + "\n")
         with replacing(self.path / name) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
-
-    def write_folder(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Let ``write`` fill a temporary folder, then rename it: the folder exists whole or not at all.
-
-        Raises:
-            UserError: the disk is full, or the folder cannot be written.
-        """
-        temporary, final = self.path / f".{name}.tmp", self.path / name
-        shutil.rmtree(temporary, ignore_errors=True)
-        with writing(final):
-            try:
-                temporary.mkdir()
-                write(temporary)
-                open_to_umask(temporary)
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(temporary, final)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        return final
 
 
 def versions() -> dict[str, str]:

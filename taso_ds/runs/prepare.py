@@ -1,12 +1,10 @@
 """Everything a run decides before weights are loaded: defaults, data, tokens, batch numbers, the DeepSpeed dict."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from taso_ds.adapters.compensation import parse_rho, pruned_share
 from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.targets import Targets
 from taso_ds.adapters.towers import left_out_in_words
@@ -88,7 +86,7 @@ def check_quantization(config: RunConfig, base: BaseSpec, zero: ZeroConfig) -> N
     base.quantization.names(base.meta)
     if config.adapter.adapt_experts:
         raise UserError("adapt_experts: the base is quantized; drop the flag, or load the base in 16 bits")
-    if config.adapter.method == "full":
+    if config.method.trains_base:
         raise UserError("method: full trains all weights, which quantized ones do not allow; use taso or lora")
     name = zero.alters_bits
     if name is not None:
@@ -105,7 +103,7 @@ def check_base(config: RunConfig, base: BaseSpec, zero: ZeroConfig, targets: Tar
     check_checkpointing(config, base.meta)
     check_quantization(config, base, zero)
     check_bfloat16(base)
-    if trains and config.adapter.method != "full" and config.run.verify_export:
+    if trains and not config.method.trains_base and config.run.verify_export:
         check_read_back(base.meta, list(targets))
 
 
@@ -150,34 +148,6 @@ def targets_of(config: RunConfig, base: BaseSpec) -> Targets:
 def base_in_words(config: RunConfig, base: BaseSpec, targets: Targets) -> list[str]:
     """Return lines on what was decided about the base: its head, and what of it stays as it is."""
     lines = [base.head_in_words]
-    if config.adapter.method != "full":
+    if not config.method.trains_base:
         lines += [left_out_in_words(base.meta), find_experts(base.meta).left_in_words(targets)]
     return [line for line in lines if line is not None]
-
-
-@dataclass(frozen=True)
-class AdapterCount:
-    """Trainable parameters of the adapter by shapes alone, and the ρ they imply."""
-
-    trainable: int
-    dense: int
-    rho: float
-
-
-def _check_countable(number: int, rank: int) -> None:
-    if number >= 2**63:
-        raise UserError(f"rank: {rank} makes {number:,} parameters, more than a tensor can have: lower it")
-
-
-def count_adapter(config: RunConfig, targets: Targets) -> AdapterCount:
-    """Count what ``--method taso`` or ``lora`` trains on these matrices."""
-    adapter, p = config.adapter, config.calibration.core_fraction
-    if adapter.method == "lora":
-        number = adapter.rank * targets.edges
-        _check_countable(number, adapter.rank)
-        return AdapterCount(number, number, 0.0)
-    trainable = targets.count(adapter.structure, rank=adapter.rank, core_fraction=p)
-    _check_countable(trainable, adapter.rank)
-    dense = targets.count_dense(adapter.structure, rank=adapter.rank)
-    rho = pruned_share(parse_rho(adapter.rho), core_fraction=p, num_trainable=trainable, num_dense=dense)
-    return AdapterCount(trainable, dense, rho)

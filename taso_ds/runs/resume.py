@@ -14,11 +14,12 @@ from typing import Any
 from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
 from taso_ds.flags import flags_of
-from taso_ds.runs.folder import MODEL, PICTURE, REGIONS, RUN
+from taso_ds.methods.method import MODEL
+from taso_ds.runs.folder import PICTURE, REGIONS, RUN
 from taso_ds.runs.recorded import Difference, differences, is_calibration, is_finished, length_of, read_run
 from taso_ds.training.arguments import TrainArguments
 from taso_ds.training.checkpoint import CHECKPOINTS, PROGRESS, Checkpoints, resolve_checkpoint
-from taso_ds.training.progress import Progress, read_progress
+from taso_ds.training.progress import Progress, Saved, read_progress
 from taso_ds.verbs import command
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,11 @@ class Start:
     @property
     def step(self) -> int:
         return self.progress.step if self.progress else 0
+
+    @property
+    def saved(self) -> Saved | None:
+        """The checkpoint to go on from."""
+        return None if self.checkpoint is None or self.progress is None else Saved(self.checkpoint, self.progress)
 
     def is_same_folder(self, folder: Path) -> bool:
         """Say whether the run goes on where it was begun."""
@@ -151,7 +157,7 @@ def _refuse_to_replace_others(config: RunConfig, folder: Path, run: Mapping[str,
     """Refuse to train over what another program of this package has made; UserError."""
     others = {
         f"core regions that {command('calibrate')} made": is_calibration(run),
-        f"{MODEL}, which {command('export')} made": config.adapter.method != "full" and (folder / MODEL).exists(),
+        f"{MODEL}, which {command('export')} made": not config.method.trains_base and (folder / MODEL).exists(),
     }
     for words, is_there in others.items():
         if is_there:
@@ -215,8 +221,8 @@ def _from(config: RunConfig, folder: Path, checkpoint: Path | None) -> Start:
     regions = folder / REGIONS
     if checkpoint is not None:
         log.info("resume: goes on after step %d (%s)", progress.step if progress else 0, checkpoint)
-    has_regions = config.adapter.method == "taso" and regions.is_file()
-    if config.adapter.method == "taso" and checkpoint is not None and not has_regions:
+    has_regions = config.method.needs_regions and regions.is_file()
+    if config.method.needs_regions and checkpoint is not None and not has_regions:
         raise UserError(f"resume: {regions} is missing, which {checkpoint} belongs to; put it back")
     batch = progress.global_batch_size if progress else _global_batch(run)
     if not isinstance(batch, int):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,19 +19,24 @@ from taso_ds.distributed.ds_config import without_secrets
 from taso_ds.errors import Unforeseen, UserError
 from taso_ds.files.schema import SCHEMA
 from taso_ds.interrupts import Interrupts
-from taso_ds.methods import export
-from taso_ds.methods.prove import Proof, probe_logits, prove_export
-from taso_ds.methods.saved import is_model, saved_folder
+from taso_ds.methods.export import probe_rows
+from taso_ds.methods.method import folder_name
+from taso_ds.methods.prove import Export, Proof, probe_logits, prove_export
+from taso_ds.methods.saved import saved_folder
 from taso_ds.models.fingerprint import base_fingerprint
 from taso_ds.models.load import BaseModel
 from taso_ds.models.quantization import num_parameters
-from taso_ds.runs.build import Setup, Trained, attach, find_regions, load_base, set_up
-from taso_ds.runs.folder import ADAPTER, PICTURE, RESULTS, RUN, RunFolder, versions
+from taso_ds.reports.monitors import watch
+from taso_ds.reports.observer import Observer
+from taso_ds.runs.build import Setup, find_regions, load_base, set_up
+from taso_ds.runs.folder import PICTURE, RESULTS, RUN, RunFolder, versions
 from taso_ds.runs.nodes import check_no_run_elsewhere, say_who_sees
 from taso_ds.runs.output_folder import take_folder
 from taso_ds.runs.resume import Start, check_base, check_data, check_length, find_calibration, find_start
 from taso_ds.scoring import regions
-from taso_ds.training.divergence import Diverged
+from taso_ds.training.checkpoint import CHECKPOINTS, Checkpoints
+from taso_ds.training.divergence import Diverged, LossWatch
+from taso_ds.training.feed import Feed
 from taso_ds.training.optim import (
     Group,
     Schedule,
@@ -43,6 +48,8 @@ from taso_ds.training.optim import (
 )
 from taso_ds.training.progress import Progress
 from taso_ds.training.recoverable import ROLLBACK_FACTOR, RecoverableTraining
+from taso_ds.training.saver import Saver
+from taso_ds.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -101,35 +108,44 @@ def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrup
         comm.on_main(lambda: check_data(setup.data_digest, start))
         comm.on_main(lambda: check_length(steps, start))
     base, targets = load_base(setup)
+    method = config.method
     found, fingerprint = None, ""  # of the base: none where training changes it
-    if config.adapter.method == "taso":
+    if method.needs_regions:
         found = find_regions(setup, base, targets, earlier=start.regions)
         fingerprint = found.file.fingerprint
-    elif config.adapter.method == "lora":
+    elif not method.trains_base:
         fingerprint = base_fingerprint(base, targets)
     comm.on_main(lambda: check_base(fingerprint, start))
-    trained = attach(setup, base, targets, found)
+    groups = method.attach(base, targets, {} if found is None else found.cut)
     schedule = make_schedule(config.training, steps)
-    record = run_record(asked, setup, base.model, trained.groups, schedule)
-    comm.on_main(lambda: _start(folder, config, record, found, start))
+    record = run_record(asked, setup, base.model, groups, schedule)
+    observer = watch(folder.path) if comm.is_main() else Observer()
+    comm.on_main(lambda: _start(folder, config, record, found, start, observer))
     if start.progress is not None and start.progress.total_steps != steps:
-        log.info(describe_extension(start.progress, trained.groups[0], schedule))
+        log.info(describe_extension(start.progress, groups[0], schedule))
     say_who_sees(folder.path)
-    engine = engines.training_engine(base.model, make_optimizer(trained.groups, config.training), setup.zero)
+    engine = engines.training_engine(base.model, make_optimizer(groups, config.training), setup.zero)
     evaluate = partial(setup.objective.evaluate, engine.module)
     before = evaluate() if start.progress is None else start.progress.before
     log.info("before: %s", _in_words(before))
-    training = RecoverableTraining(
-        setup, folder, engine, trained, schedule, found, fingerprint=fingerprint, before=before
+    saver = Saver(
+        engine,
+        Checkpoints(folder.path / CHECKPOINTS),
+        regions={} if found is None else found.cut,
+        limit=config.training.save_total_limit,
     )
+    trainer = _trainer(setup, engine, groups, schedule, digest=saver.digest, evaluate=evaluate, observer=observer)
+    origin = _origin(setup, steps, base=fingerprint, before=before)
     try:
-        training.train(start, interrupts)
+        RecoverableTraining(trainer, saver, origin=origin, training=config.training).train(
+            interrupts, saved=start.saved
+        )
     except Diverged as error:
-        _save_last_good(setup, folder, base, trained, error)
+        _save_last_good(setup, folder, base, error)
         raise
     after = evaluate()
     log.info("after:  %s", _in_words(after))
-    proof = save(setup, folder, base, trained, engine.module)
+    proof = save(setup, folder, base, engine.module)
     results = {
         "task": setup.data.task.name,
         "method": config.adapter.method,
@@ -142,18 +158,73 @@ def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrup
         "concentration": None if found is None else found.mean_concentration(config.calibration.element_fraction),
     }
     comm.on_main(lambda: folder.write_json(RESULTS, results))
+    comm.on_main(lambda: observer.on_end(results))
     return folder.path
 
 
+def _trainer(
+    setup: Setup,
+    engine: engines.Engine,
+    groups: Sequence[Group],
+    schedule: Schedule,
+    *,
+    digest: int,
+    evaluate: Callable[[], Mapping[str, float]],
+    observer: Observer,
+) -> Trainer:
+    """Return the loop of this run."""
+    training = setup.config.training
+    return Trainer(
+        engine,
+        Feed(setup.rows, setup.plan, setup.sizes, setup.objective.collate),
+        loss_sum=setup.objective.loss_sum,
+        groups=groups,
+        schedule=schedule,
+        logging_steps=training.logging_steps,
+        eval_steps=training.eval_steps,
+        save_steps=training.save_steps,
+        save_minutes=training.save_minutes,
+        evaluate=evaluate,
+        observer=observer,
+        digest=digest,
+        loss_watch=LossWatch(training.max_loss_jump),
+    )
+
+
+def _origin(setup: Setup, steps: int, *, base: str, before: dict[str, float]) -> Progress:
+    """Return what a checkpoint of this run says before the first of its steps."""
+    return Progress(
+        step=0,
+        total_steps=steps,
+        optimizer_steps=0,
+        config=setup.config.flags(),
+        world_size=comm.world_size(),
+        zero_stage=setup.zero.stage,
+        global_batch_size=setup.sizes.global_batch_size,
+        base=base,
+        data=setup.data_digest,
+        before=before,
+        recent_losses=[],
+        rollbacks=0,
+        started_in=str(Path.cwd()),
+        schema_version=SCHEMA,
+    )
+
+
 def _start(
-    folder: RunFolder, config: RunConfig, record: dict[str, Any], found: regions.Regions | None, start: Start
+    folder: RunFolder,
+    config: RunConfig,
+    record: dict[str, Any],
+    found: regions.Regions | None,
+    start: Start,
+    observer: Observer,
 ) -> None:
     """Make the folder ready and write what is known before the first step; the record, which makes it ours, first."""
     goes_on_here = start.is_same_folder(folder.path)
     if not goes_on_here:
         folder.start()
-    folder.forget_after(start.step)
     folder.write_json(RUN, record)
+    observer.on_start(record, start.step)
     if found is not None:
         log.info(regions.describe_regions(found, config))
         if not (goes_on_here and start.regions and (folder.path / PICTURE).is_file()):  # the last that is written
@@ -218,31 +289,31 @@ def _in_words(scores: Mapping[str, float]) -> str:
     )
 
 
-def save(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, live: nn.Module) -> Proof | None:
+def save(setup: Setup, folder: RunFolder, base: BaseModel, live: nn.Module) -> Proof | None:
     """Export what was trained and prove it in a fresh process; None when not asked for."""
-    config = setup.config
-    name = str(config.model.model_name_or_path)
-    if trained.adapter is not None:
-        export.save_taso(folder, base.model, trained.adapter, base_name=name, head=base.head_parameters)
-    elif trained.lora_config is not None:
-        export.save_lora(folder, base.model, config=trained.lora_config, base_name=name, head=base.head_parameters)
-    else:
-        export.save_full(folder, base.model, setup.base.tokenizer)
-    if not config.run.verify_export:
+    _write_trained(setup, folder, base)
+    if not setup.config.run.verify_export:
         return None
-    rows = export.probe_rows(setup.rows)
+    rows = probe_rows(setup.rows)
     live.eval()
     logits = probe_logits(live, rows)  # every rank takes part: ZeRO-3 gathers each layer
-    return comm.on_main(lambda: prove(setup, folder, base, rows, logits))
+    return comm.on_main(lambda: prove(setup, folder.path, base, rows, logits))
 
 
-def prove(setup: Setup, folder: RunFolder, base: BaseModel, rows: Sequence[list[int]], live: Sequence[Tensor]) -> Proof:
-    """Open the run's adapter with peft, or its model with transformers, in a fresh process; say how logits differ."""
+def _write_trained(setup: Setup, folder: RunFolder, base: BaseModel) -> Path:
+    """Write what was trained into the run folder; returns its own folder there."""
     config = setup.config
-    method = config.adapter.method
-    proof = prove_export(
-        saved_folder(method, folder.path),
-        source=None if is_model(method) else setup.base.source,
+    path = folder.path / folder_name(config.method)
+    config.method.save(path, base)
+    return path
+
+
+def prove(setup: Setup, run: Path, base: BaseModel, rows: Sequence[list[int]], live: Sequence[Tensor]) -> Proof:
+    """Open the run's adapter with peft, or its model with transformers, in a fresh process; say how logits differ."""
+    config, is_model = setup.config, setup.config.method.trains_base
+    export = Export(
+        folder=str(saved_folder(config.adapter.method, run)),
+        source=None if is_model else setup.base.source,
         revision=config.model.model_revision,
         trust_remote_code=config.model.trust_remote_code,
         head=setup.base.head,
@@ -250,10 +321,9 @@ def prove(setup: Setup, folder: RunFolder, base: BaseModel, rows: Sequence[list[
         dtype="bfloat16" if config.model.bf16 else "float32",
         quantization=None if setup.base.quantization is None else setup.base.quantization.settings(base.model),
         pad_id=pad_token_id(setup.base.tokenizer),
-        rows=rows,
-        live=live,
     )
-    log.info("opened with %s: %s", "transformers" if is_model(method) else "peft", proof)
+    proof = prove_export(export, rows=rows, live=live)
+    log.info("opened with %s: %s", "transformers" if is_model else "peft", proof)
     return proof
 
 
@@ -263,7 +333,7 @@ def calibrate(config: RunConfig) -> Path:
     Raises:
         UserError: on every rank, before anything is written.
     """
-    if config.calibration.core_regions is not None or config.adapter.method != "taso":
+    if config.calibration.core_regions is not None or not config.method.needs_regions:
         raise UserError("calibrate: makes core regions; drop --core_regions and --method")
     with _folder_of(config, goes_on=False) as (config, path), reports_in(path):
         if comm.on_main(lambda: find_calibration(config, path)):
@@ -291,15 +361,9 @@ def _calibrate(config: RunConfig, folder: RunFolder) -> None:
     comm.on_main(write)
 
 
-def _save_last_good(setup: Setup, folder: RunFolder, base: BaseModel, trained: Trained, error: Diverged) -> None:
-    """Keep what the finished steps learned."""
-    if error.good_steps == 0 or error.applied or trained.adapter is None:
+def _save_last_good(setup: Setup, folder: RunFolder, base: BaseModel, error: Diverged) -> None:
+    """Keep the adapter that the finished steps trained."""
+    if error.good_steps == 0 or error.applied or setup.config.method.trains_base:
         return
-    export.save_taso(
-        folder,
-        base.model,
-        trained.adapter,
-        base_name=str(setup.config.model.model_name_or_path),
-        head=base.head_parameters,
-    )
-    raise UserError(f"{error}; the adapter after step {error.good_steps} is in {folder.path / ADAPTER}") from error
+    path = _write_trained(setup, folder, base)
+    raise UserError(f"{error}; the adapter after step {error.good_steps} is in {path}") from error

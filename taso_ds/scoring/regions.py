@@ -73,7 +73,7 @@ def read_regions(config: RunConfig, shapes: Mapping[str, MatrixShape]) -> Region
     path = config.calibration.core_regions
     if path is None:
         return None
-    if config.adapter.method != "taso":
+    if not config.method.needs_regions:
         raise UserError(f"core_regions: --method {config.adapter.method} has none; drop --core_regions")
     file = load_region_file(Path(path))
     check_region_shapes(file, shapes, source=path)

@@ -1,4 +1,4 @@
-"""Composition: the base model, scoring, the loop, evaluation, export and the run folder.
+"""The loop from the first step to the last: trainer, checkpoints, learning rates, divergence.
 
-Puts adapters, data and distributed together; nothing below imports it.
+It knows no method, no task and no run folder: what trains, what the loss is and who watches is handed in.
 """

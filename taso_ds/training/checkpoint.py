@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from taso_ds.errors import UserError
 from taso_ds.files.atomic import file_digest, flush, write_flushed
@@ -142,7 +141,7 @@ def find_problem(path: Path, *, deep: bool = True) -> str | None:
             return f"is not complete (no {MARKER})"
         if (path / MARKER).read_text(encoding="utf-8", errors="replace").strip() != file_digest(path / MANIFEST):
             return f"{MANIFEST} is damaged"
-        manifest: dict[str, dict[str, Any]] = parse_json((path / MANIFEST).read_text(encoding="utf-8"), MANIFEST)
+        manifest: dict[str, dict[str, int | str]] = parse_json((path / MANIFEST).read_text(encoding="utf-8"), MANIFEST)
         for name in {STATE, PROGRESS, *manifest}:
             if name not in manifest or Path(name).name != name or not (path / name).is_file():
                 return f"{name} is missing"
@@ -169,13 +168,13 @@ def resolve_checkpoint(path: Path) -> Path:
             raise UserError(f"resume: {path}: {problem}; choose another checkpoint, or --resume auto")
         return path
     folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
-    found = Checkpoints(folder).newest()
-    if found.path is None:
-        why = f" ({'; '.join(found.skipped)})" if found.skipped else ""
+    newest = Checkpoints(folder).newest()
+    if newest.path is None:
+        why = f" ({'; '.join(newest.skipped)})" if newest.skipped else ""
         raise UserError(f"resume: {path} holds no complete checkpoint{why}")
-    for line in found.skipped:
+    for line in newest.skipped:
         log.warning("checkpoint: skipped %s", line)
-    return found.path
+    return newest.path
 
 
 @contextmanager
@@ -193,5 +192,5 @@ def _disk_errors(folder: Path, staging: Path) -> Iterator[None]:
         ) from error
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> dict[str, int | str]:
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}

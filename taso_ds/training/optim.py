@@ -4,9 +4,9 @@ The schedule multiplies every group's peak, so the ratio between groups, which i
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -69,7 +69,20 @@ def total_steps(training: TrainArguments, steps_per_epoch: int) -> int:
     return max(1, math.ceil(training.num_train_epochs * steps_per_epoch))
 
 
-def learning_rate_table(groups: Sequence[Group], schedule: Schedule) -> list[dict[str, Any]]:
+class GroupRow(TypedDict):
+    """One group in ``run.json``: its size, and its learning rate at the first step, at the peak and at the last."""
+
+    group: str
+    parameters: int
+    rho: float
+    factor: float
+    first: float
+    peak: float
+    last: float
+    weight_decay: float
+
+
+def learning_rate_table(groups: Sequence[Group], schedule: Schedule) -> list[GroupRow]:
     """Return first, peak and last learning rate of every group, with its ρ and factor."""
     highest = schedule(max(0, schedule.warmup_steps - 1))
     return [
@@ -87,7 +100,7 @@ def learning_rate_table(groups: Sequence[Group], schedule: Schedule) -> list[dic
     ]
 
 
-def describe_groups(table: Sequence[Mapping[str, Any]]) -> list[str]:
+def describe_groups(table: Sequence[GroupRow]) -> list[str]:
     """Return one line per group of a learning-rate table."""
     return [
         f"group {row['group']}: {row['parameters']:,} parameters, rho {row['rho']:.4f}, factor {row['factor']:.4f},"
@@ -108,23 +121,19 @@ def make_optimizer(groups: Sequence[Group], training: TrainArguments) -> torch.o
     )
 
 
-def make_groups(
+def make_group(
     training: TrainArguments,
+    name: str,
+    parameters: Sequence[nn.Parameter],
     *,
-    adapter: Sequence[nn.Parameter],
-    head: Sequence[nn.Parameter],
-    full: Sequence[nn.Parameter],
-    rho: float,
-) -> list[Group]:
-    """Return the groups that train: the adapter at the compensated rate, a head and full weights at the base rate."""
-    base, decay = training.learning_rate, training.weight_decay
+    rho: float = 0.0,
+    decays: bool = True,
+) -> Group:
+    """Return a group at the run's learning rate, compensated for the pruned share ``rho``.
+
+    Args:
+        decays: whether the run's weight decay applies.
+    """
     factor = learning_rate_factor(rho)
-    vectors = [value for value in full if zero.full_shape(value).numel() == max(zero.full_shape(value))]
-    matrices = [value for value in full if zero.full_shape(value).numel() != max(zero.full_shape(value))]
-    groups = [
-        Group("adapter", list(adapter), rho, factor, base * factor, decay),
-        Group("head", list(head), 0.0, 1.0, base, decay),
-        Group("weights", matrices, 0.0, 1.0, base, decay),
-        Group("norms_and_biases", vectors, 0.0, 1.0, base, 0.0),
-    ]
-    return [group for group in groups if group.parameters]
+    decay = training.weight_decay if decays else 0.0
+    return Group(name, list(parameters), rho, factor, training.learning_rate * factor, decay)

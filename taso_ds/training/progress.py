@@ -41,6 +41,14 @@ class Progress:
     schema_version: int = 1
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint and what it says."""
+
+    path: Path
+    progress: Progress
+
+
 def read_progress(checkpoint: Path) -> Progress:
     """Read the record of a complete checkpoint.
 
@@ -54,10 +62,10 @@ def read_progress(checkpoint: Path) -> Progress:
         raise UserError(f"{file}: not the record of a checkpoint ({reason(error)})") from error
     try:
         check_schema(values, file)
-        found = Progress(**values)
+        progress = Progress(**values)
     except (AttributeError, TypeError) as error:
         raise UserError(f"{file}: not the record of a checkpoint ({reason(error)})") from error
     for name, kind in get_type_hints(Progress).items():
-        if not isinstance(getattr(found, name), get_origin(kind) or kind):
+        if not isinstance(getattr(progress, name), get_origin(kind) or kind):
             raise UserError(f"{file}: {name} is not of type {kind}")
-    return found
+    return progress

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_models
@@ -13,8 +14,9 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.errors import UserError
 from taso_ds.methods.disk_tensors import DiskTensors
-from taso_ds.methods.export import describe_merged, merge_adapter, save_full
-from taso_ds.runs.folder import RunFolder
+from taso_ds.methods.export import describe_merged, merge_adapter
+from taso_ds.methods.full import Full
+from taso_ds.models.load import BaseModel
 
 
 def test_a_full_model_keeps_the_buffers_its_checkpoint_has(tmp_path: Path) -> None:
@@ -22,7 +24,9 @@ def test_a_full_model_keeps_the_buffers_its_checkpoint_has(tmp_path: Path) -> No
     # As a router's correction in DeepSeek-V3 and GLM-4: no parameter, but part of the checkpoint.
     model.model.register_buffer("correction", torch.full((3,), 3.0))
     model.model.register_buffer("table", torch.ones(3), persistent=False)
-    save_full(RunFolder(tmp_path), model, SimpleNamespace(save_pretrained=lambda path: None))
+    settings: Any = None  # saving needs none
+    spec: Any = SimpleNamespace(head=False, tokenizer=SimpleNamespace(save_pretrained=lambda path: None))
+    Full(settings).save(tmp_path / "model", BaseModel(spec, model))
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert stored.keys() == model.state_dict().keys()
     assert stored["model.correction"].tolist() == [3.0, 3.0, 3.0]

@@ -12,10 +12,12 @@ from families import FAMILIES, build
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.targets import find_targets
-from taso_ds.methods.export import save_lora, save_taso
-from taso_ds.methods.lora import attach_lora, detach_lora, lora_parameters
+from taso_ds.methods.lora import Lora, attach_lora, detach_lora, lora_parameters
 from taso_ds.methods.peft_names import fuses_experts, not_read_back
-from taso_ds.runs.folder import RunFolder
+from taso_ds.methods.taso import Taso
+from taso_ds.models.arguments import ModelArguments
+from taso_ds.models.load import BaseModel
+from taso_ds.models.spec import BaseSpec
 
 BATCH = {key: value for key, value in tiny_models.token_batch().items() if key != "labels"}
 # Dense layers beside experts; dense layers only, as the first ones are; experts that are described in no attribute.
@@ -27,42 +29,48 @@ def family(name: str, **options: Any) -> Any:
     return build(found, **options).requires_grad_(False)
 
 
-def save_trained_taso(model: Any, folder: RunFolder) -> Any:
+def save(method: type[Taso] | type[Lora], model: Any, folder: Path) -> None:
+    settings: Any = None  # saving needs no numbers of the run
+    spec = BaseSpec(ModelArguments(model_name_or_path="base"), "base", model.config, head=False)
+    method(settings).save(folder, BaseModel(spec, model))
+
+
+def save_trained_taso(model: Any, folder: Path) -> Any:
     regions = {}
     for name, shape in find_targets(model).shapes.items():
         rows, cols = torch.arange(shape.out_features // 2), torch.arange(shape.in_features)
         regions[name] = CoreRegion(rows, cols, shape.out_features, shape.in_features)
     adapter = TasoAdapter(regions, structure="intersection", rank=1, scaling=1.0, seed=0, dtype=torch.float32)
     torch.nn.init.normal_(adapter.flat, std=0.2)
-    save_taso(folder, model, adapter, base_name="base", head={})
     adapter.attach(model)
+    save(Taso, model, folder)
     live = model(**BATCH).logits
     adapter.detach(model)
     return live
 
 
-def save_trained_lora(model: Any, folder: RunFolder) -> Any:
+def save_trained_lora(model: Any, folder: Path) -> Any:
     targets = list(find_targets(model))
-    config = attach_lora(model, targets, rank=2, scaling=1.5, transposed=False)
+    attach_lora(model, targets, rank=2, scaling=1.5, transposed=False)
     trained = lora_parameters(model)
     assert {name.partition(".lora_")[0] for name in trained} == set(targets)
     for parameter in trained.values():
         torch.nn.init.normal_(parameter, std=0.2)
-    save_lora(folder, model, config=config, base_name="base", head={})
+    save(Lora, model, folder)
     live = model(**BATCH).logits
     detach_lora(model, targets)
     return live
 
 
-@pytest.mark.parametrize("save", [save_trained_taso, save_trained_lora], ids=["taso", "lora"])
+@pytest.mark.parametrize("save_trained", [save_trained_taso, save_trained_lora], ids=["taso", "lora"])
 @pytest.mark.parametrize("name", RENAMED)
-def test_dense_layers_are_not_taken_for_experts(tmp_path: Path, name: str, save: Any) -> None:
+def test_dense_layers_are_not_taken_for_experts(tmp_path: Path, name: str, save_trained: Any) -> None:
     """Whatever the model holds: PEFT decides by its type."""
     from peft import PeftModel
 
     model = family(name)
     base = model(**BATCH).logits
-    live = save(model, RunFolder(tmp_path))
+    live = save_trained(model, tmp_path / "adapter")
     assert torch.equal(model(**BATCH).logits, base)
     assert (live - base).abs().max() > 0.05
     opened = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()

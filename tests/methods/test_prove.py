@@ -1,8 +1,10 @@
 """What the proof says when the fresh process fails."""
 
+import dataclasses
+
 import pytest
 
-from taso_ds.methods.prove import tolerance, what_was_raised
+from taso_ds.methods.prove import Comparison, what_was_raised
 
 TRACEBACK = """loading: 100%
 Traceback (most recent call last):
@@ -31,6 +33,6 @@ def test_the_last_exception_is_told_whole(stderr: str, said: str) -> None:
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 1e-4), ("bfloat16", 2**-7)])
 def test_one_element_rounded_otherwise_is_rounding(dtype: str, least: float) -> None:
     """An adapter of some steps can be so small that bf16 and fp32 compute it alike, and the live model not quite."""
-    nothing_found = {"merges": False, "rounding": 0.0, "stored_rounding": 0.0}
-    assert tolerance(nothing_found, dtype) == least
-    assert tolerance(nothing_found | {"rounding": 0.1}, dtype) == pytest.approx(0.3)
+    alike = Comparison(error=0.0, effect=0.0, rounding=0.0, stored_rounding=0.0, different=[], merges=False)
+    assert alike.tolerance(dtype) == least
+    assert dataclasses.replace(alike, rounding=0.1).tolerance(dtype) == pytest.approx(0.3)

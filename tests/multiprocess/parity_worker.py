@@ -32,11 +32,13 @@ from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.zero import full_copy, full_numel, is_partitioned
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.methods.lora import attach_lora, lora_parameters
+from taso_ds.methods.method import adapter_groups
 from taso_ds.models.spec import BaseSpec, load_config
 from taso_ds.objectives import chunked_loss
 from taso_ds.objectives.batches import dealt_batches
 from taso_ds.objectives.chunked_loss import LanguageModelLoss
 from taso_ds.objectives.loss import head_loss_sum
+from taso_ds.reports.observer import Observer, StepMetrics
 from taso_ds.runs.build import load_base
 from taso_ds.runs.prepare import targets_of
 from taso_ds.scoring import score as calibrate
@@ -44,7 +46,7 @@ from taso_ds.scoring import scoring_pass
 from taso_ds.scoring.score import score_regions
 from taso_ds.scoring.scoring_pass import ScoringSettings
 from taso_ds.training.feed import Feed
-from taso_ds.training.optim import Group, make_groups, make_optimizer, make_schedule
+from taso_ds.training.optim import Group, make_group, make_optimizer, make_schedule
 from taso_ds.training.trainer import Trainer
 
 COLLATE = partial(collate, pad_id=0)
@@ -195,10 +197,9 @@ def regions_of(scored: dict[str, Any]) -> Regions:
 
 
 def taso_groups(base: Any, regions: Regions) -> list[Group]:
-    head = list(base.head_parameters.values())
     adapter = TasoAdapter(regions, structure="union", rank=1, scaling=1.0, seed=case.SEED, dtype=base.model.dtype)
     adapter.attach(base.model)
-    return make_groups(case.TRAINING, adapter=[adapter.flat], head=head, full=[], rho=case.RHO)
+    return adapter_groups(case.TRAINING, base, [adapter.flat], rho=case.RHO)
 
 
 def values_of(groups: list[Group]) -> list[list[float]]:
@@ -221,12 +222,13 @@ def train(
     engine = engines.training_engine(base.model, make_optimizer(groups, case.TRAINING), zero)
     found: dict[str, Any] = {"loss": [], "grad_norm": [], "logged_rates": [], "live_rates": []}
 
-    def on_log(metrics: dict[str, Any]) -> None:
-        found["loss"].append(metrics["loss"])
-        found["grad_norm"].append(metrics["grad_norm"])
-        found["logged_rates"].append(list(metrics["learning_rate"].values()))
-        found["live_rates"].append([group["lr"] for group in engines.optimizer_groups(engine)])
-        after_step()
+    class Log(Observer):
+        def on_step(self, metrics: StepMetrics) -> None:
+            found["loss"].append(metrics["loss"])
+            found["grad_norm"].append(metrics["grad_norm"])
+            found["logged_rates"].append(list(metrics["learning_rate"].values()))
+            found["live_rates"].append([group["lr"] for group in engines.optimizer_groups(engine)])
+            after_step()
 
     trainer = Trainer(
         engine,
@@ -236,8 +238,7 @@ def train(
         schedule=make_schedule(case.TRAINING, case.STEPS),
         logging_steps=1,
         eval_steps=None,
-        on_log=on_log,
-        on_eval=lambda _step: None,
+        observer=Log(),
     )
     engine.train()
     with gathers_of(None if head else base.model.lm_head.weight) as gathers:
@@ -318,7 +319,7 @@ def train_stage(stage: int, folders: dict[str, str], regions: Regions, scored_ba
         torch.manual_seed(case.SEED)
         attach_lora(base.model, list(targets), rank=2, scaling=1.0, transposed=False)
         trained = list(lora_parameters(base.model).values())
-        groups = make_groups(case.TRAINING, adapter=trained, head=[], full=[], rho=0.0)
+        groups = [make_group(case.TRAINING, "adapter", trained)]
         found["lora"] = train(base, groups, zero, first)
         if stage == 3:
             shards: Any = trained

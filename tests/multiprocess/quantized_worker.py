@@ -36,7 +36,7 @@ from taso_ds.runs.build import load_base
 from taso_ds.runs.prepare import targets_of
 from taso_ds.scoring.score import score_regions
 from taso_ds.scoring.scoring_pass import ScoringSettings
-from taso_ds.training.optim import make_groups
+from taso_ds.training.optim import make_group
 
 STAGES = {"4": (0, 1, 2, 3), "8": (0, 2, 3)}
 STORED_STAGES = (0, 3)
@@ -96,7 +96,7 @@ def train_lora(folder: str, stage: int, *flags: str) -> list[float]:
     torch.manual_seed(case.SEED)
     attach_lora(base.model, list(targets), rank=2, scaling=1.0, transposed=False)
     trained = list(lora_parameters(base.model).values())
-    groups = make_groups(case.TRAINING, adapter=trained, head=[], full=[], rho=0.0)
+    groups = [make_group(case.TRAINING, "adapter", trained)]
     losses: list[float] = parity.train(base, groups, zero, SPLIT)["loss"]
     return losses
 

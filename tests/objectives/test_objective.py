@@ -10,7 +10,7 @@ import torch
 from plain_engine import PlainEngine
 from torch import Tensor, nn
 
-from taso_ds.adapters.targets import MatrixShape
+from taso_ds.adapters.targets import MatrixShape, Target, Targets
 from taso_ds.data.arguments import DataArguments
 from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate_head
@@ -21,10 +21,11 @@ from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.objectives.batches import Batch, dealt_batches
 from taso_ds.objectives.objective import Objective, make_objective
+from taso_ds.reports.observer import Observer, StepMetrics
 from taso_ds.scoring.score import ScoringSettings, score_regions
 from taso_ds.training.arguments import BatchSizes, TrainArguments
 from taso_ds.training.feed import Feed
-from taso_ds.training.optim import Schedule, make_groups, make_optimizer
+from taso_ds.training.optim import Schedule, make_group, make_optimizer
 from taso_ds.training.trainer import Trainer
 
 
@@ -132,8 +133,13 @@ def test_a_new_objective_trains_and_evaluates() -> None:
     model, sizes = ByteCounter(), BatchSizes(2, 2, 1)
     rows = objective.encode(texts(11), "mine")
     training = TrainArguments(learning_rate=0.05)
-    groups = make_groups(training, adapter=[], head=[], full=list(model.parameters()), rho=0.0)
+    groups = [make_group(training, "weights", list(model.parameters()))]
     losses: list[float] = []
+
+    class Losses(Observer):
+        def on_step(self, metrics: StepMetrics) -> None:
+            losses.append(metrics["loss"])
+
     trainer = Trainer(
         PlainEngine(make_optimizer(groups, training), sizes.grad_accum_steps, model),
         Feed(rows, BatchPlan(len(rows), sizes.global_batch_size, seed=0), sizes, objective.collate),
@@ -142,8 +148,7 @@ def test_a_new_objective_trains_and_evaluates() -> None:
         schedule=Schedule("linear", 60, 0),
         logging_steps=1,
         eval_steps=None,
-        on_log=lambda metrics: losses.append(metrics["loss"]),
-        on_eval=lambda step: None,
+        observer=Losses(),
     )
     objective.check(None)
     before = objective.evaluate(model)
@@ -159,8 +164,8 @@ def test_a_new_objective_scores_a_base() -> None:
     model = ByteCounter().requires_grad_(False)
     dealt = dealt_batches(list(objective.rows()), batch_size=2, collate=objective.collate)
     settings = ScoringSettings("importance", "signed_mean", (0.05,), 0)
-    shapes = {"read": MatrixShape(1, 8)}
+    targets = Targets({"read": Target(model.read, MatrixShape(1, 8))})
     batches = [batch for _, batch in dealt]
-    scores = score_regions(model, {"read": model.read}, shapes, batches, loss_sum=objective.loss_sum, settings=settings)
+    scores = score_regions(model, targets, batches, loss_sum=objective.loss_sum, settings=settings)
     assert scores["read"].col_importance.shape == (8,)
     assert scores["read"].row_importance.isfinite().all()

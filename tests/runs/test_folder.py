@@ -10,17 +10,8 @@ import pytest
 
 from taso_ds.data.encode import EncodedRow
 from taso_ds.errors import UserError
-from taso_ds.runs.folder import METRICS, PARTIAL, RUN, RunFolder, versions
-
-
-def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    for step in (1, 2, 3):
-        folder.log({"step": step})
-    with (tmp_path / METRICS).open("a") as file:
-        file.write('{"step": 4, "lo')  # the process was killed while it wrote
-    folder.forget_after(2)
-    assert [json.loads(line)["step"] for line in (tmp_path / METRICS).read_text().splitlines()] == [1, 2]
+from taso_ds.reports.metrics_file import METRICS
+from taso_ds.runs.folder import PARTIAL, RUN, RunFolder, versions
 
 
 def test_starting_again_removes_the_earlier_run_aloud_and_nothing_else(
@@ -28,8 +19,9 @@ def test_starting_again_removes_the_earlier_run_aloud_and_nothing_else(
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.write_json(RUN, {"config": {}})
-    folder.log({"step": 1})
-    folder.write_folder("adapter", lambda path: (path / "x").write_text("x"))
+    (tmp_path / METRICS).write_text('{"step": 1}\n')
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "x").write_text("x")
     (tmp_path / "notes.txt").write_text("mine")
     with caplog.at_level(logging.INFO, "taso_ds"):
         folder.start()
@@ -58,34 +50,6 @@ def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match=r"results\.json \(disk full\): make room"):
         folder.write_json("results.json", {"a": 2})
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["a"] == 1  # the old one stands
-
-
-def test_a_folder_exists_whole_or_not_at_all(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-
-    def half(path: Path) -> None:
-        (path / "one").write_text("1")
-        raise RuntimeError("interrupted")
-
-    with pytest.raises(RuntimeError):
-        folder.write_folder("adapter", half)
-    assert not (tmp_path / "adapter").exists()
-    folder.write_folder("adapter", lambda path: (path / "two").write_text("2"))
-    assert [file.name for file in (tmp_path / "adapter").iterdir()] == ["two"]  # nothing of the first attempt
-    with pytest.raises(RuntimeError):
-        folder.write_folder("adapter", half)
-    assert [file.name for file in (tmp_path / "adapter").iterdir()] == ["two"]
-    folder.write_folder("adapter", lambda path: (path / "three").write_text("3"))
-    assert [file.name for file in (tmp_path / "adapter").iterdir()] == ["three"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_metrics_are_lines_in_order(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    for step in (1, 2):
-        folder.log({"step": step, "loss": 0.5})
-    lines = (tmp_path / METRICS).read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
 
 
 def test_rows_hold_what_is_needed_to_score_again(tmp_path: Path) -> None:

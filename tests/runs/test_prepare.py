@@ -1,17 +1,12 @@
-"""What is decided before weights load: calibration rows come from the training split, and counts from shapes alone."""
+"""What is decided before weights load: calibration rows come from the training split."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
-import torch
 from sample_rows import write_rows
-from torch import nn
 
-from taso_ds.adapters.adapter import TasoAdapter
-from taso_ds.adapters.selection import cut_region, score_rows_and_cols
-from taso_ds.adapters.targets import MatrixShape, Target, Targets
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.data.encode import EncodedRow, encode_completions
 from taso_ds.data.task_data import load_task_data
@@ -25,9 +20,7 @@ from taso_ds.runs.prepare import (
     check_labels,
     check_length,
     check_quantization,
-    count_adapter,
     resolve_deepspeed,
-    targets_of,
 )
 
 
@@ -86,70 +79,7 @@ def test_too_few_rows_are_all_taken(data: list[str]) -> None:
     assert len(rows) == 40
 
 
-# Counts ---------------------------------------------------------------------------------------------------------------
-
-SHAPES = {"a": MatrixShape(40, 30), "b": MatrixShape(25, 64, transposed=True)}
-TARGETS = Targets({name: Target(nn.Identity(), shape) for name, shape in SHAPES.items()})
-
-
-@pytest.mark.parametrize(
-    ("flags", "trainable", "dense"),
-    [
-        # a: 70 + ⌊4⌋ + ⌊3⌋ = 77; b: 89 + ⌊2.5⌋ + ⌊6.4⌋ = 97; dense branches: 2 · (70 + 89)
-        ([], 77 + 97, 318),
-        (["--rank", "3"], 3 * 174, 3 * 318),
-        (["--structure", "intersection"], 7 + 8, 159),
-        (["--core_fraction", "1.0"], 318, 318),
-        (["--method", "lora", "--rank", "4"], 4 * 159, 4 * 159),
-    ],
-)
-def test_counts_by_hand(flags: list[str], trainable: int, dense: int) -> None:
-    count = count_adapter(config_of(*flags), TARGETS)
-    assert (count.trainable, count.dense) == (trainable, dense)
-
-
-@pytest.mark.parametrize(
-    ("flags", "rho"),
-    [
-        ([], 0.9),
-        (["--core_fraction", "0.25"], 0.75),
-        (["--rho", "parameters"], 1 - 174 / 318),
-        (["--rho", "0.5"], 0.5),
-        (["--rho", "off"], 0.0),
-        (["--method", "lora"], 0.0),
-    ],
-)
-def test_rho_of_a_run(flags: list[str], rho: float) -> None:
-    assert count_adapter(config_of(*flags), TARGETS).rho == pytest.approx(rho)
-
-
-@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.gpt2, tiny_models.bert])
-@pytest.mark.parametrize("structure", ["union", "intersection"])
-def test_the_count_is_the_adapters_own(make: Any, structure: str) -> None:
-    config = config_of("--structure", structure, "--rank", "2", "--core_fraction", "0.3")
-    targets = targets_of(config, spec_of(config, make()))
-    regions = {
-        name: cut_region(
-            score_rows_and_cols(torch.rand(shape.out_features, shape.in_features), [0.05]),
-            element_fraction=0.05,
-            core_fraction=0.3,
-        )
-        for name, shape in targets.shapes.items()
-    }
-    adapter = TasoAdapter(regions, structure=structure, rank=2, scaling=1.0, seed=0, dtype=torch.float32)
-    count = count_adapter(config, targets)
-    assert (count.trainable, count.dense) == (adapter.flat.numel(), adapter.num_dense)
-
-
-def test_experts_count_once_they_are_adapted() -> None:
-    """Mixtral: 2 layers of 4 experts with a (96, 32) and a (32, 48) beside q, o (32, 32) and k, v (16, 32)."""
-    attention = 2 * (2 * (32 + 32) + 2 * (16 + 32))
-    experts = 2 * 4 * ((96 + 32) + (32 + 48))
-    for flags, number in (([], attention), (["--adapt_experts"], attention + experts)):
-        config = config_of("--core_fraction", "1.0", *flags)
-        # union at p = 1: two full branches
-        targets = targets_of(config, spec_of(config, tiny_models.mixtral()))
-        assert count_adapter(config, targets).trainable == 2 * number
+# Experts --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -1,7 +1,6 @@
 """Learning rates: the schedule by hand and against transformers, and groups whose ratio never changes."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from taso_ds.training.optim import (
     Schedule,
     describe_groups,
     learning_rate_table,
-    make_groups,
+    make_group,
     make_optimizer,
     make_schedule,
     total_steps,
@@ -104,29 +103,28 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 def test_the_adapter_is_compensated_and_nothing_else() -> None:
-    adapter, head, matrix, bias = parameter(50), parameter(2, 4), parameter(6, 6), parameter(6)
+    adapter, head, bias = parameter(50), parameter(2, 4), parameter(6)
     training = TrainArguments(learning_rate=2e-4, weight_decay=0.1)
-    groups = make_groups(training, adapter=[adapter], head=[head], full=[matrix, bias], rho=0.9)
+    groups = [
+        make_group(training, "adapter", [adapter], rho=0.9),
+        make_group(training, "head", [head]),
+        make_group(training, "norms_and_biases", [bias], decays=False),
+    ]
     found = {group.name: (group.rho, group.factor, group.peak, group.weight_decay) for group in groups}
     root = math.sqrt(10.0)
     assert found == {
         "adapter": (0.9, pytest.approx(root), pytest.approx(2e-4 * root), 0.1),
         "head": (0.0, 1.0, 2e-4, 0.1),
-        "weights": (0.0, 1.0, 2e-4, 0.1),
         "norms_and_biases": (0.0, 1.0, 2e-4, 0.0),
     }
-    assert [group.parameters for group in groups] == [[adapter], [head], [matrix], [bias]]
-
-
-def test_empty_groups_are_left_out() -> None:
-    groups = make_groups(TrainArguments(), adapter=[parameter(3)], head=[], full=[], rho=0.0)
-    assert [group.name for group in groups] == ["adapter"]
+    assert [group.parameters for group in groups] == [[adapter], [head], [bias]]
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_the_ratio_between_groups_is_the_factor_at_every_step(kind: str) -> None:
     training = TrainArguments(learning_rate=3e-4, lr_scheduler_type=kind, warmup_ratio=0.3)
-    adapter, head = make_groups(training, adapter=[parameter(3)], head=[parameter(3)], full=[], rho=0.9)
+    adapter = make_group(training, "adapter", [parameter(3)], rho=0.9)
+    head = make_group(training, "head", [parameter(3)])
     schedule = make_schedule(training, 10)
     for step in range(10):
         ratio = adapter.peak * schedule(step) / (head.peak * schedule(step))
@@ -135,7 +133,10 @@ def test_the_ratio_between_groups_is_the_factor_at_every_step(kind: str) -> None
 
 def test_the_table_and_its_words() -> None:
     training = TrainArguments(learning_rate=1e-3, warmup_ratio=0.5, weight_decay=0.01)
-    groups = make_groups(training, adapter=[parameter(1500)], head=[parameter(2, 4), parameter(2)], full=[], rho=0.75)
+    groups = [
+        make_group(training, "adapter", [parameter(1500)], rho=0.75),
+        make_group(training, "head", [parameter(2, 4), parameter(2)]),
+    ]
     table = learning_rate_table(groups, make_schedule(training, 4))
     # 2 warm-up steps of 4: 1/2, 1, then 1, 1/2 of the peak; √(1 / 0.25) = 2.
     assert table == [
@@ -170,18 +171,13 @@ def test_the_table_and_its_words() -> None:
 
 def test_the_optimizer_has_the_groups_in_their_order_and_the_runs_numbers() -> None:
     training = TrainArguments(learning_rate=1e-3, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
-    groups = make_groups(training, adapter=[parameter(3)], head=[parameter(2)], full=[], rho=0.75)
+    groups = [
+        make_group(training, "adapter", [parameter(3)], rho=0.75),
+        make_group(training, "head", [parameter(2)]),
+    ]
     optimizer = make_optimizer(groups, training)
     assert [group["name"] for group in optimizer.param_groups] == ["adapter", "head"]
     for live, group in zip(optimizer.param_groups, groups, strict=True):
         assert live["params"] == group.parameters
         assert live["lr"] == group.peak
         assert (live["betas"], live["eps"], live["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.2)
-
-
-def test_full_training_decays_matrices_only() -> None:
-    is_vector: Callable[[nn.Parameter], bool] = lambda value: value.ndim == 1  # noqa: E731
-    model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
-    groups = make_groups(TrainArguments(weight_decay=0.1), adapter=[], head=[], full=list(model.parameters()), rho=0.0)
-    decays = {id(value): group.weight_decay for group in groups for value in group.parameters}
-    assert [decays[id(value)] == 0.0 for value in model.parameters()] == [is_vector(v) for v in model.parameters()]

@@ -1,8 +1,9 @@
 """The loop with an engine made of plain torch: what it logs, when it calls its hooks, and how it stops."""
 
 import math
+import time
+from collections.abc import Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from taso_ds.data.collate import collate
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
+from taso_ds.reports.observer import Observer, StepMetrics
 from taso_ds.training.arguments import BatchSizes, TrainArguments
 from taso_ds.training.feed import Feed
-from taso_ds.training.optim import Schedule, make_groups, make_optimizer
+from taso_ds.training.optim import Schedule, make_group, make_optimizer
 from taso_ds.training.trainer import Diverged, Trainer
 
 ROWS = [EncodedRow([3 + n, 4 + n, 5], [-100, 4 + n, 5]) for n in range(7)]  # two supervised tokens each
@@ -37,12 +39,31 @@ def _in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_plan, "_permutation", lambda num_rows, _seed, _epoch: torch.arange(num_rows))
 
 
-def run(loss_sum: Any, weight: nn.Parameter, *, steps: int = 4, **changes: Any) -> SimpleNamespace:
-    """Train one weight on whatever ``loss_sum`` says; returns the engine and what the hooks saw."""
+class Seen(Observer):
+    """The engine of a run, and what was seen of it."""
+
+    trainer: Trainer
+
+    def __init__(self, engine: PlainEngine) -> None:
+        self.engine = engine
+        self.logs: list[StepMetrics] = []
+        self.evals: list[int] = []
+        self.saves: list[int] = []
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.logs.append(metrics)
+
+    def on_eval(self, step: int, scores: Mapping[str, float]) -> None:
+        assert scores == {"loss": 0.0}
+        self.evals.append(step)
+
+
+def run(loss_sum: Any, weight: nn.Parameter, *, steps: int = 4, **changes: Any) -> Seen:
+    """Train one weight on whatever ``loss_sum`` says; returns the engine and what was seen."""
     training = TrainArguments(learning_rate=0.1)
-    groups = make_groups(training, adapter=[weight], head=[], full=[], rho=0.75)
+    groups = [make_group(training, "adapter", [weight], rho=0.75)]
     engine = PlainEngine(make_optimizer(groups, training), SIZES.grad_accum_steps)
-    seen = SimpleNamespace(engine=engine, logs=[], evals=[])
+    seen = Seen(engine)
     plan = BatchPlan(len(ROWS), SIZES.global_batch_size, seed=0)
     options = {"logging_steps": 1, "eval_steps": None} | changes
     trainer = Trainer(
@@ -51,14 +72,12 @@ def run(loss_sum: Any, weight: nn.Parameter, *, steps: int = 4, **changes: Any) 
         loss_sum=loss_sum,
         groups=groups,
         schedule=Schedule("linear", steps, 0),
-        on_log=seen.logs.append,
-        on_eval=seen.evals.append,
+        observer=seen,
+        evaluate=lambda: {"loss": 0.0},
         **options,
     )
-    try:
-        trainer.fit()
-    finally:
-        seen.trainer = trainer
+    seen.trainer = trainer
+    trainer.fit(save=seen.saves.append)
     return seen
 
 
@@ -106,6 +125,30 @@ def test_hooks_come_when_asked_for() -> None:
     assert seen.evals == [2, 4, 6]
     seen = run(partial(quadratic, weight), weight, steps=4, eval_steps=2)
     assert seen.evals == [2]  # the run evaluates after the last step itself
+
+
+def test_a_checkpoint_is_due_by_number_and_at_the_end() -> None:
+    weight = nn.Parameter(torch.zeros(()))
+    assert run(partial(quadratic, weight), weight, steps=5, save_steps=2).saves == [2, 4, 5]
+    assert run(partial(quadratic, weight), weight, steps=4).saves == [4]
+
+
+def test_a_checkpoint_is_due_once_the_minutes_have_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saves(**when: Any) -> list[int]:
+        weight, now = nn.Parameter(torch.zeros(())), time.monotonic()
+
+        def slow(engine: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+            nonlocal now
+            now += 30.0  # two micro-batches: a step takes a minute
+            return quadratic(weight, engine, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda: now)
+            return run(slow, weight, steps=7, **when).saves
+
+    assert saves(save_minutes=1.5) == [2, 4, 6, 7]
+    assert saves(save_minutes=2.5, save_steps=5) == [3, 5, 7]  # one by number counts as well
+    assert saves(save_minutes=None) == saves(save_minutes=60.0) == [7]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows() -> None:
