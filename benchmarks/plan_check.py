@@ -25,7 +25,6 @@ from taso_ds.planning.count_model import count_model
 from taso_ds.planning.numbers.devices import get_device
 from taso_ds.planning.numbers.memory import Usage, phase_usage
 from taso_ds.planning.numbers.strategy import Strategy, Workload
-from taso_ds.runs import prepare
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 # Of each rank. During the second one DeepSpeed still gathers less than planned; from the third on, as planned.
@@ -56,7 +55,7 @@ def measure(flags: list[str], *, keep_heap: bool) -> dict[str, dict[str, float]]
 def predict(config: RunConfig, base_config: Any, stage: int) -> dict[str, Usage]:
     """Return the plan of one rank for the same run."""
     base = BaseSpec(config.model, str(config.model.model_name_or_path), base_config, head=False)
-    shape = count_model(config, base, prepare.targets_of(config, base))
+    shape = count_model(config, base, base.targets(config.adapter.target_modules, experts=config.adapter.adapt_experts))
     strategy = Strategy(
         stage,
         bits=4 if config.model.load_in_4bit else 16,

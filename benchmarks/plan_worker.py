@@ -19,9 +19,12 @@ from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed import comm, process_group
 from taso_ds.distributed import engine as engines
-from taso_ds.runs.build import Setup, find_regions, join, load_base, set_up
+from taso_ds.job import Job
+from taso_ds.runs.core_regions import find_regions
+from taso_ds.runs.export import save
 from taso_ds.runs.folder import RunFolder
-from taso_ds.runs.train import save
+from taso_ds.runs.join import join
+from taso_ds.runs.open_job import load_base, open_job
 from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Schedule, make_optimizer
 from taso_ds.training.trainer import Trainer
@@ -49,25 +52,25 @@ class Phases:
         self.began = time.perf_counter()
 
 
-def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
-    phases, config = Phases(), setup.config
-    base, targets = load_base(setup)
+def run(job: Job, folder: Path) -> dict[str, dict[str, float]]:
+    phases, config = Phases(), job.config
+    base, targets = load_base(job)
     phases.end("load")
-    regions = find_regions(setup, base, targets).cut
+    regions = find_regions(job, base, targets).cut
     phases.end("score")
     groups = config.method.attach(base, targets, regions)
-    engine = engines.training_engine(base.model, make_optimizer(groups, config.training), setup.zero)
+    engine = engines.training_engine(base.model, make_optimizer(groups, config.training), job.zero)
     engine.train()
     steps = config.training.max_steps
     trainer = Trainer(
         engine,
         Feed(
-            setup.rows,
-            BatchPlan(len(setup.rows), setup.sizes.global_batch_size, seed=0),
-            setup.sizes,
-            setup.objective.collate,
+            job.rows,
+            BatchPlan(len(job.rows), job.sizes.global_batch_size, seed=0),
+            job.sizes,
+            job.objective.collate,
         ),
-        loss_sum=setup.objective.loss_sum,
+        loss_sum=job.objective.loss_sum,
         groups=groups,
         schedule=Schedule("constant", steps, 0),
         logging_steps=steps,
@@ -79,7 +82,7 @@ def run(setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
         phases.end("first step" if step == 0 else "train")  # the first one records DeepSpeed's trace
     out = RunFolder(folder)
     comm.on_main(out.start)
-    save(setup, out, base, engine.module)
+    save(job, out.path, base, engine.module)
     phases.end("export")
     return phases.found
 
@@ -95,7 +98,7 @@ def main() -> None:
         import accelerate  # noqa: F401
         import bitsandbytes  # noqa: F401
         import transformers.integrations.bitsandbytes  # noqa: F401
-    found = run(set_up(config), arguments.result.parent / "run")
+    found = run(open_job(config), arguments.result.parent / "run")
     if comm.is_main():
         arguments.result.write_text(json.dumps(found))
     process_group.leave()

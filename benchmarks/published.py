@@ -15,7 +15,6 @@ from taso_ds.planning.numbers.memory import phase_usage
 from taso_ds.planning.numbers.model_shape import ModelShape
 from taso_ds.planning.numbers.speed import step_seconds
 from taso_ds.planning.numbers.strategy import Strategy, Workload
-from taso_ds.runs import prepare
 
 GIB = 2**30 / 1e9
 
@@ -140,7 +139,7 @@ def count_llama(values: dict[str, Any]) -> ModelShape:
 
     config = parse_run_config(["--model_name_or_path", "llama", "--task", "completion"])
     base = BaseSpec(config.model, "llama", LlamaConfig(**values, architectures=["LlamaForCausalLM"]), head=False)
-    return count_model(config, base, prepare.targets_of(config, base))
+    return count_model(config, base, base.targets(config.adapter.target_modules, experts=config.adapter.adapt_experts))
 
 
 def compare_published() -> list[Comparison]:

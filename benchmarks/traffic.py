@@ -106,14 +106,14 @@ def work(ds_config: str) -> dict[str, int]:
     """Take three steps and return what a rank sends in the last, on average over the ranks."""
     local_rank = int(os.environ["RANK"]) % RANKS_PER_NODE
     os.environ.update(LOCAL_WORLD_SIZE=str(RANKS_PER_NODE), LOCAL_RANK=str(local_rank), GLOO_SOCKET_IFNAME="lo")
-    from worker import make_setup, make_trainer
+    from worker import make_job, make_trainer
 
     from taso_ds.distributed import comm
 
     traffic = Traffic()
     with traffic.counting():
         flags = ["--ds_config", ds_config, "--per_device_train_batch_size", "1", "--max_seq_length", "64"]
-        trainer = make_trainer(make_setup([*flags, "--calibration_samples", "4", "--max_train_samples", "64"]), 3)
+        trainer = make_trainer(make_job([*flags, "--calibration_samples", "4", "--max_train_samples", "64"]), 3)
         traffic.know_base(trainer.engine.module)
         for step in range(3):
             traffic.sent.clear()

@@ -21,10 +21,13 @@ from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed import comm, process_group, zero
 from taso_ds.distributed import engine as engines
+from taso_ds.job import Job
 from taso_ds.objectives.batches import dealt_batches, on_device
-from taso_ds.runs import prepare
-from taso_ds.runs.build import Setup, find_regions, join, load_base, set_up
+from taso_ds.runs.core_regions import find_regions
+from taso_ds.runs.join import join
+from taso_ds.runs.open_job import load_base, open_job
 from taso_ds.scoring import score as calibrate
+from taso_ds.scoring.regions import calibration_rows
 from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Schedule, make_optimizer
 from taso_ds.training.trainer import Trainer
@@ -36,25 +39,25 @@ _COMMON = (
 )
 
 
-def make_setup(flags: Sequence[str]) -> Setup:
+def make_job(flags: Sequence[str]) -> Job:
     config = with_defaults(parse_run_config([*_COMMON.split(), *flags]))
     join(config)
-    return set_up(config)
+    return open_job(config)
 
 
-def make_trainer(setup: Setup, steps: int) -> Trainer:
+def make_trainer(job: Job, steps: int) -> Trainer:
     """Build one method's engine, as a run does. Regions come from magnitudes: where they lie changes no time."""
-    base, targets = load_base(setup)
-    method = setup.config.method
-    regions = find_regions(setup, base, targets).cut if method.needs_regions else {}
+    base, targets = load_base(job)
+    method = job.config.method
+    regions = find_regions(job, base, targets).cut if method.needs_regions else {}
     groups = method.attach(base, targets, regions)
-    engine = engines.training_engine(base.model, make_optimizer(groups, setup.config.training), setup.zero)
+    engine = engines.training_engine(base.model, make_optimizer(groups, job.config.training), job.zero)
     engine.train()
-    plan = BatchPlan(len(setup.rows), setup.sizes.global_batch_size, seed=0)
+    plan = BatchPlan(len(job.rows), job.sizes.global_batch_size, seed=0)
     return Trainer(
         engine,
-        Feed(setup.rows, plan, setup.sizes, setup.objective.collate),
-        loss_sum=setup.objective.loss_sum,
+        Feed(job.rows, plan, job.sizes, job.objective.collate),
+        loss_sum=job.objective.loss_sum,
         groups=groups,
         schedule=Schedule("constant", steps, 0),
         logging_steps=1,
@@ -64,7 +67,7 @@ def make_trainer(setup: Setup, steps: int) -> Trainer:
 
 def time_steps(methods: dict[str, list[str]], steps: int) -> dict[str, Any]:
     """Take the methods' steps in turn and return each one's median."""
-    trainers = {name: make_trainer(make_setup(flags), steps) for name, flags in methods.items()}
+    trainers = {name: make_trainer(make_job(flags), steps) for name, flags in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     tokens: dict[str, list[int]] = {name: [] for name in trainers}
     for step in range(steps + 2):
@@ -99,18 +102,18 @@ class ScoringJobs:
 
 @contextmanager
 def scoring_jobs(*flags: str) -> Iterator[ScoringJobs]:
-    setup = make_setup(["--importance", "importance", *flags])
-    base, targets = load_base(setup)
-    rows = prepare.calibration_rows(setup.config, list(setup.rows))
-    dealt = dealt_batches(rows, batch_size=8, collate=setup.objective.collate)
+    job = make_job(["--importance", "importance", *flags])
+    base, targets = load_base(job)
+    rows = calibration_rows(job.rows, number=job.config.calibration.calibration_samples, seed=job.config.run.seed)
+    dealt = dealt_batches(rows, batch_size=8, collate=job.objective.collate)
     batches = [on_device(batch) for _, batch in dealt]
     settings = calibrate.ScoringSettings("importance", "signed_mean", ELEMENT_FRACTION_LADDER, 0)
     # the same gathering and selecting, without a backward before it
     weights_only = dataclasses.replace(settings, score="magnitude")
     weights: list[Any] = [target.matrix.weight for target in targets.values()]
     numels = [shape.numel for shape in targets.shapes.values()]
-    losses = setup.objective.loss_sum
-    with engines.scoring_engine(base.model, setup.zero) as model:
+    losses = job.objective.loss_sum
+    with engines.scoring_engine(base.model, job.zero) as model:
         score = partial(calibrate.score_regions, model, targets, loss_sum=losses)
         jobs = ScoringJobs(
             backward=partial(_plain_backward, model, weights, batches, losses),
@@ -187,7 +190,7 @@ def _peak_gb(action: Action) -> float:
 def peak_memory(methods: dict[str, list[str]]) -> dict[str, Any]:
     """Return the worst rank's peak resident memory of a few steps."""
     (flags,) = methods.values()
-    trainer = make_trainer(make_setup(flags), 3)
+    trainer = make_trainer(make_job(flags), 3)
     for step in range(3):
         trainer.step(step)
     return {"peak_gb": max(comm.gather_objects(resident.resident_gb("VmHWM")))}

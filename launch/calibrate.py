@@ -20,8 +20,8 @@ def _calibrate(_: Interrupts) -> str:
         from taso_ds.runs.dry_run import describe
 
         return describe(config, environment.world_size(), goes_on=False) if environment.rank() == 0 else ""
-    from taso_ds.runs.build import join
-    from taso_ds.runs.train import calibrate
+    from taso_ds.runs.calibrate import calibrate
+    from taso_ds.runs.join import join
 
     join(config)
     return f"RUN {calibrate(config)}"

@@ -15,8 +15,8 @@ def _evaluate(_: Interrupts) -> str:
     from taso_ds.runs.finished_arguments import EVALUATE, parse_over_run
 
     config, finished = parse_over_run(verb=EVALUATE, description=__doc__)
-    from taso_ds.runs.build import join
     from taso_ds.runs.finished import evaluate
+    from taso_ds.runs.join import join
 
     join(config)
     return json.dumps(evaluate(config, finished.run))

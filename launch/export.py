@@ -12,8 +12,8 @@ def _export(_: Interrupts) -> str:
     from taso_ds.runs.finished_arguments import EXPORT, parse_over_run
 
     config, finished = parse_over_run(verb=EXPORT, description=__doc__)
-    from taso_ds.runs.build import join
     from taso_ds.runs.finished import export_run
+    from taso_ds.runs.join import join
 
     assert finished.run is not None
     join(config)

@@ -21,7 +21,7 @@ def _train(interrupts: Interrupts) -> str:
         from taso_ds.runs.dry_run import describe
 
         return describe(config, environment.world_size(), goes_on=True) if environment.rank() == 0 else ""
-    from taso_ds.runs.build import join
+    from taso_ds.runs.join import join
     from taso_ds.runs.train import train
 
     join(config)

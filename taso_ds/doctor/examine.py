@@ -65,7 +65,7 @@ def examine(arguments: DoctorArguments, flags: Sequence[str]) -> list[Finding]:
     hosts, unread = _read_hosts(arguments.hostfile)
     nodes = max(len(hosts), cluster.slurm_nodes())
     ranks = arguments.gpus_per_node or max(hosts.values(), default=accelerator.devices if accelerator else 1)
-    needed, model, uncounted = _planned(job)
+    needed, model, uncounted = _planned(job, ranks=nodes * ranks, ranks_per_node=ranks)
     findings += [*uncounted, *_folders(job, needed, nodes=nodes)]
     findings += _limits(job, nodes=nodes, ranks=ranks, is_host=accelerator is None or accelerator.is_host)
     backend = accelerator.backend if accelerator else "gloo"
@@ -107,25 +107,29 @@ def _folders(job: Job, needed: dict[str, float] | None, *, nodes: int) -> list[F
     return findings
 
 
-def _planned(job: Job) -> tuple[dict[str, float] | None, HubModel | None, list[Finding]]:
+def _planned(
+    job: Job, *, ranks: int, ranks_per_node: int
+) -> tuple[dict[str, float] | None, HubModel | None, list[Finding]]:
     """Return what the run will write and download, from its model's ``config.json``, and whether that can be read."""
     if job.config is None or job.config.model.model_name_or_path is None:
         return None, None, []
     try:
-        from taso_ds.planning.count_model import NotCountedError
-        from taso_ds.planning.forecast import planned_files, read_shape
+        from taso_ds.job import preflight
+        from taso_ds.planning.count_model import NotCountedError, count_model
+        from taso_ds.planning.forecast import planned_files
     except (ImportError, OSError, RuntimeError) as error:  # the ways in which importing torch fails
         return None, None, [_not_installed("model", error)]
     model = job.config.model
     name = str(model.model_name_or_path)
     try:
-        shape, targets = read_shape(job.config)
+        planned = preflight(job.config, ranks, ranks_per_node=ranks_per_node, read_rows=False)
+        shape = count_model(job.config, planned.base, planned.targets)
     except NotCountedError as error:
         return None, None, [warn("model", str(error), "it trains all the same; leave room on the disk")]
     except UserError as error:
         remedy = "correct the flag; a Hub id must be in the cache, or the Hub in reach"
         return None, None, [fail("model", " ".join(str(error).split()), remedy)]
-    needed = planned_files(job.config, shape, targets)
+    needed = planned_files(planned, shape)
     is_local = Path(name).is_dir() or model.gguf_file is not None
     hub = None if is_local else HubModel(name, model.model_revision, float(shape.stored_bytes))
     found = f"{name}: {shape.parameters:,} parameters, {shape.trainable:,} to train"

@@ -108,6 +108,12 @@ class BaseSpec:
         return model
 
     @property
+    def can_recompute(self) -> bool:
+        """Whether the model has blocks that can be recomputed in backward."""
+        supports = getattr(self.meta, "supports_gradient_checkpointing", False)
+        return supports and any(hasattr(module, "gradient_checkpointing") for module in self.meta.modules())
+
+    @property
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of ``meta`` that belong to the classification head; empty without one.
 

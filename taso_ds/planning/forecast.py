@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from taso_ds.adapters.selection import ladder_with
-from taso_ds.adapters.targets import Targets
 from taso_ds.config import RunConfig
-from taso_ds.data.task_data import check_held_out
-from taso_ds.data.tasks import get_task
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.flags import flags_of
-from taso_ds.models.spec import read_spec
+from taso_ds.job import Job, preflight
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.planning.count_model import can_quantize, count_model
 from taso_ds.planning.numbers.disk import disk_bytes
@@ -25,8 +22,7 @@ from taso_ds.planning.numbers.model_shape import ModelShape
 from taso_ds.planning.numbers.plan import Candidate, Hardware
 from taso_ds.planning.numbers.search import Freedom, assess_scoring, fastest, strategies, variants
 from taso_ds.planning.numbers.strategy import Limits, Strategy, Workload
-from taso_ds.runs import prepare
-from taso_ds.scoring.regions import read_regions
+from taso_ds.training.arguments import batch_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +61,9 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
     """
     if config.model.model_name_or_path is None:
         config = with_defaults(config)
-    task = None if config.data.task is None else get_task(config.data.task)
-    base = read_spec(config.model, num_labels=None if task is None else task.num_labels)
-    world_size = plan.nodes * plan.gpus_per_node
-    prepare.check_world_size(config, world_size)
-    check_held_out(config.data)
-    prepare.check_length(config, base)
-    if task is not None:
-        prepare.check_labels(task, head=base.head)
-    targets = prepare.targets_of(config, base)
-    zero, _ = prepare.resolve_deepspeed(config, world_size, ranks_per_node=plan.gpus_per_node)
-    prepare.check_base(config, base, zero, targets)
-    read_regions(config, targets.shapes)
-    shape = count_model(config, base, targets)
+    job = preflight(config, plan.nodes * plan.gpus_per_node, ranks_per_node=plan.gpus_per_node, read_rows=False)
+    base, zero = job.base, job.zero
+    shape = count_model(config, base, job.targets)
     work = workload(config, nodes=plan.nodes, gpus_per_node=plan.gpus_per_node, share=plan.supervised_share)
     hardware = plan.hardware()
 
@@ -88,7 +74,7 @@ def make_forecast(config: RunConfig, plan: PlanArguments, given: Collection[str]
         bits = (quantization.bits,)
     elif "load_in_4bit" in kept or not can_quantize(config, base):
         bits = (16,)
-    decided = "gradient_checkpointing" in kept or not prepare.can_recompute(base.meta)
+    decided = "gradient_checkpointing" in kept or not base.can_recompute
     freedom = Freedom(
         bits=bits,
         checkpointing=(config.training.gradient_checkpointing,) if decided else (False, True),
@@ -147,25 +133,13 @@ def strategy_of(config: RunConfig, zero: ZeroConfig, *, bits: int = 16) -> Strat
     )
 
 
-def read_shape(config: RunConfig) -> tuple[ModelShape, Targets]:
-    """Count a run's model from ``config.json``; also returns the matrices to adapt.
-
-    Raises:
-        UserError: a model that cannot be read or built.
-    """
-    base = read_spec(config.model)
-    prepare.check_length(config, base)
-    targets = prepare.targets_of(config, base)
-    return count_model(config, base, targets), targets
-
-
-def planned_files(config: RunConfig, shape: ModelShape, targets: Targets) -> dict[str, float]:
+def planned_files(job: Job, shape: ModelShape) -> dict[str, float]:
     """Return the bytes a run will have in its folder at most, by cause."""
-    in_regions = config.method.needs_regions
+    config = job.config
     return disk_bytes(
         shape,
         element=2 if config.model.bf16 else 4,
-        edges=targets.edges if in_regions else 0,
+        edges=job.targets.edges if config.method.needs_regions else 0,
         core_fraction=config.calibration.core_fraction,
         ladder=len(ladder_with(config.calibration.element_fraction)),
         checkpoints=config.training.save_total_limit + 1,  # the oldest goes when the newest is whole
@@ -175,7 +149,7 @@ def planned_files(config: RunConfig, shape: ModelShape, targets: Targets) -> dic
 def workload(config: RunConfig, *, nodes: int, gpus_per_node: int, share: float, length: int | None = None) -> Workload:
     """Return what a run does on so many ranks."""
     training, calibration = config.training, config.calibration
-    sizes = prepare.batch_sizes(training, nodes * gpus_per_node)
+    sizes = batch_sizes(training, nodes * gpus_per_node)
     return Workload(
         nodes=nodes,
         gpus_per_node=gpus_per_node,

@@ -2,15 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from taso_ds.adapters.targets import Targets
-from taso_ds.config import RunConfig
-from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm, environment
-from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
-from taso_ds.models.spec import BaseSpec
+from taso_ds.job import Job
 from taso_ds.planning.count_model import NotCountedError, count_model
 from taso_ds.planning.forecast import strategy_of, workload
 from taso_ds.planning.host_memory import available_host_bytes
@@ -21,28 +17,22 @@ from taso_ds.planning.numbers.memory import Usage, phase_usage
 log = logging.getLogger(__name__)
 
 
-def check_this_host(
-    config: RunConfig,
-    base: BaseSpec,
-    targets: Targets,
-    rows: Sequence[EncodedRow],
-    *,
-    zero: ZeroConfig,
-    trains: bool,
-) -> None:
+def check_this_host(job: Job, *, trains: bool) -> None:
     """Refuse to load what this node's memory cannot hold; ``--force`` skips this.
 
     Args:
+        job: with its rows.
         trains: whether the model is scored and trained, not only loaded.
 
     Raises:
         UserError: names what is needed and what is there.
     """
+    config, base, rows = job.config, job.base, job.rows
     if config.run.force:
         return
     device = DEVICES["cpu" if comm.device().type == "cpu" else "a100-80"]  # of which only the kind matters here
     bits = 16 if base.quantization is None else base.quantization.bits
-    strategy = strategy_of(config, zero, bits=bits)
+    strategy = strategy_of(config, job.zero, bits=bits)
     if device.is_host and strategy.place == "cpu":  # where they are anyway
         strategy = dataclasses.replace(strategy, place="device")
     local = min(environment.local_world_size(), comm.world_size())
@@ -56,7 +46,7 @@ def check_this_host(
         length=length,
     )
     try:
-        shape = count_model(config, base, targets)
+        shape = count_model(config, base, job.targets)
     except NotCountedError as error:
         log.warning("%s; whether it fits into memory was not checked", error)
         return

@@ -13,6 +13,7 @@ from taso_ds.config import RunConfig
 from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
+from taso_ds.job import Job
 from taso_ds.methods import export
 from taso_ds.methods.disk_tensors import DiskTensors
 from taso_ds.methods.full import save_model
@@ -21,37 +22,38 @@ from taso_ds.methods.prove import probe_logits, relative_distance
 from taso_ds.methods.saved import read_adapter, saved_folder
 from taso_ds.methods.task_head import load_head
 from taso_ds.models.load import BaseModel
-from taso_ds.runs.build import Setup, load_base, set_up
+from taso_ds.runs.export import prove
+from taso_ds.runs.holding import reports_in
+from taso_ds.runs.open_job import load_base, open_job
 from taso_ds.runs.output_folder import check_no_model
 from taso_ds.runs.run_lock import locked
-from taso_ds.runs.train import prove, reports_in
 
 log = logging.getLogger(__name__)
 
 
-def _read(setup: Setup, run: str | None) -> SavedAdapter | None:
+def _read(job: Job, run: str | None) -> SavedAdapter | None:
     """Read the run's adapter; UserError when it is damaged or belongs to another base."""
     if run is None:
         return None
-    saved = read_adapter(setup.config.adapter.method, Path(run))
+    saved = read_adapter(job.config.adapter.method, Path(run))
     if saved is not None:
-        _check_fits(setup, saved, run)
+        _check_fits(job, saved, run)
     return saved
 
 
-def _check_fits(setup: Setup, saved: SavedAdapter, run: str) -> None:
+def _check_fits(job: Job, saved: SavedAdapter, run: str) -> None:
     """Refuse an adapter whose matrices or head this base does not have, before its weights are loaded."""
     for name, shape in saved.shapes.items():
-        if _shape_of(setup.base.meta, name) != shape:
+        if _shape_of(job.base.meta, name) != shape:
             raise UserError(f"run: the adapter in {run} has {name}, which this base does not have in that shape")
-    head = setup.base.head_parameters
+    head = job.base.head_parameters
     for name in sorted(head.keys() | saved.head_tensors.keys()):
         if name not in saved.head_tensors:
             raise UserError(f"run: the adapter in {run} has no {name}, which would be untrained: drop --head")
         if name not in head or head[name].shape != saved.head_tensors[name].shape:
             raise UserError(
                 f"run: the adapter in {run} has a trained {name}, which this base does not have in that shape for task"
-                f" {setup.data.task.name}"
+                f" {job.examples.task.name}"
             )
 
 
@@ -63,9 +65,9 @@ def _shape_of(model: nn.Module, name: str) -> tuple[int, int] | None:
     return None if shape is None else (shape.out_features, shape.in_features)
 
 
-def _load(setup: Setup, saved: SavedAdapter | None) -> BaseModel:
+def _load(job: Job, saved: SavedAdapter | None) -> BaseModel:
     """Load the base, and the adapter onto it."""
-    base, _ = load_base(setup)
+    base, _ = load_base(job)
     if saved is not None:
         saved.attach(base.model)
         load_head(base.model, saved.head_tensors)
@@ -75,12 +77,12 @@ def _load(setup: Setup, saved: SavedAdapter | None) -> BaseModel:
 def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
     """Return the task's metrics of what a run trained, or of the base where no run is named."""
     with nullcontext() if run is None else reports_in(Path(run)):
-        setup = comm.together(lambda: set_up(config, trains=False))
-        base = _load(setup, comm.together(lambda: _read(setup, run)))
+        job = comm.together(lambda: open_job(config, trains=False))
+        base = _load(job, comm.together(lambda: _read(job, run)))
         base.model.requires_grad_(False)
-        with scoring_engine(base.model, setup.zero) as model:
-            scores = setup.objective.evaluate(model)
-    return {"run": run, "task": setup.data.task.name, **scores}
+        with scoring_engine(base.model, job.zero) as model:
+            scores = job.objective.evaluate(model)
+    return {"run": run, "task": job.examples.task.name, **scores}
 
 
 def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
@@ -104,11 +106,11 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
 
 
 def _prove(config: RunConfig, run: str, path: Path) -> Path:
-    setup = set_up(config, trains=False)
-    base = _load(setup, _read(setup, run))
+    job = open_job(config, trains=False)
+    base = _load(job, _read(job, run))
     base.model.eval()
-    rows = export.probe_rows(setup.rows)
-    prove(setup, Path(run), base, rows, probe_logits(base.model, rows))
+    rows = export.probe_rows(job.rows)
+    prove(job, Path(run), base, rows, probe_logits(base.model, rows))
     return path
 
 
@@ -117,14 +119,14 @@ def _merge(config: RunConfig, run: str) -> Path:
         log.info("merging into the base as it was before the run quantized it")
         unquantized = dataclasses.replace(config.model, load_in_4bit=False, load_in_8bit=False)
         config = dataclasses.replace(config, model=unquantized)
-    setup, path = set_up(config, trains=False), Path(run) / MODEL
-    if setup.base.quantization is not None:
+    job, path = open_job(config, trains=False), Path(run) / MODEL
+    if job.base.quantization is not None:
         raise UserError(f"merge: {config.model.model_name_or_path} is quantized; merge into the base it was made from")
-    saved = _read(setup, run)
+    saved = _read(job, run)
     assert saved is not None
-    base = _load(setup, saved)
+    base = _load(job, saved)
     base.model.eval()
-    rows = export.probe_rows(setup.rows)
+    rows = export.probe_rows(job.rows)
     live = probe_logits(base.model, rows)
     with DiskTensors(path.parent) as disk:
         deltas = saved.detach(base.model)
@@ -133,5 +135,5 @@ def _merge(config: RunConfig, run: str) -> Path:
         dtype = base.model.dtype
         error = export.check_merged(probe_logits(base.model, rows), live, dtype=dtype)
         log.info(export.describe_merged(error, effect, dtype=dtype))
-        save_model(path, base.model, base.model.state_dict(), setup.base.tokenizer)
+        save_model(path, base.model, base.model.state_dict(), job.base.tokenizer)
     return path

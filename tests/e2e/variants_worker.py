@@ -13,9 +13,9 @@ from pathlib import Path
 from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm, process_group
 from taso_ds.interrupts import Interrupts
-from taso_ds.runs.build import join
 from taso_ds.runs.finished import evaluate
 from taso_ds.runs.finished_arguments import EVALUATE, parse_over_run
+from taso_ds.runs.join import join
 from taso_ds.runs.train import train
 
 

@@ -14,7 +14,7 @@ from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm, process_group
 from taso_ds.objectives import classification, inference, language_model, metrics
 from taso_ds.runs import finished
-from taso_ds.runs.build import join
+from taso_ds.runs.join import join
 
 TASKS = {"arc_easy": "lm", "boolq": "lm", "gsm8k": "lm", "completion": "lm", "sst2": "classification"}  # and their head
 STAGES = (0, 3)

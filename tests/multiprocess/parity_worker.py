@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import parity_case as case
@@ -31,6 +30,7 @@ from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.zero import full_copy, full_numel, is_partitioned
 from taso_ds.distributed.zero_config import ZeroConfig
+from taso_ds.job import Job
 from taso_ds.methods.lora import attach_lora, lora_parameters
 from taso_ds.methods.method import adapter_groups
 from taso_ds.models.spec import BaseSpec, load_config
@@ -39,12 +39,12 @@ from taso_ds.objectives.batches import dealt_batches
 from taso_ds.objectives.chunked_loss import LanguageModelLoss
 from taso_ds.objectives.loss import head_loss_sum
 from taso_ds.reports.observer import Observer, StepMetrics
-from taso_ds.runs.build import load_base
-from taso_ds.runs.prepare import targets_of
+from taso_ds.runs.open_job import load_base
 from taso_ds.scoring import score as calibrate
 from taso_ds.scoring import scoring_pass
 from taso_ds.scoring.score import score_regions
 from taso_ds.scoring.scoring_pass import ScoringSettings
+from taso_ds.training.arguments import batch_sizes
 from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Group, make_group, make_optimizer, make_schedule
 from taso_ds.training.trainer import Trainer
@@ -81,8 +81,10 @@ def load(
     flags += ["--adapt_experts"] if experts else []
     config = parse_run_config(flags)
     spec = BaseSpec(config.model, folder, load_config(config.model, folder), head)
-    setup: Any = SimpleNamespace(config=config, base=spec, targets=targets_of(config, spec), zero=zero)
-    return load_base(setup)
+    targets = spec.targets(config.adapter.target_modules, experts=config.adapter.adapt_experts)
+    sizes = batch_sizes(config.training, comm.world_size())
+    job = Job(config, zero, sizes, spec, targets, region_file=None, data=None)
+    return load_base(job)
 
 
 # Scoring --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import parity_case as case
@@ -25,6 +24,7 @@ from taso_ds.distributed import comm, process_group
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.zero import full_copy, full_numel, local_shard
+from taso_ds.job import Job
 from taso_ds.methods.lora import attach_lora, lora_parameters
 from taso_ds.models.fingerprint import fingerprint
 from taso_ds.models.quantized_linear import QuantizedLinear
@@ -32,10 +32,10 @@ from taso_ds.models.spec import read_spec
 from taso_ds.models.stored_weights import stored_weights
 from taso_ds.objectives.batches import dealt_batches
 from taso_ds.objectives.loss import lm_loss_sum
-from taso_ds.runs.build import load_base
-from taso_ds.runs.prepare import targets_of
+from taso_ds.runs.open_job import load_base
 from taso_ds.scoring.score import score_regions
 from taso_ds.scoring.scoring_pass import ScoringSettings
+from taso_ds.training.arguments import batch_sizes
 from taso_ds.training.optim import make_group
 
 STAGES = {"4": (0, 1, 2, 3), "8": (0, 2, 3)}
@@ -60,8 +60,10 @@ def load(folder: str, stage: int, *flags: str, bf16: bool = False, **zero_option
         max_grad_norm=case.MAX_GRAD_NORM,
     )
     spec = read_spec(config.model, folder)
-    setup: Any = SimpleNamespace(config=config, base=spec, targets=targets_of(config, spec), zero=zero)
-    return *load_base(setup), zero
+    targets = spec.targets(config.adapter.target_modules, experts=config.adapter.adapt_experts)
+    sizes = batch_sizes(config.training, comm.world_size())
+    job = Job(config, zero, sizes, spec, targets, region_file=None, data=None)
+    return *load_base(job), zero
 
 
 def quantized(model: nn.Module) -> dict[str, QuantizedLinear]:

@@ -8,6 +8,7 @@ import tiny_models
 
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.errors import UserError
+from taso_ds.job import resolve_deepspeed
 from taso_ds.models.spec import BaseSpec
 from taso_ds.planning.count_model import can_quantize, count_model
 from taso_ds.planning.forecast import strategy_of
@@ -16,7 +17,6 @@ from taso_ds.planning.numbers.memory import phase_usage
 from taso_ds.planning.numbers.model_shape import ModelShape
 from taso_ds.planning.numbers.strategy import Strategy, Workload
 from taso_ds.planning.numbers.weights import weight_bytes
-from taso_ds.runs import prepare
 
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
@@ -36,7 +36,7 @@ def spec_of(config: RunConfig, model: Any, *, source: str = "tiny", **stored: An
 def counted(model: Any, *flags: str, **options: Any) -> ModelShape:
     config = run(*flags)
     base = spec_of(config, model, **options)
-    return count_model(config, base, prepare.targets_of(config, base))
+    return count_model(config, base, base.targets(config.adapter.target_modules, experts=config.adapter.adapt_experts))
 
 
 def test_experts_are_merged_and_not_quantized() -> None:
@@ -90,7 +90,7 @@ def test_what_can_be_quantized() -> None:
 )
 def test_a_strategy_is_read_from_the_json(name: str, expected: Strategy) -> None:
     config = run("--ds_config", name, "--nvme_path", "/disk", "--gradient_checkpointing")
-    zero, _ = prepare.resolve_deepspeed(config, 16, ranks_per_node=8)
+    zero, _ = resolve_deepspeed(config, 16, ranks_per_node=8)
     found = strategy_of(config, zero)
     assert (found.stage, found.place, found.hpz) == (expected.stage, expected.place, expected.hpz)
     assert found.gradient_checkpointing

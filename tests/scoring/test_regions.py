@@ -15,10 +15,13 @@ from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
+from taso_ds.models.load import BaseModel
+from taso_ds.models.spec import BaseSpec
 from taso_ds.objectives.loss import lm_loss_sum
 from taso_ds.runs.folder import PARTIAL
 from taso_ds.runs.output_folder import choose_folder
-from taso_ds.scoring import regions, scoring_pass
+from taso_ds.scoring import partial_scores, regions, scoring_pass
+from taso_ds.scoring.regions import describe_scoring
 from taso_ds.scoring.score import split_passes
 
 PASSES, STAGE_0 = 3, ZeroConfig({"zero_optimization": {"stage": 0}})
@@ -42,12 +45,28 @@ def rows() -> list[EncodedRow]:
     return [EncodedRow(input_ids=ids, labels=[-100] * 4 + ids[4:]) for ids in drawn]
 
 
+class Rows:
+    """An objective of token rows."""
+
+    collate = staticmethod(partial(collate, pad_id=0))
+    loss_sum = staticmethod(lm_loss_sum)
+
+
 def score(config: RunConfig, model: Any, *, calibration: list[EncodedRow] | None = None) -> regions.Regions:
-    targets = find_targets(model)
+    spec = BaseSpec(config.model, "tiny", model.config, head=False)
+    scored = calibration or rows()
     return regions.score_base(
-        config, model, targets, calibration or rows(), collate=partial(collate, pad_id=0),
-        loss_sum=lm_loss_sum, zero=STAGE_0,
-    )  # fmt: skip
+        config.calibration,
+        BaseModel(spec, model),
+        find_targets(model),
+        scored,
+        objective=Rows(),
+        batch_size=config.training.per_device_train_batch_size,
+        seed=config.run.seed,
+        made_of=describe_scoring(config.calibration, config.model, scored, task="sst2", seed=config.run.seed),
+        partial_scores=Path(str(config.run.output_dir)) / PARTIAL,
+        zero=STAGE_0,
+    )
 
 
 def frozen_llama(**options: Any) -> Any:
@@ -56,14 +75,14 @@ def frozen_llama(**options: Any) -> Any:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> None:
     """Score, and be stopped after the first pass has been written."""
-    written = regions._PartialScores.write
+    written = partial_scores.PartialScores.write
 
     def write(self: Any, scores: Any) -> None:
         written(self, scores)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(regions._PartialScores, "write", write)
+        patch.setattr(partial_scores.PartialScores, "write", write)
         with pytest.raises(KeyboardInterrupt):
             score(config, frozen_llama())
 

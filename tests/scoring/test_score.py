@@ -137,7 +137,7 @@ def test_an_expert_no_token_reaches_has_zero_importance() -> None:
     assert (first.rows.tolist(), first.cols.tolist()) == (list(range(24)), list(range(8)))
     shares = [concentration(found[name], regions.cut[name], 0.05)[0] for name in found if name not in unreached]
     assert regions.mean_concentration(0.05)["rows"] == pytest.approx(sum(shares) / len(shares))
-    said = describe_regions(regions, parse_run_config(["--core_fraction", "0.25"]))
+    said = describe_regions(regions, parse_run_config(["--core_fraction", "0.25"]).calibration)
     assert f"no gradient reached {len(unreached)} of them (the first is {unreached[0]})" in said
 
 
