@@ -8,17 +8,19 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taso_ds.command_line import given_names, parse_groups
 from taso_ds.data.arguments import DataArguments
 from taso_ds.errors import UserError
 from taso_ds.flags import CALL, SCHEDULE, START, arg, flags_of, require
-from taso_ds.methods.arguments import AdapterArguments, make_method
-from taso_ds.methods.method import Method
+from taso_ds.methods.arguments import AdapterArguments
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.scoring.arguments import SCORING, CalibrationArguments
 from taso_ds.training.arguments import TrainArguments
+
+if TYPE_CHECKING:
+    from taso_ds.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,10 @@ class RunConfig:
             raise UserError("importance_weights: original is for --load_in_4bit and --load_in_8bit; drop it")
 
     @property
-    def method(self) -> Method:
+    def method(self) -> "Method":
         """What is trained, with this run's numbers."""
+        from taso_ds.methods.table import make_method
+
         return make_method(
             self.adapter,
             core_fraction=self.calibration.core_fraction,

@@ -6,9 +6,7 @@ from taso_ds.adapters.choices import STRUCTURES
 from taso_ds.adapters.compensation import parse_rho
 from taso_ds.errors import UserError
 from taso_ds.flags import arg, is_positive, require, require_one_of
-from taso_ds.methods.method import Method, MethodSettings
 from taso_ds.methods.table import METHODS
-from taso_ds.training.arguments import TrainArguments
 
 
 @dataclass(frozen=True)
@@ -29,24 +27,10 @@ class AdapterArguments:
         require(self.rank > 0, "rank", self.rank, "a positive number")
         require(self.alpha is None or is_positive(self.alpha), "alpha", self.alpha, "positive and finite")
         parse_rho(self.rho)
-        if self.adapt_experts and not METHODS[self.method].adapts_experts:
+        if self.adapt_experts and not METHODS[self.method]().adapts_experts:
             raise UserError(f"adapt_experts: --method {self.method} does not adapt single experts; drop the flag")
 
     @property
     def scaling(self) -> float:
         """``s = alpha / rank``."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
-
-
-def make_method(adapter: AdapterArguments, *, core_fraction: float, training: TrainArguments, seed: int) -> Method:
-    """Return the method that the flags name, with the run's numbers."""
-    settings = MethodSettings(
-        structure=adapter.structure,
-        rank=adapter.rank,
-        scaling=adapter.scaling,
-        rho=adapter.rho,
-        core_fraction=core_fraction,
-        seed=seed,
-        training=training,
-    )
-    return METHODS[adapter.method](settings)

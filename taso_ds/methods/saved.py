@@ -14,7 +14,7 @@ BASE_FLAGS = ("model_name_or_path", "model_revision", "gguf_file", "tokenizer_na
 
 def saved_folder(method: str, run: Path) -> Path:
     """Return the folder that holds what a run trained; UserError when there is none."""
-    folder = run / folder_name(METHODS[method])
+    folder = run / folder_name(METHODS[method]())
     if not folder.is_dir():
         raise UserError(
             f"run: {folder} does not exist: no training has finished in {run}; start its command again to go on"
@@ -25,7 +25,7 @@ def saved_folder(method: str, run: Path) -> Path:
 def base_of(method: str, recorded: ModelArguments, run: Path) -> ModelArguments:
     """Return what to load: the base of the run's adapter, or the model that the run made."""
     folder = saved_folder(method, run)
-    if not METHODS[method].trains_base:
+    if not METHODS[method]().trains_base:
         return recorded
     return dataclasses.replace(
         recorded, model_name_or_path=str(folder), model_revision="main", gguf_file=None, tokenizer_name=None
@@ -34,4 +34,4 @@ def base_of(method: str, recorded: ModelArguments, run: Path) -> ModelArguments:
 
 def read_adapter(method: str, run: Path) -> SavedAdapter | None:
     """Read a run's adapter, None where the run made a model; UserError when its files are missing or damaged."""
-    return METHODS[method].open(saved_folder(method, run))
+    return METHODS[method]().open(saved_folder(method, run))

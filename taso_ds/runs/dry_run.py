@@ -1,4 +1,4 @@
-"""``--dry_run``: what a run would do, without weights, DeepSpeed or a GPU; data is read only to count its rows."""
+"""``--dry_run``: what a run would do, without weights, DeepSpeed or a GPU; of data rows are counted."""
 
 import json
 
@@ -17,13 +17,20 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
 
     Raises:
         UserError: for everything a run would refuse before loading weights, but for what it asks of its rows as
-            tokens and of the machine.
+            tokens and of the machine. Rows of the Hub are not fetched where ``max_steps`` is set.
     """
     folder = choose_folder(config, goes_on=goes_on)
-    job = preflight(config, world_size)
+    has_length, reads_files = (
+        config.training.max_steps > 0,
+        (config.data.train_file or config.data.data_dir) is not None,
+    )
+    job = preflight(config, world_size, read_rows=reads_files or not has_length)
     groups = config.method.count(job.base, job.targets).groups
     total = sum(parameter.numel() for parameter in job.base.meta.parameters())
-    steps = total_steps(config.training, job.plan.steps_per_epoch)
+    steps, rows_in_words = config.training.max_steps, "rows not counted: max_steps is set"
+    if job.data is not None:
+        steps = total_steps(config.training, job.plan.steps_per_epoch)
+        rows_in_words = f"{len(job.data.train)} rows, {job.plan.steps_per_epoch} steps per epoch"
     table = learning_rate_table(groups, make_schedule(config.training, steps))
     trainable = sum(row["parameters"] for row in table)
     known = {id(parameter) for parameter in job.base.meta.parameters()}
@@ -36,7 +43,7 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
         json.dumps(without_secrets(job.zero.raw), indent=2),
         f"run folder: {folder}",
         f"batch: {job.sizes.in_words()}",
-        f"steps: {steps} ({len(job.examples.train)} rows, {job.plan.steps_per_epoch} steps per epoch)",
+        f"steps: {steps} ({rows_in_words})",
         f"targets: {len(job.targets)} matrices",
         *job.base_in_words(),
         f"parameters: {trainable:,} trainable of {everything:,} ({trainable / everything:.3%})",

@@ -113,10 +113,9 @@ def _changed(groups: Sequence[Any], recorded: Mapping[str, Any]) -> dict[str, An
 
 def _refuse(changed: Mapping[str, Any], recorded: Mapping[str, Any], finished: FinishedArguments, verb: str) -> None:
     """Refuse a flag that would be ignored: what it decides, the run has decided."""
-
     acts = _ACTS[verb].difference(_QUANTIZES if finished.merge else ())
     method = METHODS.get(str(recorded.get("method")))
-    if method is not None and method.trains_base:
+    if method is not None and method().trains_base:
         acts = acts.difference(BASE_FLAGS, _QUANTIZES)
     for name, value in changed.items():
         if name not in acts:

@@ -122,7 +122,7 @@ class Diary(Observer):
 def test_a_run_trains_one_and_is_seen_by_the_other(
     llama_folder: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHODS, "norms", Norms)
+    monkeypatch.setitem(METHODS, "norms", lambda: Norms)
     monkeypatch.setitem(MONITORS, "diary", Diary)
     flags = [*FLAGS.split(), "--model_name_or_path", str(llama_folder), "--method", "norms"]
     number = 5 * 32  # two norms in each of two layers, and the last one
