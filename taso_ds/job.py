@@ -124,6 +124,8 @@ def preflight(
         UserError: names what is wrong, and what to do.
     """
     check_flags(config, ranks)
+    if trains:
+        check_held_out(config.data)
     task = None if config.data.task is None else get_task(config.data.task)
     zero, sizes = resolve_deepspeed(config, ranks, ranks_per_node=ranks_per_node)
     data = load_task_data(config.data, seed=config.run.seed) if read_rows else None
@@ -159,7 +161,6 @@ def check_flags(config: RunConfig, ranks: int) -> None:
         )
     if config.data.task is not None:
         get_task(config.data.task)
-    check_held_out(config.data)
     read_ds_config(config.run.ds_config)
     batch_sizes(config.training, ranks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def _planned(
     model = job.config.model
     name = str(model.model_name_or_path)
     try:
-        planned = preflight(job.config, ranks, ranks_per_node=ranks_per_node, read_rows=False)
+        planned = preflight(_with_nvme(job.config), ranks, ranks_per_node=ranks_per_node, read_rows=False)
         shape = count_model(job.config, planned.base, planned.targets)
     except NotCountedError as error:
         return None, None, [warn("model", str(error), "it trains all the same; leave room on the disk")]
@@ -134,6 +135,12 @@ def _planned(
     hub = None if is_local else HubModel(name, model.model_revision, float(shape.stored_bytes))
     found = f"{name}: {shape.parameters:,} parameters, {shape.trainable:,} to train"
     return needed, hub, [ok("model", found)]
+
+
+def _with_nvme(config: RunConfig) -> RunConfig:
+    """Name some folder for NVMe where none is named: that is a finding of its own."""
+    folder = config.run.nvme_path or config.run.output_dir or "."
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, nvme_path=folder))
 
 
 def _limits(job: Job, *, nodes: int, ranks: int, is_host: bool) -> list[Finding]:

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.targets import Targets
 from taso_ds.errors import UserError
+from taso_ds.methods.table import ADAPTER, MODEL
 from taso_ds.models.load import BaseModel
 from taso_ds.models.spec import BaseSpec
 from taso_ds.training.arguments import TrainArguments
 from taso_ds.training.optim import Group, make_group
-
-ADAPTER, MODEL = "adapter", "model"  # the folder of a run that holds what it trained
 
 Deltas = Mapping[str, Callable[[], Tensor]]  # what gives the ΔW of a matrix, (out_features, in_features), in fp32
 

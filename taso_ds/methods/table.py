@@ -28,6 +28,8 @@ def _full() -> "type[Method]":
     return Full
 
 
+ADAPTER, MODEL = "adapter", "model"  # the folder of a run that holds what it trained
+
 METHODS: "dict[str, Callable[[], type[Method]]]" = {"taso": _taso, "lora": _lora, "full": _full}
 
 

@@ -15,7 +15,6 @@ from taso_ds.config import GROUPS, RunConfig
 from taso_ds.data.arguments import DataArguments
 from taso_ds.errors import UserError
 from taso_ds.flags import CALL, arg, flags_of
-from taso_ds.methods.saved import BASE_FLAGS, base_of
 from taso_ds.methods.table import METHODS
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.runs.folder import RUN
@@ -64,6 +63,7 @@ def parse_over_run(
         (*GROUPS, FinishedArguments), argv, description=description, own=FinishedArguments, acting=_ACTS[verb]
     )
     from taso_ds.defaults import with_defaults
+    from taso_ds.methods.saved import base_of
 
     (named,), _ = parse_known([FinishedArguments], argv)
     recorded = _recorded(named.run)
@@ -113,6 +113,8 @@ def _changed(groups: Sequence[Any], recorded: Mapping[str, Any]) -> dict[str, An
 
 def _refuse(changed: Mapping[str, Any], recorded: Mapping[str, Any], finished: FinishedArguments, verb: str) -> None:
     """Refuse a flag that would be ignored: what it decides, the run has decided."""
+    from taso_ds.methods.saved import BASE_FLAGS
+
     acts = _ACTS[verb].difference(_QUANTIZES if finished.merge else ())
     method = METHODS.get(str(recorded.get("method")))
     if method is not None and method().trains_base:
