@@ -5,12 +5,17 @@ python benchmarks/house.py --write docs/architecture.md
 
 import argparse
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _START, _END = "<!-- made by benchmarks/house.py -->", "<!-- end -->"
-# Modules beside the rooms that say how every program starts and ends; drawn as one.
-_ENTRY = frozenset({"entry", "console", "crash_report", "interrupts", "foreign_names"})
+# Modules beside the rooms that are drawn as one: how a program starts and ends, how flags are read, what is started.
+_TOGETHER = {
+    **dict.fromkeys(("console", "crash_report"), "entry"),
+    **dict.fromkeys(("flags_file", "flags_help", "command_line", "foreign_names", "verbs"), "flags"),
+    **dict.fromkeys(("flags_page", "__main__", "batch_script"), "launch"),
+}
 _EVERYWHERE = frozenset({"errors"})  # every room stands on it: an arrow from each would say nothing
 
 
@@ -29,11 +34,11 @@ def _room(parts: tuple[str, ...]) -> str | None:
     if parts[0] == "launch" or parts[:2] == ("taso_ds", "launch"):
         return "launch"
     name = parts[1] if len(parts) > 1 else ""
-    if parts[0] != "taso_ds" or name in ("", "__init__", "__main__") or name in _EVERYWHERE:
+    if parts[0] != "taso_ds" or name in ("", "__init__") or name in _EVERYWHERE:
         return None
     if parts[1:3] == ("planning", "numbers"):
         return "planning/numbers"
-    return "entry" if name in _ENTRY else name
+    return _TOGETHER.get(name, name)
 
 
 def _imported(source: str) -> set[str]:
@@ -47,13 +52,16 @@ def _imported(source: str) -> set[str]:
 
 
 def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Leave out what another arrow leads to anyway: the drawing shows on what each room stands directly."""
+    """Leave out what another arrow leads to anyway: the drawing shows on what each room stands directly.
 
-    def below(room: str) -> set[str]:
-        return set().union(*({other, *below(other)} for other in graph[room]))
-
+    Raises:
+        CycleError: rooms stand on one another.
+    """
+    below: dict[str, set[str]] = {}
+    for room in TopologicalSorter(graph).static_order():
+        below[room] = set().union(graph[room], *(below[other] for other in graph[room]))
     return {
-        room: {other for other in others if not any(other in below(third) for third in others - {other})}
+        room: {other for other in others if not any(other in below[third] for third in others - {other})}
         for room, others in graph.items()
     }
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import metadata
 from pathlib import Path
 
+import house
 import pytest
 from launching import ROOT, call_main
 
@@ -70,6 +71,11 @@ def test_the_front_page_is_short() -> None:
 def test_the_front_page_leads_to_every_page() -> None:
     led_to = {(ROOT / target).resolve() for target, _ in LINK.findall(README) if target}
     assert {page for page in PAGES if page.parent.name == "docs"} <= led_to
+
+
+def test_the_drawn_house_is_the_one_that_stands() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert house.put_into(page) == page, "python benchmarks/house.py --write docs/architecture.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

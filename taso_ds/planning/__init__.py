@@ -1,4 +1,4 @@
-"""Memory and time of a run from the shape of its model alone: pure functions of numbers, no weights, no ranks, no GPU.
+"""Memory and time of a run before it is queued: the forecast, its words, and the check of this host.
 
-Counting the model and reading flags is ``taso_ds/planning/forecast.py``; this room may not import ``training``.
+What is computed from numbers alone lives in ``numbers``; here a job is counted, and nothing loads.
 """

@@ -1,1 +1,4 @@
-"""Pure functions of numbers."""
+"""Bytes and seconds from shapes: pure functions of numbers, each with its formula and source.
+
+No ranks, flags, files or weights may be seen here.
+"""
