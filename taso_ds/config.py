@@ -96,14 +96,19 @@ class RunConfig:
     @property
     def method(self) -> "Method":
         """What is trained, with this run's numbers."""
-        from taso_ds.methods.table import make_method
+        from taso_ds.methods.method import MethodSettings
+        from taso_ds.methods.table import METHODS
 
-        return make_method(
-            self.adapter,
+        settings = MethodSettings(
+            structure=self.adapter.structure,
+            rank=self.adapter.rank,
+            scaling=self.adapter.scaling,
+            rho=self.adapter.rho,
             core_fraction=self.calibration.core_fraction,
-            training=self.training,
             seed=self.run.seed,
+            training=self.training,
         )
+        return METHODS[self.adapter.method]()(settings)
 
     def flags(self) -> dict[str, Any]:
         """Return every argument under its flag's name, without those that say how the run was started or do nothing."""

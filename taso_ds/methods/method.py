@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.adapters.targets import Targets
 from taso_ds.errors import UserError
-from taso_ds.methods.table import ADAPTER, MODEL
+from taso_ds.methods.folders import ADAPTER, MODEL
 from taso_ds.models.load import BaseModel
 from taso_ds.models.spec import BaseSpec
 from taso_ds.training.arguments import TrainArguments

@@ -16,11 +16,11 @@ from taso_ds.errors import UserError
 from taso_ds.job import Job
 from taso_ds.methods import export
 from taso_ds.methods.disk_tensors import DiskTensors
+from taso_ds.methods.folders import MODEL
 from taso_ds.methods.full import save_model
 from taso_ds.methods.method import SavedAdapter
 from taso_ds.methods.prove import probe_logits, relative_distance
 from taso_ds.methods.saved import read_adapter, saved_folder
-from taso_ds.methods.table import MODEL
 from taso_ds.methods.task_head import load_head
 from taso_ds.models.load import BaseModel
 from taso_ds.runs.export import prove

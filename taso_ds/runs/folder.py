@@ -17,7 +17,7 @@ from typing import Any
 
 from taso_ds.data.encode import EncodedRow
 from taso_ds.files.atomic import replacing, write_json, writing
-from taso_ds.methods.table import ADAPTER, MODEL
+from taso_ds.methods.folders import ADAPTER, MODEL
 from taso_ds.reports.metrics_file import METRICS
 from taso_ds.training.checkpoint import CHECKPOINTS
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
-from taso_ds.methods.table import MODEL
+from taso_ds.methods.folders import MODEL
 from taso_ds.runs.folder import ENTRIES, PARTIAL, RUN
 from taso_ds.runs.recorded import differences, is_calibration, is_finished, read_run
 from taso_ds.runs.run_lock import LOCK, InUse, holder, locked, refuse

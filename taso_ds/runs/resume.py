@@ -14,7 +14,7 @@ from typing import Any
 from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
 from taso_ds.flags import flags_of
-from taso_ds.methods.table import MODEL
+from taso_ds.methods.folders import MODEL
 from taso_ds.runs.folder import PICTURE, REGIONS, RUN
 from taso_ds.runs.recorded import Difference, differences, is_calibration, is_finished, length_of, read_run
 from taso_ds.training.arguments import TrainArguments

@@ -11,7 +11,7 @@ import pytest
 from taso_ds.config import GROUPS, RunConfig, parse_run_config
 from taso_ds.errors import UserError
 from taso_ds.flags import arg
-from taso_ds.methods.table import ADAPTER
+from taso_ds.methods.folders import ADAPTER
 from taso_ds.runs import recorded
 from taso_ds.runs.finished_arguments import EVALUATE, parse_over_run
 from taso_ds.runs.folder import RUN

@@ -1,0 +1,3 @@
+"""The folders of a run that hold what was trained."""
+
+ADAPTER, MODEL = "adapter", "model"
