@@ -21,6 +21,14 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process computes on the CPU, whatever the machine has."""
+    from taso_ds.distributed import comm
+
+    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
+
+
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its own output layer."""

@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from launching import Finished, call_main
 from safetensors.torch import load_file
-from sample_rows import write_rows
+from sample_rows import write_splits
 
 from taso_ds.adapters.region_file import load_region_file
 
@@ -24,8 +24,7 @@ NUM_TARGETS = 2 * (4 + 4 * 2)
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("moe")
     tiny_models.save(tiny_models.mixtral(), path / "base")
-    write_rows(path / "train.jsonl", 12)
-    write_rows(path / "eval.jsonl", 4)
+    write_splits(path, 12, 4)
     return path
 
 

@@ -23,7 +23,7 @@ import torch
 from launching import Finished, call_main
 from mistakes import GOOD, assert_one_line, contents
 from safetensors.torch import load_file, save_file
-from sample_rows import write_rows
+from sample_rows import write_splits
 
 from taso_ds.adapters.region_file import KIND
 from taso_ds.files.tensors import read_tensors, write_tensors
@@ -539,8 +539,7 @@ def places(
     models, regions, runs = (tmp_path_factory.mktemp(name) for name in ("models", "regions", "runs"))
     found = {"llama": llama_folder, "gpt2": gpt2_folder, "bert": bert_folder}
     _damage_models(llama_folder, models)
-    rows = [write_rows(runs / f"{split}.jsonl", 8) for split in ("train", "eval")]
-    good = [word.format(**found) for word in GOOD.split()] + ["--train_file", rows[0], "--eval_file", rows[1]]
+    good = [word.format(**found) for word in GOOD.split()] + write_splits(runs, 8, 8)
 
     def made(script: str, name: str, *flags: str) -> Path:
         call_main(script, [*good, "--max_steps", "1", *flags, "--output_dir", runs / name]).succeeded()
@@ -605,23 +604,13 @@ GPTQ = {"quant_method": "gptq", "bits": 4}
 
 def _odd_llama() -> object:
     """A Llama whose MLP matrices have an odd number of weights, which 4 bits each do not fill bytes with."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tiny_models.VOCABULARY, hidden_size=9, head_dim=8, intermediate_size=9, num_hidden_layers=1,
-            num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0,
-        )
-    )  # fmt: skip
+    sizes = {"hidden_size": 9, "head_dim": 8, "intermediate_size": 9, "num_attention_heads": 1}
+    return tiny_models.llama(layers=1, num_key_value_heads=1, max_position_embeddings=64, **sizes)
 
 
 def _wide_llama() -> object:
     """A Llama with the same module names and a wider k_proj and v_proj."""
-    from transformers import LlamaForCausalLM
-
-    config = tiny_models.llama().config
-    config.num_key_value_heads = 4
-    return LlamaForCausalLM(config)
+    return tiny_models.llama(num_key_value_heads=4)
 
 
 def _damage_regions(regions: Path) -> None:

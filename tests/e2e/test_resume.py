@@ -16,7 +16,7 @@ import pytest
 import tiny_models
 from forked import ForkServer
 from other_process import holding
-from sample_rows import write_rows, write_sentences
+from sample_rows import write_rows, write_sentences, write_splits
 
 from taso_ds.training.checkpoint import checkpoint_name
 
@@ -94,8 +94,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     path = tmp_path_factory.mktemp("resume")
     tiny_models.save(tiny_models.llama(), path / "llama")
     tiny_models.save(tiny_models.bert(), path / "bert")
-    write_rows(path / "train.jsonl", 21)
-    write_rows(path / "eval.jsonl", 5)
+    write_splits(path, 21, 5)
     for name in ("sentences", "held_out"):
         write_sentences(path / f"{name}.jsonl", 21)
     with ForkServer() as server:

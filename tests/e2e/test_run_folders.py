@@ -13,7 +13,7 @@ import pytest
 from launching import Finished, call_main
 from mistakes import assert_one_line, contents
 from other_process import holding
-from sample_rows import write_rows
+from sample_rows import write_splits
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -44,8 +44,7 @@ class Desk:
 @pytest.fixture(scope="module")
 def desk(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     desk = Desk(tmp_path_factory.mktemp("folders"), llama_folder)
-    write_rows(desk.path / "train.jsonl", 8)
-    write_rows(desk.path / "eval.jsonl", 4)
+    write_splits(desk.path, 8, 4)
     interrupt(shutil.copytree(desk.train("finished"), desk.path / "interrupted"))
     desk.train("finished lora", "--method", "lora")
     desk.train("finished full", "--method", "full")

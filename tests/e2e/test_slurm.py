@@ -15,7 +15,7 @@ import slurm_cluster
 import tiny_models
 from forked import ForkServer
 from launching import ROOT, call_main
-from sample_rows import write_rows
+from sample_rows import write_splits
 from slurm_cluster import ENDED, Cluster, until
 
 pytestmark = [
@@ -87,8 +87,7 @@ class Desk:
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     path = tmp_path_factory.mktemp("slurm")
     tiny_models.save(tiny_models.llama(), path / "llama")
-    write_rows(path / "train.jsonl", 21)
-    write_rows(path / "eval.jsonl", 5)
+    write_splits(path, 21, 5)
     (path / "cluster").mkdir()
     # All nodes are this host, whose name may stand for the loopback address only.
     site = {"VENV": str(write_venv(path)), "GLOO_SOCKET_IFNAME": "lo"}

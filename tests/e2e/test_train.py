@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from launching import Finished, call_main
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sample_rows import write_rows, write_sentences
+from sample_rows import write_sentences, write_splits
 from torch import Tensor
 
 from taso_ds.config import parse_run_config
@@ -68,8 +68,7 @@ class Desk:
 @pytest.fixture(scope="module")
 def desk(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     path = tmp_path_factory.mktemp("desk")
-    write_rows(path / "train.jsonl", TRAIN_ROWS)
-    write_rows(path / "eval.jsonl", EVAL_ROWS)
+    write_splits(path, TRAIN_ROWS, EVAL_ROWS)
     return Desk(path, llama_folder)
 
 

@@ -14,7 +14,7 @@ import torch
 import variants_worker
 from launching import HAS_NVME, NO_NVME, call_main, run_ranks
 from peft import PeftModel
-from sample_rows import write_rows, write_sentences
+from sample_rows import write_sentences, write_splits
 from transformers import AutoModelForCausalLM
 
 from taso_ds.distributed.ds_config import read_ds_config, shipped_ds_configs
@@ -50,8 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run of every variant; the MLP is as small as DeepSpeed writes to a disk: 1 MB on each rank."""
     path: Path = tmp_path_factory.mktemp("variants")
     base = tiny_models.save(tiny_models.llama(layers=1, intermediate_size=16384), path / "base")
-    write_rows(path / "train.jsonl", 12)
-    write_rows(path / "eval.jsonl", 4)
+    write_splits(path, 12, 4)
     raw = read_ds_config("zero3_hpz.json")
     raw["zero_optimization"]["zero_hpz_partition_size"] = 2
     (path / "one_node_hpz.json").write_text(json.dumps(raw))

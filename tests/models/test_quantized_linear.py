@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from taso_ds.distributed import comm
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.load import load_base_model
@@ -27,14 +26,11 @@ from taso_ds.models.quantized_linear import (
 )
 from taso_ds.models.spec import read_spec
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 STAGE_0 = ZeroConfig({"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}})
 FORMATS: list[Format] = [NF4(), Int8(6.0)]
 both = pytest.mark.parametrize("format", FORMATS, ids=["4 bits", "8 bits"])
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
 
 def linear(format: Format, rows: int, cols: int, *, bias: bool = False) -> QuantizedLinear:

@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 from hosts import NAMES, Cluster, what_is_missing
 from launching import ROOT, Finished, finish
-from sample_rows import write_rows
+from sample_rows import write_splits
 
 MISSING = what_is_missing()
 pytestmark = [
@@ -77,8 +77,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     with Cluster(tmp_path_factory.mktemp("hosts")) as cluster:
         tiny_models.save(tiny_models.llama(), cluster.disk("node-a") / "llama")
         shutil.copytree(cluster.disk("node-a") / "llama", cluster.disk("node-b") / "llama")
-        write_rows(cluster.shared / "train.jsonl", 21)
-        write_rows(cluster.shared / "eval.jsonl", 5)
+        write_splits(cluster.shared, 21, 5)
         (cluster.shared / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
         (cluster.shared / ".deepspeed_env").write_text(
             "".join(f"{key}={value}\n" for key, value in cluster.settings.items() if key != "PYTHONPATH")

@@ -45,26 +45,18 @@ def misshapen(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 def odd_llama() -> Any:
     """A Llama whose matrices do not divide by the ranks: 33 tokens of 30 numbers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=33, hidden_size=30, intermediate_size=7, num_hidden_layers=1, num_attention_heads=3,
+    return tiny_models.llama(
+        layers=1, seed=3, vocab_size=33, hidden_size=30, intermediate_size=7, num_attention_heads=3,
         num_key_value_heads=3, max_position_embeddings=16, attention_bias=True,
     )  # fmt: skip
-    torch.manual_seed(3)
-    return LlamaForCausalLM(config)
 
 
 def wide_llama() -> Any:
     """A Llama whose MLP is worth reading from a disk: on 4 ranks a bit more than a megabyte of each matrix in fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=33, hidden_size=64, intermediate_size=16400, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=16,
+    return tiny_models.llama(
+        layers=1, seed=5, vocab_size=33, hidden_size=64, intermediate_size=16400, num_attention_heads=2,
+        max_position_embeddings=16,
     )  # fmt: skip
-    torch.manual_seed(5)
-    return LlamaForCausalLM(config)
 
 
 def gptj() -> Any:

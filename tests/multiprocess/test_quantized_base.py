@@ -33,25 +33,14 @@ bits_and_stages = pytest.mark.parametrize(("bits", "stage"), [(bits, stage) for 
 
 def uneven_llama() -> Any:
     """A Llama in which blocks of 64 weights lie across the border of two ranks: q_proj is 24 × 24 = 9 blocks."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=tiny_models.VOCABULARY, hidden_size=24, intermediate_size=28, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.2, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    sizes = {"hidden_size": 24, "intermediate_size": 28, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return tiny_models.llama(seed=5, max_position_embeddings=32, **sizes)
 
 
 def deep_llama() -> Any:
     """A Llama of 24 layers of 163,840 weights each, nearly all that it has."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=128, intermediate_size=256, num_hidden_layers=24, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=16,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).bfloat16()
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
+    return tiny_models.llama(layers=24, vocab_size=32, max_position_embeddings=16, **sizes).bfloat16()
 
 
 def merged_mixtral() -> Any:

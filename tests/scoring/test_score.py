@@ -25,12 +25,9 @@ from taso_ds.scoring.regions import Regions, describe_regions
 from taso_ds.scoring.score import score_regions, scoring_mode
 from taso_ds.scoring.scoring_pass import ScoringSettings, assign_owners
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 LADDER = ladder_with(0.05)
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
 
 def scores_of(
@@ -271,15 +268,10 @@ def test_sums_are_kept_where_they_are_told(monkeypatch: pytest.MonkeyPatch, offl
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_sums_in_host_memory_are_the_same_and_take_none_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four layers of seven matrices of 16 MB; one of them at a time comes back to be selected from."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     device = torch.device("cuda", 0)
     monkeypatch.setattr(comm, "device", lambda: device)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=2048, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(device).requires_grad_(False)
+    llama = tiny_models.llama(layers=4, hidden_size=2048, intermediate_size=2048, num_key_value_heads=4)
+    model = llama.train().to(device).requires_grad_(False)
     batches = [
         {key: value.to(device) for key, value in tiny_models.token_batch(seed=seed).items()} for seed in range(2)
     ]

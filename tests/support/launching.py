@@ -81,33 +81,32 @@ def start(
         "torchrun": ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"],
         "python": [],
     }[launcher]
-    command = [sys.executable, *prefix, str(ROOT / "launch" / f"{script}.py"), *map(str, flags)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        env=environment() | variables,
-    )
-    return finish(process)
+    return finish(begin([*prefix, ROOT / "launch" / f"{script}.py", *flags], cwd=cwd, **variables))
+
+
+def begin(
+    words: Sequence[str | Path], *, cwd: Path | None = None, session: bool = False, **variables: str
+) -> "subprocess.Popen[str]":
+    """Start Python with these words on its command line; ``finish`` waits for it.
+
+    Args:
+        session: whether the process gets a session of its own, as at a terminal.
+        variables: added to the environment.
+    """
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        env=environment() | variables, start_new_session=session,
+    )  # fmt: skip
 
 
 def run_ranks(
     worker: str | Path, ranks: int, args: Sequence[str | Path] = (), *, port: int | None = None, timeout: float = 300.0
 ) -> Finished:
     """Run a test's own script on gloo ranks of this machine; it must succeed."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={port or free_port()}", str(worker), *map(str, args)]
+    words = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1"]
     python_path = os.pathsep.join(filter(None, [str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment() | {"PYTHONPATH": python_path},
-    )
-    return finish(process, timeout=timeout).succeeded()
+    words += [f"--master_port={port or free_port()}", str(worker), *map(str, args)]
+    return finish(begin(words, PYTHONPATH=python_path), timeout=timeout).succeeded()
 
 
 def finish(process: "subprocess.Popen[str]", *, timeout: float = 400.0) -> Finished:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class ForkServer:
@@ -30,7 +30,7 @@ class ForkServer:
     def __enter__(self) -> "ForkServer":
         # threads would not survive a fork
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
         settings = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
