@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from damaged_places import damaged_models, damaged_runs, region_files
 from sample_rows import write_splits
+
+__all__ = ["damaged_models", "damaged_runs", "region_files"]  # fixtures
 
 
 @pytest.fixture(scope="package", autouse=True)
