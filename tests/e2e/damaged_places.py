@@ -95,8 +95,10 @@ def _damage_models(good: Path, models: Path) -> None:
 
 def _odd_llama() -> object:
     """A Llama whose MLP matrices have an odd number of weights, which 4 bits each do not fill bytes with."""
-    sizes = {"hidden_size": 9, "head_dim": 8, "intermediate_size": 9, "num_attention_heads": 1}
-    return tiny_models.llama(layers=1, num_key_value_heads=1, max_position_embeddings=64, **sizes)
+    return tiny_models.llama(
+        layers=1, hidden_size=9, head_dim=8, intermediate_size=9, num_attention_heads=1, num_key_value_heads=1,
+        max_position_embeddings=64,
+    )  # fmt: skip
 
 
 def _damage_regions(regions: Path) -> None:

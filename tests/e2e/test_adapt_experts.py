@@ -29,7 +29,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(path: Path, name: str, *flags: str) -> Finished:
-    common = [
+    common: list[str | Path] = [
         *("--model_name_or_path", path / "base", "--task", "completion", "--max_seq_length", "64"),
         *("--train_file", path / "train.jsonl", "--eval_file", path / "eval.jsonl", "--calibration_samples", "8"),
         *("--learning_rate", "1e-2", "--max_steps", "4", "--ds_config", "zero0.json", "--alpha", "2"),

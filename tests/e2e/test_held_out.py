@@ -21,7 +21,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(desk: Path, llama_folder: Path) -> Finished:
-    flags = [
+    flags: list[str | Path] = [
         *("--model_name_or_path", llama_folder, "--task", "completion", "--train_file", desk / "rows.jsonl"),
         *("--eval_fraction", "0.25", "--eval_metric", "exact_match", "--seed", "3", "--max_new_tokens", "4"),
         *("--no_bf16", "--ds_config", "zero0.json", "--max_seq_length", "64", "--max_steps", "1"),
@@ -53,6 +53,6 @@ def test_evaluate_finds_the_same_rows_or_takes_others(desk: Path) -> None:
     after = read(desk / "run" / "results.json")["after"]
     again = json.loads(call_main("evaluate", ["--run", desk / "run"]).succeeded().lines[-1])
     assert {name: again[name] for name in after} == pytest.approx(after, rel=1e-5)
-    flags = ["--run", desk / "run", "--eval_file", desk / "others.jsonl", "--eval_metric", "rouge"]
+    flags: list[str | Path] = ["--run", desk / "run", "--eval_file", desk / "others.jsonl", "--eval_metric", "rouge"]
     others = json.loads(call_main("evaluate", flags).succeeded().lines[-1])
     assert (others["num_examples"], "rouge" in others) == (5, True)

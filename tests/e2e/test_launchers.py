@@ -61,7 +61,7 @@ def test_two_runs_at_once_have_a_port_and_a_folder_each(tmp_path: Path, flags: l
 )
 def test_ctrl_c_at_a_terminal(launcher: str, tmp_path: Path, flags: list[str]) -> None:
     """Launcher and ranks get it at once; each launcher then has its own way to end the ranks, which save meanwhile."""
-    command = ["-m", *launcher.split(), ROOT / "launch" / "train.py", *flags]
+    command: list[str | Path] = ["-m", *launcher.split(), ROOT / "launch" / "train.py", *flags]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
     process = begin([*command, "--max_steps", "3000", "--output_dir", "run"], cwd=tmp_path, session=True)
     signal.signal(signal.SIGINT, before)

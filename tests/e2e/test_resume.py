@@ -7,7 +7,6 @@ All ranks are real processes running ``launch/train.py``'s ``main()``; they are 
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,15 +89,14 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+def desk(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     path = tmp_path_factory.mktemp("resume")
     tiny_models.save(tiny_models.llama(), path / "llama")
     tiny_models.save(tiny_models.bert(), path / "bert")
     write_splits(path, 21, 5)
     for name in ("sentences", "held_out"):
         write_sentences(path / f"{name}.jsonl", 21)
-    with ForkServer() as server:
-        yield Desk(path, server)
+    return Desk(path, fork_server)
 
 
 # The same ranks: bit by bit -------------------------------------------------------------------------------------------

@@ -60,6 +60,11 @@ def interrupt(run: Path) -> None:
     shutil.rmtree(run / "adapter")
 
 
+def write_cats(path: Path) -> None:
+    path.mkdir()
+    (path / "run.json").write_text('{"config": {"cat": 1}}')
+
+
 def write_foreign(path: Path) -> None:
     (path / "model").mkdir(parents=True)
     for name in ("thesis.tex", "model/weights.bin", "results.json"):
@@ -80,7 +85,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "empty": Path.mkdir,
     "killed before its record": write_killed,
     "foreign": write_foreign,
-    "foreign run.json": lambda path: (path.mkdir(), (path / "run.json").write_text('{"config": {"cat": 1}}')),
+    "foreign run.json": write_cats,
     "base": lambda path: shutil.copytree(os.environ["TASO_TEST_BASE"], path),
     "file": lambda path: path.write_text("years of work"),
 }
@@ -294,7 +299,7 @@ def test_a_merged_model_keeps_a_run_as_long_as_it_is(desk: Desk, here: Path) -> 
 
 def test_evaluate_finds_relative_paths_from_anywhere(desk: Desk, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk.path)
-    relative = ["--train_file", "train.jsonl", "--eval_file", "eval.jsonl", "--output_dir", here / "run"]
+    relative = ["--train_file", "train.jsonl", "--eval_file", "eval.jsonl", "--output_dir", str(here / "run")]
     relative += ["--model_name_or_path", os.path.relpath(desk.base)]
     call_main("train", [*desk.flags, *relative]).succeeded()
     monkeypatch.chdir(here)

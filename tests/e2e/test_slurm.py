@@ -84,15 +84,15 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+def desk(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     path = tmp_path_factory.mktemp("slurm")
     tiny_models.save(tiny_models.llama(), path / "llama")
     write_splits(path, 21, 5)
     (path / "cluster").mkdir()
     # All nodes are this host, whose name may stand for the loopback address only.
     site = {"VENV": str(write_venv(path)), "GLOO_SOCKET_IFNAME": "lo"}
-    with Cluster(path / "cluster", nodes=3, **site) as cluster, ForkServer() as server:
-        yield Desk(path, cluster, server)
+    with Cluster(path / "cluster", nodes=3, **site) as cluster:
+        yield Desk(path, cluster, fork_server)
 
 
 def write_venv(path: Path) -> Path:

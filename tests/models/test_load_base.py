@@ -18,7 +18,7 @@ from taso_ds.adapters.targets import find_targets
 from taso_ds.distributed import comm
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
-from taso_ds.methods.export import head_modules
+from taso_ds.methods.task_head import head_modules
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.load import BaseModel, _said_by_each_rank, load_base_model
 from taso_ds.models.source import model_source

@@ -56,13 +56,15 @@ def fill(module: QuantizedLinear, weight: Tensor, borders: list[int]) -> Tensor:
 
 def by_bitsandbytes(format: Format, weight: Tensor, bias: Tensor | None = None) -> Any:
     rows, cols = weight.shape
+    quantized: Any = bnb.nn  # whose tensors' `to` mypy cannot read
     if isinstance(format, NF4):
         module: Any = bnb.nn.Linear4bit(cols, rows, bias is not None, torch.float32, quant_type="nf4")
-        module.weight = bnb.nn.Params4bit(weight.clone(), quant_type="nf4", module=module).to("cpu")
+        module.weight = quantized.Params4bit(weight.clone(), quant_type="nf4", module=module).to("cpu")
         module.support_avx512bf16_for_cpu = False
     else:
+        assert isinstance(format, Int8)
         module = bnb.nn.Linear8bitLt(cols, rows, bias is not None, has_fp16_weights=False, threshold=format.threshold)
-        module.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False).to("cpu")
+        module.weight = quantized.Int8Params(weight.clone(), requires_grad=False).to("cpu")
     if bias is not None:
         module.bias = nn.Parameter(bias.clone(), requires_grad=False)
     return module

@@ -58,10 +58,10 @@ def reference(model: Any, batches: list[dict[str, Tensor]], *, head: bool = Fals
     found = {}
     for name, target in find_targets(model, experts=experts).items():
         module, shape = target.matrix, target.shape
+        weight: Any = module.weight
+        grad: Any = target.parameter.grad
         if isinstance(module, ExpertMatrix):
-            weight, grad = module.weight, module.parameter.grad[module.index]  # type: ignore[index]
-        else:
-            weight, grad = module.weight, module.weight.grad
+            grad = grad[module.index]
         value = (weight.detach() * grad).abs()
         found[name] = score_rows_and_cols(value.t() if shape.transposed else value, LADDER)
     return found
@@ -342,4 +342,6 @@ def test_a_linear_that_computes_in_fp32_amid_a_model_in_bf16() -> None:
     sums.add("one", inputs.bfloat16(), grads.bfloat16())
     sums.add("router", inputs, grads)
     for name in shapes:
-        assert torch.equal(sums.take(name), torch.full((2, 3), 4.0))
+        taken = sums.take(name)
+        assert taken is not None
+        assert torch.equal(taken, torch.full((2, 3), 4.0))

@@ -117,7 +117,9 @@ _MEANT: dict[str, tuple[str, ...]] = {
     "sweep_tasks": ("rte", "sst2"), "sweep_seeds": ("0", "1"), "nvme_path": ("folder",), "run": ("folder", "gone"),
 }  # fmt: skip
 _APART = ("config", "debug", "dry_run")  # one is added where there is YAML, one shows tracebacks, one stays on
-_ODD = (None, True, False, 0, 1, -1, 2.5, 1e400, "", "two", [], [1, 2], ["q_proj"], {}, {"a": 1}, "2024-01-01", "1e-3")
+_ODD: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 2.5, 1e400, "", "two", [], [1, 2], ["q_proj"], {}, {"a": 1}, "2024-01-01", "1e-3",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,11 +81,15 @@ def start(
         "torchrun": ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"],
         "python": [],
     }[launcher]
-    return finish(begin([*prefix, ROOT / "launch" / f"{script}.py", *flags], cwd=cwd, **variables))
+    return finish(begin([*prefix, ROOT / "launch" / f"{script}.py", *flags], cwd=cwd, variables=variables))
 
 
 def begin(
-    words: Sequence[str | Path], *, cwd: Path | None = None, session: bool = False, **variables: str
+    words: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    session: bool = False,
+    variables: Mapping[str, str] | None = None,
 ) -> "subprocess.Popen[str]":
     """Start Python with these words on its command line; ``finish`` waits for it.
 
@@ -95,7 +99,7 @@ def begin(
     """
     return subprocess.Popen(
         [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
-        env=environment() | variables, start_new_session=session,
+        env=environment() | dict(variables or {}), start_new_session=session,
     )  # fmt: skip
 
 
@@ -106,7 +110,7 @@ def run_ranks(
     words = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1"]
     python_path = os.pathsep.join(filter(None, [str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH")]))
     words += [f"--master_port={port or free_port()}", str(worker), *map(str, args)]
-    return finish(begin(words, PYTHONPATH=python_path), timeout=timeout).succeeded()
+    return finish(begin(words, variables={"PYTHONPATH": python_path}), timeout=timeout).succeeded()
 
 
 def finish(process: "subprocess.Popen[str]", *, timeout: float = 400.0) -> Finished:

@@ -46,16 +46,9 @@ def qwen3_moe(*, dense_layers: tuple[int, ...] = (), seed: int = 0) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            **_EXPERTS,
-            intermediate_size=48,
-            moe_intermediate_size=48,
-            num_experts=4,
-            head_dim=8,
-            mlp_only_layers=list(dense_layers),
-        )
-    ).eval()
+    more = {"num_experts": 4, "head_dim": 8, "mlp_only_layers": list(dense_layers)}
+    config = Qwen3MoeConfig(**(_EXPERTS | more), intermediate_size=48, moe_intermediate_size=48)
+    return Qwen3MoeForCausalLM(config).eval()
 
 
 def qwen2_moe(*, seed: int = 0) -> Any:
@@ -63,8 +56,9 @@ def qwen2_moe(*, seed: int = 0) -> Any:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     torch.manual_seed(seed)
-    widths = {"intermediate_size": 48, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_EXPERTS, **widths, num_experts=4)).eval()
+    widths = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    config = Qwen2MoeConfig(**(_EXPERTS | widths), intermediate_size=48, num_experts=4)
+    return Qwen2MoeForCausalLM(config).eval()
 
 
 def gpt_oss(*, seed: int = 0) -> Any:
@@ -105,10 +99,8 @@ def hrm() -> Any:
     """A model whose checkpoints hold one tensor of each attention, which transformers splits."""
     from transformers import HrmTextConfig, HrmTextForCausalLM
 
-    config = HrmTextConfig(
-        vocab_size=33, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = HrmTextConfig(**(_BLOCKS | sizes), vocab_size=33, intermediate_size=16)
     torch.manual_seed(0)
     return HrmTextForCausalLM(config)
 
@@ -167,8 +159,9 @@ def bert(*, num_labels: int = 2, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = BertConfig(
-        **_BLOCKS, vocab_size=VOCABULARY, intermediate_size=48, max_position_embeddings=128, initializer_range=0.2,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=num_labels, pad_token_id=0,
+        **(_BLOCKS | {"num_labels": num_labels}), vocab_size=VOCABULARY, intermediate_size=48,
+        max_position_embeddings=128, initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        pad_token_id=0,
     )  # fmt: skip
     return BertForSequenceClassification(config).eval()
 

@@ -77,7 +77,7 @@ def run(loss_sum: Any, weight: nn.Parameter, *, steps: int = 4, **changes: Any) 
     return seen
 
 
-def quadratic(weight: nn.Parameter, _engine: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def quadratic(weight: Tensor, _engine: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """Each supervised token with label t costs (w - t)² / 2."""
     labels = batch["labels"][:, 1:]
     counted = labels != -100
