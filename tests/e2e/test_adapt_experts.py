@@ -3,12 +3,12 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_models
 import torch
 from launching import Finished, call_main
+from run_files import read_json
 from safetensors.torch import load_file
 from sample_rows import write_splits
 
@@ -37,10 +37,6 @@ def call(path: Path, name: str, *flags: str) -> Finished:
     return call_main("train", [*common, "--output_dir", path / name, *flags]).succeeded()
 
 
-def read(run: Path) -> Any:
-    return json.loads((run / "results.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def run(path: Path) -> Path:
     call(path, "run", "--no_bf16", "--adapt_experts")
@@ -51,7 +47,7 @@ def test_experts_have_regions_and_the_adapter_is_proved(run: Path) -> None:
     regions = load_region_file(run / "core_regions.safetensors").scores
     assert len(regions) == NUM_TARGETS
     assert sum(".experts." in name for name in regions) == 2 * 4 * 2
-    results = read(run)
+    results = read_json(run / "results.json")
     assert results["after"]["loss"] < results["before"]["loss"]
     assert results["export"]["error"] < 1e-5
     assert results["export"]["effect"] > 0.05
@@ -77,7 +73,7 @@ def test_the_proof_tells_an_expert_that_is_not_in_the_file(run: Path, tmp_path: 
 def test_evaluate_repeats_the_recorded_numbers(run: Path) -> None:
     finished = call_main("evaluate", ["--run", run]).succeeded()
     scores = json.loads(finished.lines[-1])
-    assert scores["loss"] == pytest.approx(read(run)["after"]["loss"], rel=1e-5)
+    assert scores["loss"] == pytest.approx(read_json(run / "results.json")["after"]["loss"], rel=1e-5)
 
 
 def test_merges_into_a_plain_mixture(run: Path, tmp_path: Path) -> None:
@@ -98,7 +94,7 @@ def test_merges_into_a_plain_mixture(run: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bf16_is_proved_too(path: Path) -> None:
     call(path, "bf16", "--bf16", "--adapt_experts")
-    proof = read(path / "bf16")["export"]
+    proof = read_json(path / "bf16" / "results.json")["export"]
     assert proof["error"] < proof["tolerance"] < proof["effect"]
 
 

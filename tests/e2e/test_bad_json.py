@@ -67,10 +67,7 @@ add_json(
     "torch's AdamW",
 )
 add_json(
-    "DeepSpeed's own",
-    '{"aio": {"use_gds": true}}',
-    "DeepSpeed refuses it",
-    "GDS currently only supported for CUDA",
+    "DeepSpeed's own", '{"aio": {"use_gds": true}}', "DeepSpeed refuses it", "GDS currently only supported for CUDA"
 )
 add_json(
     "GPUs only", '{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}', "zero_quantized_weights", "GPU"

@@ -1,8 +1,6 @@
 """Launchers and ranks that do not agree: rank 0 says so in one line, and nobody waits."""
 
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,21 +54,12 @@ def test_half_a_launcher(llama_folder: Path, desk: Path, monkeypatch: pytest.Mon
 
 def start_two_ranks(flags: Sequence[str], folders: Sequence[Path], port: int) -> list[Finished]:
     """Start two ranks as a launcher does, but leave each its own terminal."""
-    command = [sys.executable, str(launching.ROOT / "launch" / "train.py"), *flags]
     processes = []
     for rank, folder in enumerate(folders):
         ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         ranked |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(
-            subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=folder,
-                env=launching.environment() | ranked,
-            )
-        )
+        words: list[str | Path] = [launching.ROOT / "launch" / "train.py", *flags]
+        processes.append(launching.begin(words, cwd=folder, variables=ranked))
     return [launching.finish(process, timeout=120) for process in processes]
 
 

@@ -15,6 +15,7 @@ import pytest
 import tiny_models
 from forked import ForkServer
 from other_process import holding
+from run_files import read_lines, saved_tensors
 from sample_rows import write_rows, write_sentences, write_splits
 
 from taso_ds.training.checkpoint import checkpoint_name
@@ -46,7 +47,7 @@ class Outcome:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        return read_lines(self.run / "metrics.jsonl")
 
     @property
     def losses(self) -> list[tuple[int, float, float]]:
@@ -54,9 +55,7 @@ class Outcome:
 
     @property
     def trained(self) -> dict[str, bytes]:
-        """The bytes of what was trained."""
-        folder = next(path for path in (self.run / "adapter", self.run / "model") if path.is_dir())
-        return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+        return saved_tensors(self.run)
 
 
 @dataclass(frozen=True)

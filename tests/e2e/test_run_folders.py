@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from launching import Finished, call_main
 from mistakes import assert_one_line, contents
 from other_process import holding
+from run_files import read_json
 from sample_rows import write_splits
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -208,11 +208,6 @@ def adapter(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def record(run: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / name).read_text())
-    return found
-
-
 def test_without_a_name_the_same_command_goes_on(desk: Desk, here: Path) -> None:
     runs = here / "runs"
     shutil.copytree(desk.path / "finished", runs / "taso-completion")
@@ -244,13 +239,13 @@ def test_a_finished_run_is_extended(desk: Desk, here: Path) -> None:
     assert "resume: the same run with max_steps: 2 there, 4 here (changes its length)" in done.lines
     assert "resume: goes on after step 2" in done.out
     (line,) = [line for line in done.lines if line.startswith("extended: ")]
-    peak = record(folder, "run.json")["learning_rates"][0]["peak"]
+    peak = read_json(folder / "run.json")["learning_rates"][0]["peak"]
     assert line == (
         "extended: 4 steps in place of 2; the constant schedule is now that of 4 steps: learning rate"
         f" {peak:.3e} at step 3, {peak:.3e} at the last"
     )
     assert adapter(folder) == adapter(whole), "with a constant rate it is the longer run"
-    assert record(folder, "results.json") == record(whole, "results.json")
+    assert read_json(folder / "results.json") == read_json(whole / "results.json")
     again = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "4"]).succeeded()
     assert "holds this run, finished" in again.out
 
@@ -270,19 +265,19 @@ def test_core_regions_serve_a_run_of_any_length_and_rate(desk: Desk, here: Path)
     assert f"core regions: read from {folder / 'core_regions.safetensors'}" in done.out
     assert (folder / "core_regions.safetensors").read_bytes() == before
     assert (folder / "core_regions.png").is_file()
-    assert record(folder, "run.json")["steps"] == 1
+    assert read_json(folder / "run.json")["steps"] == 1
 
 
 def test_an_extension_that_was_killed_goes_on(desk: Desk, here: Path) -> None:
     """Its record says four steps; results and checkpoint are still those of two."""
     folder = here / "folder"
     shutil.copytree(desk.path / "finished", folder)
-    run = record(folder, "run.json")
+    run = read_json(folder / "run.json")
     run["config"]["max_steps"] = run["steps"] = 4
     (folder / "run.json").write_text(json.dumps(run))
     done = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "4"]).succeeded()
     assert "resume: goes on after step 2" in done.out
-    assert record(folder, "results.json")["steps"] == 4
+    assert read_json(folder / "results.json")["steps"] == 4
 
 
 def test_a_merged_model_keeps_a_run_as_long_as_it_is(desk: Desk, here: Path) -> None:
@@ -304,6 +299,6 @@ def test_evaluate_finds_relative_paths_from_anywhere(desk: Desk, here: Path, mon
     call_main("train", [*desk.flags, *relative]).succeeded()
     monkeypatch.chdir(here)
     found = json.loads(call_main("evaluate", ["--run", "run"]).succeeded().lines[-1])
-    assert found["loss"] == pytest.approx(record(here / "run", "results.json")["after"]["loss"], abs=1e-5)
+    assert found["loss"] == pytest.approx(read_json(here / "run" / "results.json")["after"]["loss"], abs=1e-5)
     again = call_main("train", [*desk.flags, "--output_dir", "run"]).succeeded()  # the same paths, absolute
     assert "holds this run, finished" in again.out

@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 from hosts import NAMES, Cluster, what_is_missing
 from launching import ROOT, Finished, finish
+from run_files import saved_tensors
 from sample_rows import write_splits
 
 MISSING = what_is_missing()
@@ -62,10 +63,6 @@ class Desk:
         return [finish(process, timeout=120) for process in started]
 
 
-def adapter(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run / "adapter").glob("*.safetensors")}
-
-
 def steps(run: Path) -> list[int]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
@@ -101,7 +98,7 @@ def test_torchrun_meets_over_the_network_and_only_rank_0_needs_the_output(desk: 
     assert [done.out.count(line) for done in whole] == [1, 0]
     run = desk.cluster.disk("node-a") / "whole"
     assert steps(run) == list(range(1, STEPS + 1))
-    assert adapter(run)
+    assert saved_tensors(run)
     assert not (desk.cluster.disk("node-b") / "whole").exists()
 
 
@@ -126,7 +123,7 @@ def test_a_cut_cable_ends_all_ranks_and_the_same_command_goes_on(desk: Desk, who
     assert "resume: goes on after step" in again.out
     assert f"output: {run} is shared by all 2 nodes" in again.out
     assert steps(run) == list(range(1, STEPS + 1))
-    assert adapter(run) == adapter(desk.cluster.disk("node-a") / "whole")
+    assert saved_tensors(run) == saved_tensors(desk.cluster.disk("node-a") / "whole")
 
 
 @pytest.mark.parametrize(

@@ -101,10 +101,7 @@ def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
     base, targets, zero = load(folder, stage, *flags)
     batches = [batch for _, batch in dealt_batches(case.CALIBRATION, batch_size=ROWS_PER_BATCH, collate=parity.COLLATE)]
     found: dict[str, Any] = {}
-    with (
-        stored_weights(base, targets) as stored,
-        engines.scoring_engine(base.model, zero) as scored,
-    ):
+    with stored_weights(base, targets) as stored, engines.scoring_engine(base.model, zero) as scored:
         assert stored is not None
         found["fingerprint"] = fingerprint(targets, stored)
         for label, original in (("loaded", None), ("original", stored.read)):

@@ -163,10 +163,7 @@ class ExpertRun:
 
 @pytest.fixture(params=EXPERT_CASES)
 def run(
-    request: pytest.FixtureRequest,
-    report: Report,
-    folders: dict[str, Path],
-    signed: dict[str, dict[str, torch.Tensor]],
+    request: pytest.FixtureRequest, report: Report, folders: dict[str, Path], signed: dict[str, dict[str, torch.Tensor]]
 ) -> ExpertRun:
     ranks, name, how = request.param
     return ExpertRun(report(ranks)[f"{name} {how}"], ranks, folders[name], signed[name])

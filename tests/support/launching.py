@@ -103,16 +103,6 @@ def begin(
     )  # fmt: skip
 
 
-def run_ranks(
-    worker: str | Path, ranks: int, args: Sequence[str | Path] = (), *, port: int | None = None, timeout: float = 300.0
-) -> Finished:
-    """Run a test's own script on gloo ranks of this machine; it must succeed."""
-    words = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1"]
-    python_path = os.pathsep.join(filter(None, [str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH")]))
-    words += [f"--master_port={port or free_port()}", str(worker), *map(str, args)]
-    return finish(begin(words, variables={"PYTHONPATH": python_path}), timeout=timeout).succeeded()
-
-
 def finish(process: "subprocess.Popen[str]", *, timeout: float = 400.0) -> Finished:
     """Wait for a process; one that hangs is ended and fails with what it had printed."""
     try:
