@@ -324,7 +324,7 @@ def test_ctrl_c_saves_and_leaves(desk: Desk) -> None:
     assert (outcome.run / "checkpoints" / checkpoint_name(3) / "COMPLETE").is_file()
 
 
-@pytest.mark.parametrize("point", ["taso_ds.runs.train:set_up", "taso_ds.scoring.gradient_sum:GradientSum.add"])
+@pytest.mark.parametrize("point", ["taso_ds.runs.train:open_job", "taso_ds.scoring.gradient_sum:GradientSum.add"])
 def test_ctrl_c_before_training_leaves_at_once(desk: Desk, point: str) -> None:
     fault = {"rank": 0, "point": point, "call": 1, "when": "before", "all": True, "signal": int(signal.SIGINT)}
     outcome = desk.start(f"ctrl-c-{point[-3:]}", faults=[fault])

@@ -5,10 +5,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from desks import Desk
 from launching import Finished, call_main
 from mistakes import assert_one_line, contents
 from other_process import holding
@@ -20,37 +20,23 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 STEPS = 2
 
 
-@dataclass(frozen=True)
-class Desk:
-    """A folder with rows, a base and one run of every kind."""
-
-    path: Path
-    base: Path
-
-    @property
-    def flags(self) -> list[str]:
-        return [
-            *("--model_name_or_path", str(self.base), "--task", "completion", "--max_seq_length", "64"),
-            *("--train_file", str(self.path / "train.jsonl"), "--eval_file", str(self.path / "eval.jsonl")),
-            *("--no_bf16", "--ds_config", "zero0.json", "--max_steps", str(STEPS), "--calibration_samples", "4"),
-            *("--no_verify_export", "--lr_scheduler_type", "constant"),
-        ]
-
-    def train(self, name: str, *flags: str) -> Path:
-        call_main("train", [*self.flags, "--output_dir", self.path / name, *flags]).succeeded()
-        return self.path / name
+FLAGS = (
+    *("--ds_config", "zero0.json", "--max_steps", str(STEPS), "--calibration_samples", "4", "--no_verify_export"),
+    *("--lr_scheduler_type", "constant"),
+)
 
 
 @pytest.fixture(scope="module")
 def desk(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    desk = Desk(tmp_path_factory.mktemp("folders"), llama_folder)
+    """Rows, a base and one run of every kind."""
+    desk = Desk(tmp_path_factory.mktemp("folders"), llama_folder, FLAGS)
     write_splits(desk.path, 8, 4)
-    interrupt(shutil.copytree(desk.train("finished"), desk.path / "interrupted"))
-    desk.train("finished lora", "--method", "lora")
-    desk.train("finished full", "--method", "full")
-    shutil.copytree(desk.path / "finished", desk.path / "merged")
-    call_main("export", ["--run", desk.path / "merged", "--merge"]).succeeded()
-    call_main("calibrate", [*desk.flags, "--output_dir", desk.path / "calibrated"]).succeeded()
+    for method, name in (("taso", "finished"), ("lora", "finished lora"), ("full", "finished full")):
+        desk.call("train", name, "--method", method).succeeded()
+    interrupt(shutil.copytree(desk.folder("finished"), desk.folder("interrupted")))
+    shutil.copytree(desk.folder("finished"), desk.folder("merged"))
+    call_main("export", ["--run", desk.folder("merged"), "--merge"]).succeeded()
+    desk.call("calibrate", "calibrated").succeeded()
     return desk
 
 
@@ -79,7 +65,7 @@ def write_killed(path: Path) -> None:
 # What lies in the folder: made by the desk, or by a function.
 KINDS: dict[str, Callable[[Path], object]] = {
     **{
-        name: lambda path, name=name: shutil.copytree(path.parent.parent / name, path)  # type: ignore[misc]
+        name: lambda path, name=name: shutil.copytree(path.parent.parent / "runs" / name, path)  # type: ignore[misc]
         for name in ("finished", "interrupted", "finished lora", "finished full", "merged", "calibrated")
     },
     "empty": Path.mkdir,
@@ -158,7 +144,7 @@ def test_nothing_is_lost(desk: Desk, here: Path, verb: str, kind: str) -> None:
 
 def test_what_goes_is_said(desk: Desk, here: Path) -> None:
     folder = here / "folder"
-    shutil.copytree(desk.path / "merged", folder)
+    shutil.copytree(desk.folder("merged"), folder)
     (folder / "thesis.tex").write_text("years of work")
     done = call_main("calibrate", [*desk.flags, "--output_dir", folder, "--overwrite_output_dir"]).succeeded()
     gone = "results.json, metrics.jsonl, calibration.jsonl, core_regions.safetensors, core_regions.png, adapter, model"
@@ -169,14 +155,14 @@ def test_what_goes_is_said(desk: Desk, here: Path) -> None:
     assert f"{folder} holds these core regions; --resume none scores again" in again.lines
     trained = call_main("train", [*desk.flags, "--output_dir", folder]).succeeded()
     assert not any(" removes " in line for line in trained.lines)
-    assert adapter(folder) == adapter(desk.path / "finished"), "trained in the regions that were there"
+    assert adapter(folder) == adapter(desk.folder("finished")), "trained in the regions that were there"
 
 
 @pytest.mark.parametrize("verb", ["train", "calibrate", "merge", "dry run"])
 @pytest.mark.usefixtures("forbid_weights")
 def test_a_folder_in_use_is_refused(desk: Desk, here: Path, verb: str) -> None:
     folder = here / "folder"
-    shutil.copytree(desk.path / "finished", folder)
+    shutil.copytree(desk.folder("finished"), folder)
     with holding(folder) as process:
         before = contents(here)
         assert_one_line(
@@ -190,7 +176,7 @@ def test_a_model_that_another_merge_has_just_written_is_kept(
     desk: Desk, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = here / "folder"
-    shutil.copytree(desk.path / "finished", folder)
+    shutil.copytree(desk.folder("finished"), folder)
 
     @contextmanager
     def waited_for_another(run: Path) -> Iterator[None]:
@@ -210,15 +196,15 @@ def adapter(run: Path) -> bytes:
 
 def test_without_a_name_the_same_command_goes_on(desk: Desk, here: Path) -> None:
     runs = here / "runs"
-    shutil.copytree(desk.path / "finished", runs / "taso-completion")
-    shutil.copytree(desk.path / "interrupted", runs / "taso-completion-2")
+    shutil.copytree(desk.folder("finished"), runs / "taso-completion")
+    shutil.copytree(desk.folder("interrupted"), runs / "taso-completion-2")
     before = contents(runs / "taso-completion")
     assert "run folder: runs/taso-completion-2" in call_main("train", [*desk.flags, "--dry_run"]).lines
     done = call_main("train", desk.flags).succeeded()
     assert done.lines[-1] == "RUN runs/taso-completion-2"
     said = "output_dir: goes on in runs/taso-completion-2, the newest unfinished run of this configuration"
     assert said in done.lines
-    assert adapter(runs / "taso-completion-2") == adapter(desk.path / "finished")
+    assert adapter(runs / "taso-completion-2") == adapter(desk.folder("finished"))
     assert contents(runs / "taso-completion") == before
     third = call_main("train", [*desk.flags, "--dry_run"])
     assert "output_dir: runs/taso-completion-2 holds this run, finished" in third.lines
@@ -226,9 +212,10 @@ def test_without_a_name_the_same_command_goes_on(desk: Desk, here: Path) -> None
 
 
 def test_a_finished_run_is_extended(desk: Desk, here: Path) -> None:
-    whole = desk.train("whole", "--max_steps", "4")
+    desk.call("train", "whole", "--max_steps", "4").succeeded()
+    whole = desk.folder("whole")
     folder = here / "folder"
-    shutil.copytree(desk.path / "finished", folder)
+    shutil.copytree(desk.folder("finished"), folder)
     before = contents(folder)
     shorter = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "1"])
     assert_one_line(shorter, "max_steps: 1 steps are fewer than the 2 of the run", "step-00000002", "ask for more")
@@ -253,11 +240,11 @@ def test_a_finished_run_is_extended(desk: Desk, here: Path) -> None:
 def test_core_regions_serve_a_run_of_any_length_and_rate(desk: Desk, here: Path) -> None:
     """A folder of core regions does not depend on the loop, and one that was killed has no picture yet."""
     folder = here / "folder"
-    shutil.copytree(desk.path / "calibrated", folder)
+    shutil.copytree(desk.folder("calibrated"), folder)
     (folder / "core_regions.png").unlink()
     before = (folder / "core_regions.safetensors").read_bytes()
     loop = ["--max_steps", "1", "--learning_rate", "1e-3", "--weight_decay", "0.1"]
-    again = call_main("calibrate", [*desk.flags, "--output_dir", desk.path / "calibrated", *loop]).succeeded()
+    again = desk.call("calibrate", "calibrated", *loop).succeeded()
     assert "holds these core regions" in again.out
     other = call_main("train", [*desk.flags, "--output_dir", folder, *loop, "--calibration_samples", "3"])
     assert_one_line(other, "holds core regions of other flags (calibration_samples: 4 there, 3 here", "choose another")
@@ -271,7 +258,7 @@ def test_core_regions_serve_a_run_of_any_length_and_rate(desk: Desk, here: Path)
 def test_an_extension_that_was_killed_goes_on(desk: Desk, here: Path) -> None:
     """Its record says four steps; results and checkpoint are still those of two."""
     folder = here / "folder"
-    shutil.copytree(desk.path / "finished", folder)
+    shutil.copytree(desk.folder("finished"), folder)
     run = read_json(folder / "run.json")
     run["config"]["max_steps"] = run["steps"] = 4
     (folder / "run.json").write_text(json.dumps(run))
@@ -282,7 +269,7 @@ def test_an_extension_that_was_killed_goes_on(desk: Desk, here: Path) -> None:
 
 def test_a_merged_model_keeps_a_run_as_long_as_it_is(desk: Desk, here: Path) -> None:
     folder = here / "folder"
-    shutil.copytree(desk.path / "merged", folder)
+    shutil.copytree(desk.folder("merged"), folder)
     before = contents(folder)
     longer = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "4"])
     assert_one_line(longer, "holds model, which ", "launch/export.py made", "move that away")

@@ -7,7 +7,6 @@ compared with it, and what it wrote is computed again in plain torch, transforme
 import json
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from desks import Desk
 from launching import Finished, call_main
 from run_files import read_json, read_lines
 from safetensors import safe_open
@@ -35,42 +35,18 @@ FILES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Desk:
-    """A folder with rows and, in ``runs``, what was made of them; scripts run inside it."""
-
-    path: Path
-    base: Path
-
-    @property
-    def flags(self) -> list[str]:
-        return [
-            *("--model_name_or_path", str(self.base), "--task", "completion"),
-            *("--train_file", str(self.path / "train.jsonl"), "--eval_file", str(self.path / "eval.jsonl")),
-            *("--no_bf16", "--max_seq_length", "64", "--calibration_samples", str(CALIBRATION_ROWS)),
-            *("--learning_rate", str(LEARNING_RATE), "--max_steps", str(STEPS), "--global_batch_size", str(BATCH)),
-            *("--per_device_train_batch_size", "4", "--calibration_batch_size", "2", "--eval_steps", "5"),
-            *("--alpha", "2"),  # so that the scaling is not 1
-        ]
-
-    def folder(self, name: str) -> Path:
-        return self.path / "runs" / name
-
-    def start(self, name: str, launcher: str, ranks: int, *flags: str) -> Finished:
-        """Train in processes of their own."""
-        more = [*self.flags, "--output_dir", str(self.folder(name)), *flags]
-        return launching.start("train", more, cwd=self.path, launcher=launcher, ranks=ranks).succeeded()
-
-    def call(self, script: str, name: str, *flags: str) -> Finished:
-        """Run a script that makes a run, in this process."""
-        return call_main(script, [*self.flags, "--output_dir", str(self.folder(name)), *flags])
+FLAGS = (
+    *("--calibration_samples", str(CALIBRATION_ROWS), "--learning_rate", str(LEARNING_RATE), "--max_steps", str(STEPS)),
+    *("--global_batch_size", str(BATCH), "--per_device_train_batch_size", "4", "--calibration_batch_size", "2"),
+    *("--eval_steps", "5", "--alpha", "2"),  # so that the scaling is not 1
+)
 
 
 @pytest.fixture(scope="module")
 def desk(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     path = tmp_path_factory.mktemp("desk")
     write_splits(path, TRAIN_ROWS, EVAL_ROWS)
-    return Desk(path, llama_folder)
+    return Desk(path, llama_folder, FLAGS)
 
 
 @pytest.fixture(scope="module")

@@ -115,11 +115,11 @@ def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:
     if "file_size" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"],) * 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
-    plant([fault for fault in job.get("faults", []) if fault["rank"] == rank], folder)
-    if job.get("count"):
-        count_calls(folder / f"calls{rank}.json", job["count"])
     code = 1
     try:
+        plant([fault for fault in job.get("faults", []) if fault["rank"] == rank], folder)
+        if job.get("count"):
+            count_calls(folder / f"calls{rank}.json", job["count"])
         if "function" in job:
             _call(*job["function"])
         else:
