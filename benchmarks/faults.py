@@ -12,15 +12,19 @@ import json
 import random
 import shutil
 import signal
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import shapes
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))  # the ranks that fork
+
 from faulty import POINTS
 from forked import ForkServer
-from tqdm import tqdm
 
 ADAPTER = ("adapter/adapter_model.safetensors", "adapter/taso_adapter.safetensors", "core_regions.safetensors")
 RESTARTS = 3

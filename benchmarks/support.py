@@ -9,12 +9,16 @@ families that are named are tried again. The exit code says nothing about the ce
 
 import argparse
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from families import FAMILIES, build
-from forked import ForkServer
 from support_table import put_into, render
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))  # the ranks that fork
+
+from forked import ForkServer
 from support_trial import try_family
 
 

@@ -20,7 +20,7 @@ from forked import ForkServer
 _EXACT, _AFTER_STEPS, _BF16 = 1e-4, 1e-2, 5e-2
 _RECOMPUTES = ("transformers.modeling_utils:checkpoint", "torch.utils.checkpoint:checkpoint")
 # A picture of the regions takes longer than all the rest of such a run.
-_NO_PICTURE = {"rank": 0, "point": "taso_ds.scoring.regions:draw_regions", "call": 1, "returns": None}
+_NO_PICTURE = {"rank": 0, "point": "taso_ds.runs.core_regions:draw_regions", "call": 1, "returns": None}
 _WORDS = ("sun", "moon", "rain", "snow")
 _SECONDS = 240.0
 

@@ -2,12 +2,14 @@
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+from forked import ForkServer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
@@ -19,6 +21,21 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts ranks within a second, for it has imported everything."""
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process computes on the CPU, whatever the machine has."""
+    from taso_ds.distributed import comm
+
+    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from taso_ds.runs.recorded import differences
 from taso_ds.scoring.arguments import SCORING
 
 # \r is refused, and U+0085 is a line break that PyYAML writes as it is and reads as a space.
-words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r\x85"), max_size=20)
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\x85"), max_size=20)
 # A dash at the start is a flag to argparse, "~" a home folder, "$" a variable, and an empty text nothing.
 names = words.filter(lambda text: text.strip() and not text.startswith(("-", "~")) and "$" not in text)
 shares = st.floats(1e-6, 1.0)

@@ -6,14 +6,12 @@ One process for all of them: most of the time is DeepSpeed's start.
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import launching
 import pytest
+from forked import ForkServer
 
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config, shipped_ds_configs
 
@@ -54,13 +52,9 @@ def resolved(name: str, bf16: bool, accumulation: int, nvme_path: str) -> dict[s
     ).raw
 
 
-def train_all(report: Path) -> None:
-    """Give every case to ``deepspeed.initialize`` and write what its engine says and learned; runs in a subprocess."""
-    from taso_ds.distributed import process_group
-
-    process_group.init()
-    report.write_text(json.dumps([train(*case, nvme_path=f"{report}.nvme") for case in CASES]))
-    process_group.leave()
+def train_all(nvme_path: str) -> dict[tuple[str, bool, int], dict[str, Any]]:
+    """Give every case to ``deepspeed.initialize`` and return what its engine says and learned."""
+    return {case: train(*case, nvme_path=nvme_path) for case in CASES}
 
 
 def train(name: str, bf16: bool, accumulation: int, *, nvme_path: str) -> dict[str, Any]:
@@ -98,17 +92,8 @@ def train(name: str, bf16: bool, accumulation: int, *, nvme_path: str) -> dict[s
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool, int], dict[str, Any]]:
-    report = tmp_path_factory.mktemp("ds_configs") / "report.json"
-    done = subprocess.run(
-        [sys.executable, __file__, str(report)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=launching.environment() | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(CASES, json.loads(report.read_text()), strict=True))
+def trained(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return fork_server.run_on_ranks(train_all, 1, str(tmp_path_factory.mktemp("nvme")), timeout=600.0)
 
 
 @pytest.mark.multiprocess
@@ -140,7 +125,3 @@ def test_stages_agree(bf16: bool, accumulation: int, trained: dict[Any, Any]) ->
     assert len(weights) == len({name for name, _, _ in CASES}) - bf16
     for weight in weights[1:]:
         assert weight == pytest.approx(weights[0], rel=1e-6)
-
-
-if __name__ == "__main__":
-    train_all(Path(sys.argv[1]))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+from configs import config_of
 
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.defaults import with_defaults
@@ -13,10 +14,6 @@ from taso_ds.errors import UserError
 from taso_ds.job import _check_labels, _check_length, _check_quantization, resolve_deepspeed
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.spec import BaseSpec, read_spec
-
-
-def config_of(*flags: str) -> RunConfig:
-    return parse_run_config(["--model_name_or_path", "base", "--task", "completion", *flags])
 
 
 def spec_of(config: RunConfig, model: Any) -> BaseSpec:

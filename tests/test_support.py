@@ -1,7 +1,6 @@
 """The support table of docs/models.md: it names every family, and says what the families say when they are tried."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "models.md"
 # One whose forward does not call its base model, one whose layers differ, one whose layers are one.
 SAMPLE = ("opt", "gemma3n_text", "albert")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
 
 
 def test_the_table_has_every_family() -> None:
@@ -37,8 +30,8 @@ def test_the_table_has_every_family() -> None:
 )
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
-def test_a_row_says_what_the_family_does(server: ForkServer, family: Family, tmp_path: Path) -> None:
-    row = try_family(server, family, tmp_path)
+def test_a_row_says_what_the_family_does(fork_server: ForkServer, family: Family, tmp_path: Path) -> None:
+    row = try_family(fork_server, family, tmp_path)
     assert marks(row) == read_marks(DOCUMENT)[family.name], row["cells"]
 
 

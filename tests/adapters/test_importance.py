@@ -8,7 +8,8 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from taso_ds.adapters.importance import SCORES, importance, needs_gradient, score_matrix, tap_gradient, weight_gradient
+from taso_ds.adapters.choices import SCORES
+from taso_ds.adapters.importance import importance, needs_gradient, score_matrix, tap_gradient, weight_gradient
 from taso_ds.adapters.targets import find_targets
 
 BATCH = tiny_models.token_batch()
@@ -49,7 +50,7 @@ def autograd_gradients(model: Any) -> dict[str, Tensor]:
     backward_from_embeddings(model)
     found = {}
     for name, target in find_targets(model).items():
-        grad = target.matrix.weight.grad
+        grad: Any = target.parameter.grad
         found[name] = grad.t() if target.shape.transposed else grad
     return found
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from trained_adapters import trained_adapter
+from trained_adapters import select_core_region, trained_adapter
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.peft_format import (
@@ -24,7 +24,6 @@ from taso_ds.adapters.peft_format import (
     peft_tensors,
     save_adapter,
 )
-from taso_ds.adapters.selection import select_core_region
 from taso_ds.adapters.structure import STRUCTURES
 from taso_ds.errors import UserError
 from taso_ds.files.tensors import read_tensors, write_tensors

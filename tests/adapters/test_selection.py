@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from trained_adapters import select_core_region
 
 from taso_ds.adapters.selection import (
     ELEMENT_FRACTION_LADDER,
@@ -44,11 +45,6 @@ def reference_region(importance: Tensor, k: float, p: float) -> tuple[list[int],
             [math.fsum(values[i][j] for i in range(rows)) for j in range(cols)],
         ),
     )
-
-
-def select_core_region(importance: Tensor, *, element_fraction: float, core_fraction: float) -> CoreRegion:
-    scores = score_rows_and_cols(importance, [element_fraction])
-    return cut_region(scores, element_fraction=element_fraction, core_fraction=core_fraction)
 
 
 def as_lists(region: CoreRegion) -> tuple[list[int], list[int]]:

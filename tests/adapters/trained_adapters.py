@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from taso_ds.adapters.adapter import TasoAdapter
-from taso_ds.adapters.selection import CoreRegion, share
+from taso_ds.adapters.selection import CoreRegion, cut_region, score_rows_and_cols, share
 from taso_ds.adapters.targets import find_targets
+
+
+def select_core_region(importance: Tensor, *, element_fraction: float, core_fraction: float) -> CoreRegion:
+    scores = score_rows_and_cols(importance, [element_fraction])
+    return cut_region(scores, element_fraction=element_fraction, core_fraction=core_fraction)
 
 
 def trained_adapter(
@@ -22,7 +27,7 @@ def trained_adapter(
             for size in (shape.out_features, shape.in_features)
         )
         regions[name] = CoreRegion(rows, cols, shape.out_features, shape.in_features)
-    options = {"structure": "union", "rank": 1, "scaling": 1.0, "seed": 0, "dtype": torch.float32}
+    options: dict[str, Any] = {"structure": "union", "rank": 1, "scaling": 1.0, "seed": 0, "dtype": torch.float32}
     adapter = TasoAdapter(regions, **(options | changes))
     with torch.no_grad():
         adapter.flat.copy_(0.2 * torch.randn(adapter.flat.shape, generator=generator))

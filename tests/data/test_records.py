@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def test_a_file_is_read_row_by_row(tmp_path: Path, name: str) -> None:
     assert read_jsonl(write(tmp_path / name, *rows)) == rows
 
 
-texts = st.text(st.characters(exclude_categories=("Cs",)))
+texts = st.text(st.characters(exclude_categories=["Cs"]))
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
@@ -233,6 +234,7 @@ def test_held_out_rows_are_apart_and_follow_the_seed(count: int, share: float, s
     assert [len(part.rows) for part in parts] == [count - number, number]
     assert sorted([row["a"] for part in parts for row in part.rows]) == list(range(1, count + 1))
     for part in parts:
+        assert part.places is not None
         assert part.places == tuple(row["a"] for row in part.rows) == tuple(sorted(part.places))
     assert parts == records.hold_out(share, seed=seed)
 
@@ -247,7 +249,8 @@ def test_held_out_rows_are_drawn_from_everywhere_and_said() -> None:
 
 def test_a_row_keeps_its_place_whatever_part_it_is_in() -> None:
     _, held_out = numbered(20).hold_out(0.5, seed=0)
-    place = held_out.first(3).places[2]
-    rows = [{"prompt": "a", "completion": "b"}] * 2 + [{"prompt": "a"}]
-    with pytest.raises(UserError, match=rf"x\.jsonl.*\(rows 0-2 of 10\), row {place}: task completion: missing"):
+    places = held_out.first(3).places
+    assert places is not None
+    rows: list[Mapping[str, Any]] = [*[{"prompt": "a", "completion": "b"}] * 2, {"prompt": "a"}]
+    with pytest.raises(UserError, match=rf"x\.jsonl.*\(rows 0-2 of 10\), row {places[2]}: task completion: missing"):
         build_examples(get_task("completion"), replace(held_out.first(3), rows=rows))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_a_record_that_does_not_fit(name: str, record: dict[str, Any], message: 
 
 
 def test_the_row_at_fault_is_named() -> None:
-    rows = [{"sentence": "a", "label": 1}, {"sentence": "b"}]
+    rows: list[Mapping[str, Any]] = [{"sentence": "a", "label": 1}, {"sentence": "b"}]
     with pytest.raises(UserError, match=r"^mine\.jsonl, row 2: task sst2: missing field\(s\) 'label'; the record has"):
         build_examples(get_task("sst2"), Records(rows, "mine.jsonl"))
 

@@ -419,6 +419,7 @@ def test_sections_that_are_passed_on_have_deepspeeds_keys() -> None:
     assert {name: set(table) for name, table in sections.items()} == {
         name: set(table) for name, table in theirs.items()
     }
+    assert isinstance(throughput, dict)
     assert set(throughput) == set(DeepSpeedThroughputTimerConfig.model_fields)
 
 

@@ -1,8 +1,8 @@
 """Limits: the real ones of this process, lowered for the moment of the check."""
 
 import resource
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faked import soft_limit
@@ -59,7 +59,7 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert check_shared_memory(ranks=1, is_host=True, folder=tmp_path).status == OK
     assert check_shared_memory(ranks=10**9, is_host=True, folder=tmp_path).status == FAIL
     assert check_shared_memory(ranks=2, is_host=True, folder=tmp_path / "none").status == FAIL
-    docker = namedtuple("docker", "free")(64 << 20)  # what a container gets unless it asks
+    docker = SimpleNamespace(free=64 << 20)  # what a container gets unless it asks
     monkeypatch.setattr(limits.shutil, "disk_usage", lambda _: docker)
     assert check_shared_memory(ranks=8, is_host=False, folder=tmp_path).status == WARN
     assert check_shared_memory(ranks=2, is_host=True, folder=tmp_path).status == FAIL

@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from sample_rows import write_rows
+from damaged_places import damaged_models, damaged_runs, region_files
+from sample_rows import write_splits
+
+__all__ = ["damaged_models", "damaged_runs", "region_files"]  # fixtures
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -37,8 +40,7 @@ def _one_process() -> Iterator[None]:
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: rows, and nothing else. A cache of its own, so that nothing is converted already."""
-    for split in ("train", "eval"):
-        write_rows(tmp_path / f"{split}.jsonl", 8)
+    write_splits(tmp_path, 8, 8)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TASO_CACHE", str(tmp_path.with_name(f"{tmp_path.name}_cache")))
     return tmp_path

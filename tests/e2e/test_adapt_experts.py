@@ -3,14 +3,14 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_models
 import torch
 from launching import Finished, call_main
+from run_files import read_json
 from safetensors.torch import load_file
-from sample_rows import write_rows
+from sample_rows import write_splits
 
 from taso_ds.adapters.region_file import load_region_file
 
@@ -24,22 +24,17 @@ NUM_TARGETS = 2 * (4 + 4 * 2)
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("moe")
     tiny_models.save(tiny_models.mixtral(), path / "base")
-    write_rows(path / "train.jsonl", 12)
-    write_rows(path / "eval.jsonl", 4)
+    write_splits(path, 12, 4)
     return path
 
 
 def call(path: Path, name: str, *flags: str) -> Finished:
-    common = [
+    common: list[str | Path] = [
         *("--model_name_or_path", path / "base", "--task", "completion", "--max_seq_length", "64"),
         *("--train_file", path / "train.jsonl", "--eval_file", path / "eval.jsonl", "--calibration_samples", "8"),
         *("--learning_rate", "1e-2", "--max_steps", "4", "--ds_config", "zero0.json", "--alpha", "2"),
     ]
     return call_main("train", [*common, "--output_dir", path / name, *flags]).succeeded()
-
-
-def read(run: Path) -> Any:
-    return json.loads((run / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +47,7 @@ def test_experts_have_regions_and_the_adapter_is_proved(run: Path) -> None:
     regions = load_region_file(run / "core_regions.safetensors").scores
     assert len(regions) == NUM_TARGETS
     assert sum(".experts." in name for name in regions) == 2 * 4 * 2
-    results = read(run)
+    results = read_json(run / "results.json")
     assert results["after"]["loss"] < results["before"]["loss"]
     assert results["export"]["error"] < 1e-5
     assert results["export"]["effect"] > 0.05
@@ -78,7 +73,7 @@ def test_the_proof_tells_an_expert_that_is_not_in_the_file(run: Path, tmp_path: 
 def test_evaluate_repeats_the_recorded_numbers(run: Path) -> None:
     finished = call_main("evaluate", ["--run", run]).succeeded()
     scores = json.loads(finished.lines[-1])
-    assert scores["loss"] == pytest.approx(read(run)["after"]["loss"], rel=1e-5)
+    assert scores["loss"] == pytest.approx(read_json(run / "results.json")["after"]["loss"], rel=1e-5)
 
 
 def test_merges_into_a_plain_mixture(run: Path, tmp_path: Path) -> None:
@@ -99,7 +94,7 @@ def test_merges_into_a_plain_mixture(run: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bf16_is_proved_too(path: Path) -> None:
     call(path, "bf16", "--bf16", "--adapt_experts")
-    proof = read(path / "bf16")["export"]
+    proof = read_json(path / "bf16" / "results.json")["export"]
     assert proof["error"] < proof["tolerance"] < proof["effect"]
 
 

@@ -25,7 +25,7 @@ from taso_ds.errors import UserError
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
 
-WRONG_OR_RIGHT = (
+WRONG_OR_RIGHT: tuple[Any, ...] = (
     *(
         None,
         True,
@@ -100,7 +100,7 @@ def run_engine(zero: ZeroConfig, *, bf16: bool) -> None:
     with engines.scoring_engine(model, zero) as scored:
         scored(input_ids=ids, labels=ids).loss.backward()
     trained.grad = None
-    engine = engines.training_engine(model, torch.optim.AdamW([trained], lr=1e-3), zero)
+    engine: Any = engines.training_engine(model, torch.optim.AdamW([trained], lr=1e-3), zero)
     for _ in range(2):
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engines.step(engine)

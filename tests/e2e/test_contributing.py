@@ -30,7 +30,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an example adds goes again."""
     for table in (TASKS, STRUCTURES, MONITORS):
         for name in ("parity", "rows", "losses"):
-            monkeypatch.setitem(table, name, None)  # type: ignore[arg-type]
+            monkeypatch.setitem(table, name, None)
             monkeypatch.delitem(table, name)
 
 
@@ -46,7 +46,7 @@ def test_a_run_with_a_task_a_structure_a_monitor_and_a_json(
     for split in ("train", "validation"):
         rows = (json.dumps({"number": number}) + "\n" for number in range(8))
         Path("parity", f"{split}.jsonl").write_text("".join(rows))
-    flags = ["--model_name_or_path", llama_folder, "--task", "parity", "--data_dir", ".", "--structure", "rows"]
+    flags = ["--model_name_or_path", str(llama_folder), "--task", "parity", "--data_dir", ".", "--structure", "rows"]
     call_main("train", [*flags, "--max_seq_length", "64", *RUN.split()]).succeeded()
     results = json.loads(Path("run/results.json").read_text())
     assert results["headline"] == "accuracy"

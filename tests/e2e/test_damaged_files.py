@@ -15,6 +15,7 @@ import pytest
 from launching import call_main
 from mistakes import GOOD, assert_one_line, contents
 from safetensors.torch import load_file, save_file
+from sample_rows import write_splits
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -22,12 +23,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module")
 def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with core regions and an adapter."""
-    from sample_rows import write_rows
-
     folder = tmp_path_factory.mktemp("finished")
-    flags = GOOD.format(llama=llama_folder).split()
-    for split in ("train", "eval"):
-        flags += [f"--{split}_file", str(write_rows(folder / f"{split}.jsonl", 8))]
+    flags = [*GOOD.format(llama=llama_folder).split(), *write_splits(folder, 8, 8)]
     call_main("train", [*flags, "--output_dir", folder / "run"]).succeeded()
     return folder / "run"
 

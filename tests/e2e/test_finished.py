@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +69,7 @@ def _proved_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def copied(runs: Path, tmp_path: Path) -> Iterator[Any]:
+def copied(runs: Path, tmp_path: Path) -> Callable[[str], Path]:
     """Return a copy of a run, which a test may change."""
     return lambda name: shutil.copytree(runs / name, tmp_path / "run")
 
@@ -301,11 +301,11 @@ for _name, _change, _words in (
     ("integers", lambda tensors, name: tensors.update({name: tensors[name].int()}), ("floating-point",)),
 ):
     DAMAGE[_name] = ("lora", _change_tensors(_change), ("adapter: incomplete or inconsistent", *_words))
-for _name, _values in {
-    "no rank": {"r": None}, "rank of text": {"r": "1"}, "rank of truth": {"r": True}, "no alpha": {"lora_alpha": []},
-    "rank 0": {"r": 0},
-}.items():  # fmt: skip
-    DAMAGE[_name] = ("lora", _change_settings(**_values), ("adapter: incomplete or inconsistent", "r "))
+for _name, _key, _value in (
+    ("no rank", "r", None), ("rank of text", "r", "1"), ("rank of truth", "r", True), ("no alpha", "lora_alpha", []),
+    ("rank 0", "r", 0),
+):  # fmt: skip
+    DAMAGE[_name] = ("lora", _change_settings(**{_key: _value}), ("adapter: incomplete or inconsistent", "r "))
 
 
 @pytest.mark.parametrize("name", DAMAGE)

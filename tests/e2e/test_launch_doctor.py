@@ -72,7 +72,8 @@ def test_a_job_that_would_break(tmp_path: Path, llama_folder: Path) -> None:
 
 def test_planned_checkpoints(tmp_path: Path, llama_folder: Path) -> None:
     """Trained numbers × 12 bytes × checkpoints, one more while it is written, counted as a run counts them."""
-    flags = ["--model_name_or_path", llama_folder, "--output_dir", tmp_path / "run", "--max_seq_length", "64"]
+    flags: list[str | Path] = ["--model_name_or_path", llama_folder, "--output_dir", tmp_path / "run"]
+    flags += ["--max_seq_length", "64"]
     dry = ["--task", "sst2", "--dry_run", "--max_steps", "1", "--method", "lora", *flags]
     printed = next(line for line in call_main("train", dry).succeeded().lines if line.startswith("parameters: "))
     trained = int(printed.split()[1].replace(",", ""))
@@ -100,7 +101,7 @@ def test_bad_flags(flags: str, words: str) -> None:
 
 
 def test_a_hostfile_that_is_not_there_and_a_model_that_is_not_there(tmp_path: Path) -> None:
-    flags = ["--hostfile", tmp_path / "hosts", "--model_name_or_path", tmp_path / "model", "--json", "-"]
+    flags = ["--hostfile", str(tmp_path / "hosts"), "--model_name_or_path", str(tmp_path / "model"), "--json", "-"]
     finished = call_main("doctor", [*flags, "--master_port", str(free_port())])
     assert finished.code == 1
     found = rows(finished.out)

@@ -27,7 +27,7 @@ def test_a_plan_needs_config_json_only(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llama").mkdir()
     folder = config_only(tmp_path / "llama")
-    flags = ["--model_name_or_path", folder, "--task", "gsm8k", "--nodes", "2", "--max_seq_length", "2048"]
+    flags = ["--model_name_or_path", str(folder), "--task", "gsm8k", "--nodes", "2", "--max_seq_length", "2048"]
     flags += ["--per_device_train_batch_size", "1", "--json", "plan.json", "--plot", "plan.png"]
     finished = call_main("plan", flags).succeeded()
     assert "model: 68,976,648,192 frozen parameters" in finished.out  # as published
@@ -153,16 +153,8 @@ def test_what_a_run_refuses_a_plan_refuses(
 
 
 def test_the_users_json_is_judged_beside_all_others(tmp_path: Path) -> None:
-    flags = [
-        "--model_name_or_path",
-        llama_7b(tmp_path / "model"),
-        *RUN,
-        "--ds_config",
-        "zero1.json",
-        "--load_in_4bit",
-        "False",
-    ]
-    finished = call_main("plan", [*flags, "--device_memory_gb", "12"]).succeeded()
+    flags = [*RUN, "--ds_config", "zero1.json", "--load_in_4bit", "False", "--model_name_or_path"]
+    finished = call_main("plan", [*flags, llama_7b(tmp_path / "model"), "--device_memory_gb", "12"]).succeeded()
     assert "kept as given: --ds_config, --load_in_4bit" in finished.out
     rows = [line for line in finished.lines if line.startswith("zero")]
     assert any(line.startswith("zero3 checkpointing") and line.endswith("yes") for line in rows)
@@ -172,8 +164,8 @@ def test_the_users_json_is_judged_beside_all_others(tmp_path: Path) -> None:
 
 def test_quantized_experts_load_in_shards(tmp_path: Path) -> None:
     """Mixtral: 2.8 GB of its 23 are linears, which 4 bits leave at 0.7; the experts stay in 16 bits, shared by 8."""
-    flags = ["--model_name_or_path", mixtral(tmp_path / "model"), *RUN, "--load_in_4bit", "--device_memory_gb", "20"]
-    finished = call_main("plan", flags).succeeded()
+    flags = [*RUN, "--load_in_4bit", "--device_memory_gb", "20"]
+    finished = call_main("plan", ["--model_name_or_path", mixtral(tmp_path / "model"), *flags]).succeeded()
     below = [line for line in finished.lines if line.startswith(("zero0", "zero1", "zero2"))]
     assert below
     assert all("load needs 2" in line for line in below)

@@ -3,32 +3,28 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, environment, finish, start
-from sample_rows import write_rows
+from launching import ROOT, begin, finish, start
+from sample_rows import write_splits
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
 def flags(tmp_path: Path, llama_folder: Path) -> list[str]:
-    rows, held_out = write_rows(tmp_path / "train.jsonl", 8), write_rows(tmp_path / "eval.jsonl", 2)
     return [
         *("--model_name_or_path", str(llama_folder), "--task", "completion", "--max_seq_length", "64"),
-        *("--train_file", str(rows), "--eval_file", str(held_out), "--max_steps", "2", "--calibration_samples", "4"),
+        *write_splits(tmp_path, 8, 2),
+        *("--max_steps", "2", "--calibration_samples", "4"),
         *("--per_device_train_batch_size", "2", "--no_verify_export", "--ds_config", "zero2.json"),
     ]
 
 
 def deepspeed(tmp_path: Path, words: list[str], flags: list[str]) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *words, str(ROOT / "launch" / "train.py"), *flags]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment()
-    )
+    return begin(["-m", "deepspeed.launcher.runner", *words, ROOT / "launch" / "train.py", *flags], cwd=tmp_path)
 
 
 def test_a_hostfile_that_does_not_exist_starts_nothing(tmp_path: Path, flags: list[str]) -> None:
@@ -65,18 +61,9 @@ def test_two_runs_at_once_have_a_port_and_a_folder_each(tmp_path: Path, flags: l
 )
 def test_ctrl_c_at_a_terminal(launcher: str, tmp_path: Path, flags: list[str]) -> None:
     """Launcher and ranks get it at once; each launcher then has its own way to end the ranks, which save meanwhile."""
-    command = [sys.executable, "-m", *launcher.split(), str(ROOT / "launch" / "train.py"), *flags]
-    command += ["--max_steps", "3000", "--output_dir", "run"]
+    command: list[str | Path] = ["-m", *launcher.split(), ROOT / "launch" / "train.py", *flags]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env=environment(),
-        start_new_session=True,
-    )
+    process = begin([*command, "--max_steps", "3000", "--output_dir", "run"], cwd=tmp_path, session=True)
     signal.signal(signal.SIGINT, before)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > 2):

@@ -59,7 +59,7 @@ def test_blocks_that_cannot_be_recomputed(script: str, desk: Path, forbid_weight
     folder, rows = classifier(desk / "albert"), sentences(desk)
     before = contents(desk)
     script, *dry_run = script.split()
-    flags = ["--model_name_or_path", folder, "--task", "sst2", "--max_seq_length", "64"]
+    flags = ["--model_name_or_path", str(folder), "--task", "sst2", "--max_seq_length", "64"]
     if script == "train":
         flags = [*GOOD.format(llama=folder).split(), *rows, *dry_run]
     finished = call_main(script, [*flags, "--gradient_checkpointing"])

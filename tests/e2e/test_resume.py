@@ -7,7 +7,6 @@ All ranks are real processes running ``launch/train.py``'s ``main()``; they are 
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import pytest
 import tiny_models
 from forked import ForkServer
 from other_process import holding
-from sample_rows import write_rows, write_sentences
+from run_files import read_lines, saved_tensors
+from sample_rows import write_rows, write_sentences, write_splits
 
 from taso_ds.training.checkpoint import checkpoint_name
 
@@ -47,7 +47,7 @@ class Outcome:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        return read_lines(self.run / "metrics.jsonl")
 
     @property
     def losses(self) -> list[tuple[int, float, float]]:
@@ -55,9 +55,7 @@ class Outcome:
 
     @property
     def trained(self) -> dict[str, bytes]:
-        """The bytes of what was trained."""
-        folder = next(path for path in (self.run / "adapter", self.run / "model") if path.is_dir())
-        return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+        return saved_tensors(self.run)
 
 
 @dataclass(frozen=True)
@@ -90,16 +88,14 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+def desk(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     path = tmp_path_factory.mktemp("resume")
     tiny_models.save(tiny_models.llama(), path / "llama")
     tiny_models.save(tiny_models.bert(), path / "bert")
-    write_rows(path / "train.jsonl", 21)
-    write_rows(path / "eval.jsonl", 5)
+    write_splits(path, 21, 5)
     for name in ("sentences", "held_out"):
         write_sentences(path / f"{name}.jsonl", 21)
-    with ForkServer() as server:
-        yield Desk(path, server)
+    return Desk(path, fork_server)
 
 
 # The same ranks: bit by bit -------------------------------------------------------------------------------------------
@@ -328,7 +324,7 @@ def test_ctrl_c_saves_and_leaves(desk: Desk) -> None:
     assert (outcome.run / "checkpoints" / checkpoint_name(3) / "COMPLETE").is_file()
 
 
-@pytest.mark.parametrize("point", ["taso_ds.runs.train:set_up", "taso_ds.scoring.gradient_sum:GradientSum.add"])
+@pytest.mark.parametrize("point", ["taso_ds.runs.train:open_job", "taso_ds.scoring.gradient_sum:GradientSum.add"])
 def test_ctrl_c_before_training_leaves_at_once(desk: Desk, point: str) -> None:
     fault = {"rank": 0, "point": point, "call": 1, "when": "before", "all": True, "signal": int(signal.SIGINT)}
     outcome = desk.start(f"ctrl-c-{point[-3:]}", faults=[fault])

@@ -5,53 +5,38 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from desks import Desk
 from launching import Finished, call_main
 from mistakes import assert_one_line, contents
 from other_process import holding
-from sample_rows import write_rows
+from run_files import read_json
+from sample_rows import write_splits
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 STEPS = 2
 
 
-@dataclass(frozen=True)
-class Desk:
-    """A folder with rows, a base and one run of every kind."""
-
-    path: Path
-    base: Path
-
-    @property
-    def flags(self) -> list[str]:
-        return [
-            *("--model_name_or_path", str(self.base), "--task", "completion", "--max_seq_length", "64"),
-            *("--train_file", str(self.path / "train.jsonl"), "--eval_file", str(self.path / "eval.jsonl")),
-            *("--no_bf16", "--ds_config", "zero0.json", "--max_steps", str(STEPS), "--calibration_samples", "4"),
-            *("--no_verify_export", "--lr_scheduler_type", "constant"),
-        ]
-
-    def train(self, name: str, *flags: str) -> Path:
-        call_main("train", [*self.flags, "--output_dir", self.path / name, *flags]).succeeded()
-        return self.path / name
+FLAGS = (
+    *("--ds_config", "zero0.json", "--max_steps", str(STEPS), "--calibration_samples", "4", "--no_verify_export"),
+    *("--lr_scheduler_type", "constant"),
+)
 
 
 @pytest.fixture(scope="module")
 def desk(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    desk = Desk(tmp_path_factory.mktemp("folders"), llama_folder)
-    write_rows(desk.path / "train.jsonl", 8)
-    write_rows(desk.path / "eval.jsonl", 4)
-    interrupt(shutil.copytree(desk.train("finished"), desk.path / "interrupted"))
-    desk.train("finished lora", "--method", "lora")
-    desk.train("finished full", "--method", "full")
-    shutil.copytree(desk.path / "finished", desk.path / "merged")
-    call_main("export", ["--run", desk.path / "merged", "--merge"]).succeeded()
-    call_main("calibrate", [*desk.flags, "--output_dir", desk.path / "calibrated"]).succeeded()
+    """Rows, a base and one run of every kind."""
+    desk = Desk(tmp_path_factory.mktemp("folders"), llama_folder, FLAGS)
+    write_splits(desk.path, 8, 4)
+    for method, name in (("taso", "finished"), ("lora", "finished lora"), ("full", "finished full")):
+        desk.call("train", name, "--method", method).succeeded()
+    interrupt(shutil.copytree(desk.folder("finished"), desk.folder("interrupted")))
+    shutil.copytree(desk.folder("finished"), desk.folder("merged"))
+    call_main("export", ["--run", desk.folder("merged"), "--merge"]).succeeded()
+    desk.call("calibrate", "calibrated").succeeded()
     return desk
 
 
@@ -59,6 +44,11 @@ def interrupt(run: Path) -> None:
     """Make of a finished run one that was killed after its last checkpoint."""
     (run / "results.json").unlink()
     shutil.rmtree(run / "adapter")
+
+
+def write_cats(path: Path) -> None:
+    path.mkdir()
+    (path / "run.json").write_text('{"config": {"cat": 1}}')
 
 
 def write_foreign(path: Path) -> None:
@@ -75,13 +65,13 @@ def write_killed(path: Path) -> None:
 # What lies in the folder: made by the desk, or by a function.
 KINDS: dict[str, Callable[[Path], object]] = {
     **{
-        name: lambda path, name=name: shutil.copytree(path.parent.parent / name, path)  # type: ignore[misc]
+        name: lambda path, name=name: shutil.copytree(path.parent.parent / "runs" / name, path)  # type: ignore[misc]
         for name in ("finished", "interrupted", "finished lora", "finished full", "merged", "calibrated")
     },
     "empty": Path.mkdir,
     "killed before its record": write_killed,
     "foreign": write_foreign,
-    "foreign run.json": lambda path: (path.mkdir(), (path / "run.json").write_text('{"config": {"cat": 1}}')),
+    "foreign run.json": write_cats,
     "base": lambda path: shutil.copytree(os.environ["TASO_TEST_BASE"], path),
     "file": lambda path: path.write_text("years of work"),
 }
@@ -154,7 +144,7 @@ def test_nothing_is_lost(desk: Desk, here: Path, verb: str, kind: str) -> None:
 
 def test_what_goes_is_said(desk: Desk, here: Path) -> None:
     folder = here / "folder"
-    shutil.copytree(desk.path / "merged", folder)
+    shutil.copytree(desk.folder("merged"), folder)
     (folder / "thesis.tex").write_text("years of work")
     done = call_main("calibrate", [*desk.flags, "--output_dir", folder, "--overwrite_output_dir"]).succeeded()
     gone = "results.json, metrics.jsonl, calibration.jsonl, core_regions.safetensors, core_regions.png, adapter, model"
@@ -165,14 +155,14 @@ def test_what_goes_is_said(desk: Desk, here: Path) -> None:
     assert f"{folder} holds these core regions; --resume none scores again" in again.lines
     trained = call_main("train", [*desk.flags, "--output_dir", folder]).succeeded()
     assert not any(" removes " in line for line in trained.lines)
-    assert adapter(folder) == adapter(desk.path / "finished"), "trained in the regions that were there"
+    assert adapter(folder) == adapter(desk.folder("finished")), "trained in the regions that were there"
 
 
 @pytest.mark.parametrize("verb", ["train", "calibrate", "merge", "dry run"])
 @pytest.mark.usefixtures("forbid_weights")
 def test_a_folder_in_use_is_refused(desk: Desk, here: Path, verb: str) -> None:
     folder = here / "folder"
-    shutil.copytree(desk.path / "finished", folder)
+    shutil.copytree(desk.folder("finished"), folder)
     with holding(folder) as process:
         before = contents(here)
         assert_one_line(
@@ -186,7 +176,7 @@ def test_a_model_that_another_merge_has_just_written_is_kept(
     desk: Desk, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = here / "folder"
-    shutil.copytree(desk.path / "finished", folder)
+    shutil.copytree(desk.folder("finished"), folder)
 
     @contextmanager
     def waited_for_another(run: Path) -> Iterator[None]:
@@ -204,22 +194,17 @@ def adapter(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def record(run: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / name).read_text())
-    return found
-
-
 def test_without_a_name_the_same_command_goes_on(desk: Desk, here: Path) -> None:
     runs = here / "runs"
-    shutil.copytree(desk.path / "finished", runs / "taso-completion")
-    shutil.copytree(desk.path / "interrupted", runs / "taso-completion-2")
+    shutil.copytree(desk.folder("finished"), runs / "taso-completion")
+    shutil.copytree(desk.folder("interrupted"), runs / "taso-completion-2")
     before = contents(runs / "taso-completion")
     assert "run folder: runs/taso-completion-2" in call_main("train", [*desk.flags, "--dry_run"]).lines
     done = call_main("train", desk.flags).succeeded()
     assert done.lines[-1] == "RUN runs/taso-completion-2"
     said = "output_dir: goes on in runs/taso-completion-2, the newest unfinished run of this configuration"
     assert said in done.lines
-    assert adapter(runs / "taso-completion-2") == adapter(desk.path / "finished")
+    assert adapter(runs / "taso-completion-2") == adapter(desk.folder("finished"))
     assert contents(runs / "taso-completion") == before
     third = call_main("train", [*desk.flags, "--dry_run"])
     assert "output_dir: runs/taso-completion-2 holds this run, finished" in third.lines
@@ -227,9 +212,10 @@ def test_without_a_name_the_same_command_goes_on(desk: Desk, here: Path) -> None
 
 
 def test_a_finished_run_is_extended(desk: Desk, here: Path) -> None:
-    whole = desk.train("whole", "--max_steps", "4")
+    desk.call("train", "whole", "--max_steps", "4").succeeded()
+    whole = desk.folder("whole")
     folder = here / "folder"
-    shutil.copytree(desk.path / "finished", folder)
+    shutil.copytree(desk.folder("finished"), folder)
     before = contents(folder)
     shorter = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "1"])
     assert_one_line(shorter, "max_steps: 1 steps are fewer than the 2 of the run", "step-00000002", "ask for more")
@@ -240,13 +226,13 @@ def test_a_finished_run_is_extended(desk: Desk, here: Path) -> None:
     assert "resume: the same run with max_steps: 2 there, 4 here (changes its length)" in done.lines
     assert "resume: goes on after step 2" in done.out
     (line,) = [line for line in done.lines if line.startswith("extended: ")]
-    peak = record(folder, "run.json")["learning_rates"][0]["peak"]
+    peak = read_json(folder / "run.json")["learning_rates"][0]["peak"]
     assert line == (
         "extended: 4 steps in place of 2; the constant schedule is now that of 4 steps: learning rate"
         f" {peak:.3e} at step 3, {peak:.3e} at the last"
     )
     assert adapter(folder) == adapter(whole), "with a constant rate it is the longer run"
-    assert record(folder, "results.json") == record(whole, "results.json")
+    assert read_json(folder / "results.json") == read_json(whole / "results.json")
     again = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "4"]).succeeded()
     assert "holds this run, finished" in again.out
 
@@ -254,11 +240,11 @@ def test_a_finished_run_is_extended(desk: Desk, here: Path) -> None:
 def test_core_regions_serve_a_run_of_any_length_and_rate(desk: Desk, here: Path) -> None:
     """A folder of core regions does not depend on the loop, and one that was killed has no picture yet."""
     folder = here / "folder"
-    shutil.copytree(desk.path / "calibrated", folder)
+    shutil.copytree(desk.folder("calibrated"), folder)
     (folder / "core_regions.png").unlink()
     before = (folder / "core_regions.safetensors").read_bytes()
     loop = ["--max_steps", "1", "--learning_rate", "1e-3", "--weight_decay", "0.1"]
-    again = call_main("calibrate", [*desk.flags, "--output_dir", desk.path / "calibrated", *loop]).succeeded()
+    again = desk.call("calibrate", "calibrated", *loop).succeeded()
     assert "holds these core regions" in again.out
     other = call_main("train", [*desk.flags, "--output_dir", folder, *loop, "--calibration_samples", "3"])
     assert_one_line(other, "holds core regions of other flags (calibration_samples: 4 there, 3 here", "choose another")
@@ -266,24 +252,24 @@ def test_core_regions_serve_a_run_of_any_length_and_rate(desk: Desk, here: Path)
     assert f"core regions: read from {folder / 'core_regions.safetensors'}" in done.out
     assert (folder / "core_regions.safetensors").read_bytes() == before
     assert (folder / "core_regions.png").is_file()
-    assert record(folder, "run.json")["steps"] == 1
+    assert read_json(folder / "run.json")["steps"] == 1
 
 
 def test_an_extension_that_was_killed_goes_on(desk: Desk, here: Path) -> None:
     """Its record says four steps; results and checkpoint are still those of two."""
     folder = here / "folder"
-    shutil.copytree(desk.path / "finished", folder)
-    run = record(folder, "run.json")
+    shutil.copytree(desk.folder("finished"), folder)
+    run = read_json(folder / "run.json")
     run["config"]["max_steps"] = run["steps"] = 4
     (folder / "run.json").write_text(json.dumps(run))
     done = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "4"]).succeeded()
     assert "resume: goes on after step 2" in done.out
-    assert record(folder, "results.json")["steps"] == 4
+    assert read_json(folder / "results.json")["steps"] == 4
 
 
 def test_a_merged_model_keeps_a_run_as_long_as_it_is(desk: Desk, here: Path) -> None:
     folder = here / "folder"
-    shutil.copytree(desk.path / "merged", folder)
+    shutil.copytree(desk.folder("merged"), folder)
     before = contents(folder)
     longer = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "4"])
     assert_one_line(longer, "holds model, which ", "launch/export.py made", "move that away")
@@ -295,11 +281,11 @@ def test_a_merged_model_keeps_a_run_as_long_as_it_is(desk: Desk, here: Path) -> 
 
 def test_evaluate_finds_relative_paths_from_anywhere(desk: Desk, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk.path)
-    relative = ["--train_file", "train.jsonl", "--eval_file", "eval.jsonl", "--output_dir", here / "run"]
+    relative = ["--train_file", "train.jsonl", "--eval_file", "eval.jsonl", "--output_dir", str(here / "run")]
     relative += ["--model_name_or_path", os.path.relpath(desk.base)]
     call_main("train", [*desk.flags, *relative]).succeeded()
     monkeypatch.chdir(here)
     found = json.loads(call_main("evaluate", ["--run", "run"]).succeeded().lines[-1])
-    assert found["loss"] == pytest.approx(record(here / "run", "results.json")["after"]["loss"], abs=1e-5)
+    assert found["loss"] == pytest.approx(read_json(here / "run" / "results.json")["after"]["loss"], abs=1e-5)
     again = call_main("train", [*desk.flags, "--output_dir", "run"]).succeeded()  # the same paths, absolute
     assert "holds this run, finished" in again.out

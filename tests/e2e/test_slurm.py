@@ -15,7 +15,8 @@ import slurm_cluster
 import tiny_models
 from forked import ForkServer
 from launching import ROOT, call_main
-from sample_rows import write_rows
+from run_files import saved_tensors
+from sample_rows import write_splits
 from slurm_cluster import ENDED, Cluster, until
 
 pytestmark = [
@@ -84,16 +85,15 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+def desk(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     path = tmp_path_factory.mktemp("slurm")
     tiny_models.save(tiny_models.llama(), path / "llama")
-    write_rows(path / "train.jsonl", 21)
-    write_rows(path / "eval.jsonl", 5)
+    write_splits(path, 21, 5)
     (path / "cluster").mkdir()
     # All nodes are this host, whose name may stand for the loopback address only.
     site = {"VENV": str(write_venv(path)), "GLOO_SOCKET_IFNAME": "lo"}
-    with Cluster(path / "cluster", nodes=3, **site) as cluster, ForkServer() as server:
-        yield Desk(path, cluster, server)
+    with Cluster(path / "cluster", nodes=3, **site) as cluster:
+        yield Desk(path, cluster, fork_server)
 
 
 def write_venv(path: Path) -> Path:
@@ -106,10 +106,6 @@ def write_venv(path: Path) -> Path:
         command.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/launch/{script}.py "$@"\n')
         command.chmod(0o755)
     return path / "venv"
-
-
-def adapter(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run / "adapter").glob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +123,7 @@ def test_a_signalled_job_is_requeued_and_ends_as_a_plain_run_does(desk: Desk, tw
     assert log.count("resume: goes on after step ") == 1
     assert f"RUN {desk.path / 'requeued'}" in log.splitlines()
     assert desk.steps("requeued") == STEPS
-    assert adapter(desk.path / "requeued") == adapter(two_ranks)
+    assert saved_tensors(desk.path / "requeued") == saved_tensors(two_ranks)
 
 
 @pytest.mark.slow
@@ -136,7 +132,7 @@ def test_three_nodes_end_as_a_plain_run_does(desk: Desk) -> None:
     job = desk.submit("multi_node.sbatch", 3, "three", *few)
     plain = desk.plain("plain-3", 3, *few)
     desk.ended(job)
-    assert adapter(desk.path / "three") == adapter(plain)
+    assert saved_tensors(desk.path / "three") == saved_tensors(plain)
 
 
 def test_fewer_nodes_than_expected_is_one_line(desk: Desk) -> None:
@@ -154,7 +150,7 @@ def test_a_job_array_runs_each_task_and_seed(desk: Desk) -> None:
     first = desk.cluster.submit(*options, *desk.flags(None, "--max_steps", "3"), cwd=desk.path)
     until(lambda: desk.cluster.ended(first), "the array does not end", 120)
     runs = [desk.path / "runs" / "sweep" / f"rte-seed{seed}" for seed in (0, 1)]
-    zero, one = map(adapter, runs)
+    zero, one = map(saved_tensors, runs)
     assert zero, "".join(log.read_text()[-3000:] for log in desk.path.glob("sweep-*.out"))
     assert zero.keys() == one.keys()
     assert zero != one

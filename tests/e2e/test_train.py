@@ -7,7 +7,6 @@ compared with it, and what it wrote is computed again in plain torch, transforme
 import json
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from desks import Desk
 from launching import Finished, call_main
+from run_files import read_json, read_lines
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sample_rows import write_rows, write_sentences
+from sample_rows import write_sentences, write_splits
 from torch import Tensor
 
 from taso_ds.config import parse_run_config
@@ -34,43 +35,18 @@ FILES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Desk:
-    """A folder with rows and, in ``runs``, what was made of them; scripts run inside it."""
-
-    path: Path
-    base: Path
-
-    @property
-    def flags(self) -> list[str]:
-        return [
-            *("--model_name_or_path", str(self.base), "--task", "completion"),
-            *("--train_file", str(self.path / "train.jsonl"), "--eval_file", str(self.path / "eval.jsonl")),
-            *("--no_bf16", "--max_seq_length", "64", "--calibration_samples", str(CALIBRATION_ROWS)),
-            *("--learning_rate", str(LEARNING_RATE), "--max_steps", str(STEPS), "--global_batch_size", str(BATCH)),
-            *("--per_device_train_batch_size", "4", "--calibration_batch_size", "2", "--eval_steps", "5"),
-            *("--alpha", "2"),  # so that the scaling is not 1
-        ]
-
-    def folder(self, name: str) -> Path:
-        return self.path / "runs" / name
-
-    def start(self, name: str, launcher: str, ranks: int, *flags: str) -> Finished:
-        """Train in processes of their own."""
-        more = [*self.flags, "--output_dir", str(self.folder(name)), *flags]
-        return launching.start("train", more, cwd=self.path, launcher=launcher, ranks=ranks).succeeded()
-
-    def call(self, script: str, name: str, *flags: str) -> Finished:
-        """Run a script that makes a run, in this process."""
-        return call_main(script, [*self.flags, "--output_dir", str(self.folder(name)), *flags])
+FLAGS = (
+    *("--calibration_samples", str(CALIBRATION_ROWS), "--learning_rate", str(LEARNING_RATE), "--max_steps", str(STEPS)),
+    *("--global_batch_size", str(BATCH), "--per_device_train_batch_size", "4", "--calibration_batch_size", "2"),
+    *("--eval_steps", "5", "--alpha", "2"),  # so that the scaling is not 1
+)
 
 
 @pytest.fixture(scope="module")
 def desk(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     path = tmp_path_factory.mktemp("desk")
-    write_rows(path / "train.jsonl", TRAIN_ROWS)
-    write_rows(path / "eval.jsonl", EVAL_ROWS)
-    return Desk(path, llama_folder)
+    write_splits(path, TRAIN_ROWS, EVAL_ROWS)
+    return Desk(path, llama_folder, FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +60,8 @@ def stage3(desk: Desk, launched: Finished) -> Path:
     return desk.folder("stage3")
 
 
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def steps_of(run: Path) -> list[dict[str, Any]]:
-    return [line for line in lines(run / "metrics.jsonl") if "loss" in line]
+    return [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
 def files(run: Path) -> set[str]:
@@ -126,7 +94,7 @@ def encoded(desk: Desk, split: str) -> list[dict[str, list[int]]]:
 
     tokenizer = AutoTokenizer.from_pretrained(desk.base)
     found = []
-    for row in lines(desk.path / f"{split}.jsonl"):
+    for row in read_lines(desk.path / f"{split}.jsonl"):
         prompt, completion = (
             tokenizer(row[key], add_special_tokens=False).input_ids for key in ("prompt", "completion")
         )
@@ -170,7 +138,7 @@ def test_says_what_it_does(launched: Finished, stage3: Path, desk: Desk) -> None
         f"evaluation: {EVAL_ROWS} rows from {desk.path / 'eval.jsonl'}",
     ):
         assert launched.lines.count(said) == 1  # rank 0 speaks, once
-    results = read(stage3 / "results.json")
+    results = read_json(stage3 / "results.json")
     assert sum(f"loss {results['after']['loss']:.4f}" in line for line in launched.lines) == 1
     assert sum("factor 3.1623" in line and "rho 0.9000" in line for line in launched.lines) == 1
     assert sum("core regions: 14 matrices" in line for line in launched.lines) == 1
@@ -178,13 +146,13 @@ def test_says_what_it_does(launched: Finished, stage3: Path, desk: Desk) -> None
 
 def test_learns(stage3: Path) -> None:
     losses = [line["loss"] for line in steps_of(stage3)]
-    results = read(stage3 / "results.json")
+    results = read_json(stage3 / "results.json")
     assert losses[-1] < 0.8 * losses[0]
     assert results["after"]["loss"] < 0.9 * results["before"]["loss"]
 
 
 def test_metrics_have_every_step_and_evaluation(stage3: Path) -> None:
-    metrics = lines(stage3 / "metrics.jsonl")
+    metrics = read_lines(stage3 / "metrics.jsonl")
     assert [("eval" if "eval" in line else "train", line["step"]) for line in metrics] == [
         *[("train", step) for step in range(1, 6)], ("eval", 5), *[("train", step) for step in range(6, 11)]
     ]  # fmt: skip
@@ -199,7 +167,7 @@ def test_metrics_have_every_step_and_evaluation(stage3: Path) -> None:
 
 
 def test_record_holds_all_that_decided_the_run(stage3: Path, desk: Desk) -> None:
-    record = read(stage3 / "run.json")
+    record = read_json(stage3 / "run.json")
     config = record["config"]
     assert config["model_name_or_path"] == str(desk.base)
     assert (config["learning_rate"], config["max_steps"], config["bf16"]) == (LEARNING_RATE, STEPS, False)
@@ -235,7 +203,7 @@ def test_record_holds_all_that_decided_the_run(stage3: Path, desk: Desk) -> None
 
 
 def test_calibration_rows_are_training_rows(stage3: Path, desk: Desk) -> None:
-    rows, training = lines(stage3 / "calibration.jsonl"), encoded(desk, "train")
+    rows, training = read_lines(stage3 / "calibration.jsonl"), encoded(desk, "train")
     assert len(rows) == CALIBRATION_ROWS
     positions = [training.index(row) for row in rows]  # a row that is none of them raises
     assert positions == sorted(set(positions))
@@ -258,7 +226,7 @@ def longhand_region(importance: Tensor) -> tuple[list[int], list[int]]:
 
 def test_regions_are_recomputed_from_the_calibration_rows(stage3: Path, desk: Desk) -> None:
     model = lm(desk.base)
-    loss_of(model, lines(stage3 / "calibration.jsonl")).backward()
+    loss_of(model, read_lines(stage3 / "calibration.jsonl")).backward()
     stored = load_file(stage3 / "core_regions.safetensors")
     names = {name.removesuffix(".rows") for name in stored if name.endswith(".rows")}
     assert len(names) == 14
@@ -285,7 +253,7 @@ def test_adapter_stays_inside_its_regions(stage3: Path) -> None:
 
 
 def test_results_are_what_plain_transformers_and_peft_compute(stage3: Path, desk: Desk) -> None:
-    results, rows = read(stage3 / "results.json"), encoded(desk, "eval")
+    results, rows = read_json(stage3 / "results.json"), encoded(desk, "eval")
     base = lm(desk.base)
     with torch.no_grad():
         assert results["before"]["loss"] == pytest.approx(float(loss_of(base, rows)), abs=1e-4)
@@ -305,7 +273,7 @@ def assert_same_training(run: Path, reference: Path, *, tolerance: float) -> Non
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], rel=tolerance)
     assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
-    ours, theirs = read(run / "results.json"), read(reference / "results.json")
+    ours, theirs = read_json(run / "results.json"), read_json(reference / "results.json")
     for when in ("before", "after"):
         assert ours[when] == pytest.approx(theirs[when], rel=tolerance)
 
@@ -318,7 +286,7 @@ def test_torchrun_with_gradient_checkpointing_learns_the_same(desk: Desk, stage3
     assert finished.out.splitlines()[-1] == f"RUN {run}"
     assert_same_training(run, stage3, tolerance=1e-6)
     assert files(run) == FILES
-    assert read(run / "results.json")["export"] is None
+    assert read_json(run / "results.json")["export"] is None
     assert (run / "calibration.jsonl").read_bytes() == (stage3 / "calibration.jsonl").read_bytes()
 
 
@@ -327,7 +295,7 @@ def test_plain_python_learns_the_same(desk: Desk, stage3: Path) -> None:
     finished = desk.start("alone", "python", 1, "--ds_config", "zero2.json", "--no_verify_export")
     run = desk.folder("alone")
     assert finished.out.splitlines()[-1] == f"RUN {run}"
-    assert read(run / "run.json")["batch"] == {
+    assert read_json(run / "run.json")["batch"] == {
         "micro_batch_size": 4, "grad_accum_steps": 2, "world_size": 1, "global_batch_size": BATCH
     }  # fmt: skip
     assert_same_training(run, stage3, tolerance=1e-4)
@@ -363,7 +331,7 @@ def test_calibrate_alone_finds_the_same_regions(desk: Desk, stage3: Path) -> Non
 def test_evaluate_repeats_the_recorded_numbers(stage3: Path) -> None:
     finished = call_main("evaluate", ["--run", stage3]).succeeded()
     found = json.loads(finished.lines[-1])
-    after = read(stage3 / "results.json")["after"]
+    after = read_json(stage3 / "results.json")["after"]
     assert {key: found[key] for key in after} == pytest.approx(after, rel=1e-6)  # one rank gathers other shards
     assert (found["task"], found["run"]) == ("completion", str(stage3))
     assert files(stage3) == FILES
@@ -371,7 +339,7 @@ def test_evaluate_repeats_the_recorded_numbers(stage3: Path) -> None:
 
 def test_evaluate_a_base_as_it_is(stage3: Path, desk: Desk) -> None:
     finished = call_main("evaluate", [*desk.flags, "--ds_config", "zero0.json"]).succeeded()
-    before = read(stage3 / "results.json")["before"]
+    before = read_json(stage3 / "results.json")["before"]
     assert json.loads(finished.lines[-1])["loss"] == pytest.approx(before["loss"], rel=1e-5)
 
 
@@ -425,7 +393,7 @@ def test_regions_are_reused_and_cut_again(desk: Desk, stage3: Path) -> None:
             assert set(tensor.tolist()) < set(new[name].tolist())  # a larger cut of the same ranking
         elif not name.endswith(".cols"):
             assert torch.equal(tensor, new[name])
-    (group,) = read(run / "run.json")["learning_rates"]
+    (group,) = read_json(run / "run.json")["learning_rates"]
     assert group["peak"] == pytest.approx(LEARNING_RATE * 2)  # √(1 / 0.25)
 
 
@@ -439,15 +407,15 @@ def test_lora(desk: Desk, stage3: Path) -> None:
     assert files(run) == {
         "run.json", "metrics.jsonl", "results.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
     }  # fmt: skip
-    results, rows = read(run / "results.json"), encoded(desk, "eval")
-    assert results["before"]["loss"] == pytest.approx(read(stage3 / "results.json")["before"]["loss"], rel=1e-5)
+    results, rows = read_json(run / "results.json"), encoded(desk, "eval")
+    assert results["before"]["loss"] == pytest.approx(read_json(stage3 / "results.json")["before"]["loss"], rel=1e-5)
     assert results["after"]["loss"] < 0.9 * results["before"]["loss"]
     opened = with_adapter(lm(desk.base), run)
     assert opened.peft_config["default"].r == 2
     with torch.no_grad():
         assert float(loss_of(opened, rows)) == pytest.approx(results["after"]["loss"], abs=1e-4)
     assert results["export"]["error"] <= results["export"]["tolerance"]
-    (group,) = read(run / "run.json")["learning_rates"]
+    (group,) = read_json(run / "run.json")["learning_rates"]
     assert (group["peak"], group["factor"]) == (LEARNING_RATE, 1.0)
 
 
@@ -458,12 +426,12 @@ def test_full_fine_tuning(desk: Desk) -> None:
     written = files(run)
     assert {"run.json", "metrics.jsonl", "results.json", "model/config.json", "model/model.safetensors"} <= written
     assert {name for name in written if not name.startswith("model/")} == {"run.json", "metrics.jsonl", "results.json"}
-    results, model = read(run / "results.json"), lm(run / "model")
+    results, model = read_json(run / "results.json"), lm(run / "model")
     assert results["after"]["loss"] < 0.9 * results["before"]["loss"]
     with torch.no_grad():
         assert float(loss_of(model, encoded(desk, "eval"))) == pytest.approx(results["after"]["loss"], abs=1e-4)
     assert results["export"]["error"] <= results["export"]["tolerance"] < 1e-3  # opened by transformers alone
-    groups = {group["group"]: group for group in read(run / "run.json")["learning_rates"]}
+    groups = {group["group"]: group for group in read_json(run / "run.json")["learning_rates"]}
     assert sum(group["parameters"] for group in groups.values()) == sum(value.numel() for value in model.parameters())
     # Five norms of 32: before attention and MLP of two blocks, and the last.
     assert groups["norms_and_biases"]["parameters"] == 5 * 32
@@ -485,18 +453,18 @@ def test_classification_head(desk: Desk, bert_folder: Path, sentences: list[str]
     desk.call("train", "head", *flags).succeeded()
     run = desk.folder("head")
     assert files(run) == FILES
-    assert read(run / "adapter" / "adapter_config.json")["modules_to_save"] == ["classifier"]
-    results = read(run / "results.json")
+    assert read_json(run / "adapter" / "adapter_config.json")["modules_to_save"] == ["classifier"]
+    results = read_json(run / "results.json")
     assert results["headline"] == "accuracy"
     assert results["after"]["loss"] < results["before"]["loss"]
     assert results["export"]["error"] <= results["export"]["tolerance"]
-    adapter, head = read(run / "run.json")["learning_rates"]
+    adapter, head = read_json(run / "run.json")["learning_rates"]
     assert (adapter["group"], head["group"], head["peak"], head["parameters"]) == ("adapter", "head", LEARNING_RATE, 66)
     assert adapter["peak"] == pytest.approx(LEARNING_RATE * math.sqrt(10))
 
     base = AutoModelForSequenceClassification.from_pretrained(bert_folder, dtype=torch.float32, num_labels=2)
     opened, tokenizer = with_adapter(base, run), AutoTokenizer.from_pretrained(bert_folder)
-    total, right, rows = 0.0, 0, lines(Path(sentences[-1]))
+    total, right, rows = 0.0, 0, read_lines(Path(sentences[-1]))
     for row in rows:
         with torch.no_grad():
             logits = opened(**tokenizer(row["sentence"], return_tensors="pt")).logits
@@ -523,10 +491,10 @@ def test_a_pooler_that_the_checkpoint_lacks_is_part_of_the_head(
     finished = desk.call("train", "no_pooler", *flags).succeeded()
     assert sum("lacks bert.pooler.dense.bias, bert.pooler.dense.weight" in line for line in finished.lines) == 1
     run = desk.folder("no_pooler")
-    assert read(run / "adapter" / "adapter_config.json")["modules_to_save"] == ["bert.pooler", "classifier"]
-    results = read(run / "results.json")
+    assert read_json(run / "adapter" / "adapter_config.json")["modules_to_save"] == ["bert.pooler", "classifier"]
+    results = read_json(run / "results.json")
     assert results["export"]["error"] <= results["export"]["tolerance"]
-    _, head = read(run / "run.json")["learning_rates"]
+    _, head = read_json(run / "run.json")["learning_rates"]
     assert head["parameters"] == 66 + 32 * 32 + 32  # the classifier, the pooler's weight and bias
     assert f"{head['parameters']:,} parameters" in dry
     found = json.loads(call_main("evaluate", ["--run", run]).succeeded().lines[-1])

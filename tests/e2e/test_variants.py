@@ -1,23 +1,33 @@
 """One short training run per DeepSpeed JSON, from rows to files on two ranks: they all learn the same.
 
-All runs share one launch: most of its time is the start.
+All runs are made by one set of ranks.
 """
 
+import gc
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tiny_models
 import torch
-import variants_worker
-from launching import HAS_NVME, NO_NVME, call_main, run_ranks
+from forked import ForkServer
+from launching import HAS_NVME, NO_NVME, call_main
 from peft import PeftModel
-from sample_rows import write_rows, write_sentences
+from run_files import read_json, read_lines
+from sample_rows import write_sentences, write_splits
 from transformers import AutoModelForCausalLM
 
+from taso_ds.config import parse_run_config
+from taso_ds.distributed import process_group
 from taso_ds.distributed.ds_config import read_ds_config, shipped_ds_configs
+from taso_ds.interrupts import Interrupts
+from taso_ds.runs.finished import evaluate
+from taso_ds.runs.finished_arguments import EVALUATE, parse_over_run
+from taso_ds.runs.join import join
+from taso_ds.runs.train import train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -45,13 +55,37 @@ EVALUATED = {
 on_nvme = pytest.mark.skipif(not HAS_NVME, reason=NO_NVME)
 
 
+def train_and_evaluate(cases: list[list[str]], again: list[list[str]], hub: str) -> list[dict[str, Any]]:
+    """Train one run per case, one after another, then evaluate some again; returns their scores.
+
+    Args:
+        cases: flags of ``launch/train.py``.
+        again: flags of ``launch/evaluate.py``.
+        hub: the cache of the Hub.
+    """
+    from deepspeed.utils import groups
+
+    huggingface_hub.constants.HF_HUB_CACHE = hub
+    for flags in cases:
+        config = parse_run_config(flags)
+        join(config)
+        train(config, Interrupts(process_group.give_up, resumes=True))
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which DeepSpeed makes once in a process
+        gc.collect()
+    scores = []
+    for flags in again:
+        config, finished = parse_over_run(flags, verb=EVALUATE)
+        scores.append(evaluate(config, finished.run))
+        gc.collect()
+    return scores
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run of every variant; the MLP is as small as DeepSpeed writes to a disk: 1 MB on each rank."""
     path: Path = tmp_path_factory.mktemp("variants")
     base = tiny_models.save(tiny_models.llama(layers=1, intermediate_size=16384), path / "base")
-    write_rows(path / "train.jsonl", 12)
-    write_rows(path / "eval.jsonl", 4)
+    write_splits(path, 12, 4)
     raw = read_ds_config("zero3_hpz.json")
     raw["zero_optimization"]["zero_hpz_partition_size"] = 2
     (path / "one_node_hpz.json").write_text(json.dumps(raw))
@@ -80,16 +114,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         own = [str(path / flag) if (path / flag).is_file() else flag for flag in extra]
         cases.append([*map(str, flags), *own, "--output_dir", str(path / "runs" / name)])
     again = [["--run", str(path / "runs" / name.split()[0]), *extra.split()] for name, (extra, _) in EVALUATED.items()]
-    (path / "cases.json").write_text(json.dumps({"train": cases, "evaluate": again}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_CACHE", str(hub.parent))
-        run_ranks(variants_worker.__file__, 2, [path / "cases.json"], timeout=500.0)
+    scores = fork_server.run_on_ranks(train_and_evaluate, 2, cases, again, str(hub.parent), timeout=500.0)
+    (path / "evaluated.json").write_text(json.dumps(scores))
     return path / "runs"
 
 
 def learned(run: Path) -> dict[str, Any]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    results = json.loads((run / "results.json").read_text())
+    lines, results = read_lines(run / "metrics.jsonl"), read_json(run / "results.json")
     found = {key: [line[key] for line in lines] for key in ("loss", "grad_norm")}
     return found | {when: results[when]["loss"] for when in ("before", "after")}
 

@@ -15,7 +15,7 @@ from taso_ds.files import safetensors_ranges as safetensors_files
 from taso_ds.files.safetensors_ranges import INDEX, SINGLE, open_checkpoint, weight_files
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool)
-names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8).filter(lambda n: n != "__metadata__")
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda n: n != "__metadata__")
 shapes = st.lists(st.integers(0, 5), max_size=3)
 
 

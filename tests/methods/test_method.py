@@ -7,22 +7,19 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from configs import config_of
 from torch import nn
 
 from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion, cut_region, score_rows_and_cols, share
 from taso_ds.adapters.targets import MatrixShape, Target, Targets, find_targets
-from taso_ds.config import RunConfig, parse_run_config
+from taso_ds.config import RunConfig
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.methods.method import Count
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.load import BaseModel
 from taso_ds.models.spec import BaseSpec
-
-
-def config_of(*flags: str) -> RunConfig:
-    return parse_run_config(["--model_name_or_path", "base", "--task", "completion", *flags])
 
 
 def spec_of(model: Any, *, head: bool = False) -> BaseSpec:

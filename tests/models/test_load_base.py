@@ -18,11 +18,13 @@ from taso_ds.adapters.targets import find_targets
 from taso_ds.distributed import comm
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
-from taso_ds.methods.export import head_modules
+from taso_ds.methods.task_head import head_modules
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.load import BaseModel, _said_by_each_rank, load_base_model
 from taso_ds.models.source import model_source
 from taso_ds.models.spec import BaseSpec, load_config, outside_body, read_spec
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 STAGE_0 = ZeroConfig({"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}})
 
@@ -33,11 +35,6 @@ def load(folder: Path, *, head: bool, bf16: bool = False, num_labels: int | None
     if num_labels is not None:
         config.num_labels = num_labels
     return load_base_model(BaseSpec(arguments, str(folder), config, head), seed=0, zero=STAGE_0)
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
 
 def test_a_language_model_is_frozen_and_has_no_head(llama_folder: Path) -> None:

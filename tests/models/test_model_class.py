@@ -114,10 +114,11 @@ def test_every_text_model_is_loaded_as_the_class_its_checkpoints_name() -> None:
     for head, table in ((False, CAUSAL), (True, LABELS)):
         for architecture in table.values():
             # Only names are compared: building 300 configurations takes longer than the rest of these tests.
-            config = SimpleNamespace(architectures=[architecture], auto_map={model_class(head=head).__name__: "theirs"})
+            theirs = {model_class(head=head).__name__: "theirs"}
+            config: Any = SimpleNamespace(architectures=[architecture], auto_map=theirs)
             assert wants_head(arguments(), config) is head, architecture
 
 
 def test_code_that_comes_with_a_checkpoint_has_the_class() -> None:
-    config = SimpleNamespace(architectures=["OurForCausalLM"], auto_map={"AutoModelForCausalLM": "ours.Model"})
+    config: Any = SimpleNamespace(architectures=["OurForCausalLM"], auto_map={"AutoModelForCausalLM": "ours.Model"})
     assert not wants_head(arguments(), config)

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from taso_ds.distributed import comm
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.models.load import load_base_model
@@ -27,14 +26,11 @@ from taso_ds.models.quantized_linear import (
 )
 from taso_ds.models.spec import read_spec
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 STAGE_0 = ZeroConfig({"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}})
 FORMATS: list[Format] = [NF4(), Int8(6.0)]
 both = pytest.mark.parametrize("format", FORMATS, ids=["4 bits", "8 bits"])
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
 
 def linear(format: Format, rows: int, cols: int, *, bias: bool = False) -> QuantizedLinear:
@@ -60,13 +56,15 @@ def fill(module: QuantizedLinear, weight: Tensor, borders: list[int]) -> Tensor:
 
 def by_bitsandbytes(format: Format, weight: Tensor, bias: Tensor | None = None) -> Any:
     rows, cols = weight.shape
+    quantized: Any = bnb.nn  # whose tensors' `to` mypy cannot read
     if isinstance(format, NF4):
         module: Any = bnb.nn.Linear4bit(cols, rows, bias is not None, torch.float32, quant_type="nf4")
-        module.weight = bnb.nn.Params4bit(weight.clone(), quant_type="nf4", module=module).to("cpu")
+        module.weight = quantized.Params4bit(weight.clone(), quant_type="nf4", module=module).to("cpu")
         module.support_avx512bf16_for_cpu = False
     else:
+        assert isinstance(format, Int8)
         module = bnb.nn.Linear8bitLt(cols, rows, bias is not None, has_fp16_weights=False, threshold=format.threshold)
-        module.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False).to("cpu")
+        module.weight = quantized.Int8Params(weight.clone(), requires_grad=False).to("cpu")
     if bias is not None:
         module.bias = nn.Parameter(bias.clone(), requires_grad=False)
     return module

@@ -13,7 +13,8 @@ import pytest
 import tiny_models
 from hosts import NAMES, Cluster, what_is_missing
 from launching import ROOT, Finished, finish
-from sample_rows import write_rows
+from run_files import saved_tensors
+from sample_rows import write_splits
 
 MISSING = what_is_missing()
 pytestmark = [
@@ -62,10 +63,6 @@ class Desk:
         return [finish(process, timeout=120) for process in started]
 
 
-def adapter(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run / "adapter").glob("*.safetensors")}
-
-
 def steps(run: Path) -> list[int]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
@@ -77,8 +74,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     with Cluster(tmp_path_factory.mktemp("hosts")) as cluster:
         tiny_models.save(tiny_models.llama(), cluster.disk("node-a") / "llama")
         shutil.copytree(cluster.disk("node-a") / "llama", cluster.disk("node-b") / "llama")
-        write_rows(cluster.shared / "train.jsonl", 21)
-        write_rows(cluster.shared / "eval.jsonl", 5)
+        write_splits(cluster.shared, 21, 5)
         (cluster.shared / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
         (cluster.shared / ".deepspeed_env").write_text(
             "".join(f"{key}={value}\n" for key, value in cluster.settings.items() if key != "PYTHONPATH")
@@ -102,7 +98,7 @@ def test_torchrun_meets_over_the_network_and_only_rank_0_needs_the_output(desk: 
     assert [done.out.count(line) for done in whole] == [1, 0]
     run = desk.cluster.disk("node-a") / "whole"
     assert steps(run) == list(range(1, STEPS + 1))
-    assert adapter(run)
+    assert saved_tensors(run)
     assert not (desk.cluster.disk("node-b") / "whole").exists()
 
 
@@ -127,7 +123,7 @@ def test_a_cut_cable_ends_all_ranks_and_the_same_command_goes_on(desk: Desk, who
     assert "resume: goes on after step" in again.out
     assert f"output: {run} is shared by all 2 nodes" in again.out
     assert steps(run) == list(range(1, STEPS + 1))
-    assert adapter(run) == adapter(desk.cluster.disk("node-a") / "whole")
+    assert saved_tensors(run) == saved_tensors(desk.cluster.disk("node-a") / "whole")
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,6 @@ class Split:
         return BatchSizes(self.micro, self.accumulation, world_size)
 
 
-SPLITS = {
-    1: [Split(8, 1), Split(2, 4)],
-    2: [Split(4, 1), Split(2, 2), Split(1, 4)],
-    4: [Split(2, 1), Split(1, 2)],
-}
+SPLITS = {1: [Split(8, 1), Split(2, 4)], 2: [Split(4, 1), Split(2, 2), Split(1, 4)], 4: [Split(2, 1), Split(1, 2)]}
 STAGES = {1: [0, 1, 2, 3], 2: [0, 1, 2, 3], 4: [0, 2, 3]}
 SMALL_WORLD = 2  # up to here every variant runs; beyond, those where more ranks can make a difference

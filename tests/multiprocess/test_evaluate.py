@@ -3,25 +3,84 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import evaluate_worker as worker
 import pytest
 import tiny_models
 import torch
-from launching import run_ranks
+from forked import ForkServer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from taso_ds.config import parse_run_config
 from taso_ds.data.tasks import get_task
 from taso_ds.distributed import comm
+from taso_ds.objectives import classification, inference, language_model, metrics
 from taso_ds.objectives.metrics import final_number
+from taso_ds.runs import finished
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
 ROWS = 13  # batches of 4, 4, 4 and 1
 Found = dict[str, Any]
+
+# On the ranks ---------------------------------------------------------------------------------------------------------
+
+TASKS = {"arc_easy": "lm", "boolq": "lm", "gsm8k": "lm", "completion": "lm", "sst2": "classification"}  # and their head
+STAGES = (0, 3)
+BATCH_SIZE, MAX_NEW_TOKENS = 4, 6
+
+
+def config_of(folder: Path, task: str, stage: int) -> Any:
+    rows = str(folder / f"{task}.jsonl")
+    flags = ["--model_name_or_path", str(folder / task), "--task", task, "--train_file", rows, "--eval_file", rows]
+    flags += ["--no_bf16", "--max_seq_length", "128", "--max_new_tokens", str(MAX_NEW_TOKENS), "--head", TASKS[task]]
+    flags += ["--per_device_eval_batch_size", str(BATCH_SIZE), "--ds_config", f"zero{stage}.json"]
+    if task == "completion":
+        flags += ["--eval_metric", "rouge"]
+    return parse_run_config(flags)
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, list[Any]]]:
+    """Yield what an evaluation deals to this rank, batch by batch, and what it compares."""
+    seen: dict[str, list[Any]] = {"dealt": [], "compared": []}
+    deal, compute = inference.dealt_batches, metrics.compute_metrics
+
+    def dealt(*args: Any, **options: Any) -> Any:
+        batches = deal(*args, **options)
+        seen["dealt"].append([ids for ids, _ in batches])
+        return batches
+
+    def compared(names: Any, predictions: Any, references: Any) -> Any:
+        seen["compared"].append([list(predictions), list(references)])
+        return compute(names, predictions, references)
+
+    def replace(deal: Any, compute: Any) -> None:
+        inference.dealt_batches = deal
+        classification.compute_metrics = language_model.compute_metrics = compute
+
+    replace(dealt, compared)
+    try:
+        yield seen
+    finally:
+        replace(deal, compute)
+
+
+def evaluate_task(folder: Path, task: str, stage: int) -> dict[str, Any]:
+    with watched() as seen:
+        found = finished.evaluate(config_of(folder, task, stage), None)
+    scores = {name: value for name, value in found.items() if name not in ("run", "task")}
+    return {"scores": scores, "compared": seen["compared"], "dealt": comm.gather_objects(seen["dealt"])}
+
+
+def evaluate_all(folder: Path) -> dict[str, Any]:
+    return {f"{task} {stage}": evaluate_task(folder, task, stage) for stage in STAGES for task in TASKS}
+
+
+# The models -----------------------------------------------------------------------------------------------------------
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -53,7 +112,7 @@ def continuation(model: Any, prompt: str) -> str:
     tokenizer = tiny_models.byte_tokenizer()
     ids = tokenizer(prompt).input_ids
     start = len(ids)
-    while len(ids) < start + worker.MAX_NEW_TOKENS and ids[-1] != tokenizer.eos_token_id:
+    while len(ids) < start + MAX_NEW_TOKENS and ids[-1] != tokenizer.eos_token_id:
         with torch.no_grad():
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     return str(tokenizer.decode(ids[start:], skip_special_tokens=True))
@@ -88,32 +147,19 @@ def folder(llama_folder: Path, bert_folder: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder: Path) -> Found:
-    out = folder / "two_ranks.json"
-    run_ranks(worker.__file__, 2, [out, folder])
-    found: Found = json.loads(out.read_text())
-    return found
+def two_ranks(fork_server: ForkServer, folder: Path) -> Any:
+    return fork_server.run_on_ranks(evaluate_all, 2, folder)
 
 
-@pytest.fixture
-def _like_one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process computes as a rank does: on the CPU, with one thread."""
-    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-tasks = pytest.mark.parametrize("task", worker.TASKS)
+tasks = pytest.mark.parametrize("task", TASKS)
 
 
 @tasks
-@pytest.mark.usefixtures("_like_one_rank")
+@pytest.mark.usefixtures("on_cpu")
 def test_two_ranks_find_the_numbers_of_one_process(two_ranks: Found, folder: Path, task: str) -> None:
-    alone = json.loads(json.dumps(worker.evaluate_task(folder, task, 0)))
+    alone = evaluate_task(folder, task, 0)
     assert alone["scores"]["num_examples"] == ROWS
-    for stage in worker.STAGES:
+    for stage in STAGES:
         found = two_ranks[f"{task} {stage}"]
         assert found["compared"] == alone["compared"], stage
         # Stage 3 computes on gathered copies: the same sums, but another kernel may take them in another order.
@@ -122,7 +168,7 @@ def test_two_ranks_find_the_numbers_of_one_process(two_ranks: Found, folder: Pat
 
 @tasks
 def test_every_row_is_dealt_once(two_ranks: Found, task: str) -> None:
-    for stage in worker.STAGES:
+    for stage in STAGES:
         ranks = two_ranks[f"{task} {stage}"]["dealt"]
         assert len(ranks) == 2
         for parts in zip(*ranks, strict=True):  # one pass over the rows; generation makes two
@@ -148,7 +194,7 @@ def test_choices_are_those_of_the_highest_likelihood(two_ranks: Found, folder: P
     scored = [[log_likelihood(model, one.prompt, option, eos=False) for option in one.options] for one in examples]
     chosen = [max(range(len(options)), key=lambda n: options[n][0]) for options in scored]
     golds = [options[int(one.target)] for options, one in zip(scored, examples, strict=True)]
-    for stage in worker.STAGES:
+    for stage in STAGES:
         found = two_ranks[f"{task} {stage}"]
         assert found["compared"] == [[chosen, [one.target for one in examples]]]
         right = sum(choice == one.target for choice, one in zip(chosen, examples, strict=True))
@@ -164,7 +210,7 @@ def test_loss_of_completions_is_the_mean_over_their_tokens(two_ranks: Found, fol
     ]
     loss = -sum(value for value, _ in scored) / sum(number for _, number in scored)
     said = [continuation(model, row["prompt"]) for row in rows_of(folder, "completion")]
-    for stage in worker.STAGES:
+    for stage in STAGES:
         found = two_ranks[f"completion {stage}"]
         assert found["scores"]["loss"] == pytest.approx(loss, rel=1e-5)
         assert found["compared"] == [[said, [row["completion"].strip() for row in rows_of(folder, "completion")]]]
@@ -176,7 +222,7 @@ def test_generated_answers_are_those_of_greedy_decoding(two_ranks: Found, folder
         final_number(continuation(model, f"Question: {row['question']}\nAnswer:")) for row in rows_of(folder, "gsm8k")
     ]
     assert len(set(said)) > ROWS // 2  # the model has something to say
-    for stage in worker.STAGES:
+    for stage in STAGES:
         found = two_ranks[f"gsm8k {stage}"]
         ((predictions, references),) = found["compared"]
         assert predictions == said
@@ -192,7 +238,7 @@ def test_a_head_has_the_last_word(two_ranks: Found, folder: Path) -> None:
         logits = [model(**tokenizer(row["sentence"], return_tensors="pt")).logits[0] for row in rows]
     chosen, golds = [int(values.argmax()) for values in logits], [row["label"] for row in rows]
     loss = -sum(float(values.log_softmax(-1)[gold]) for values, gold in zip(logits, golds, strict=True)) / ROWS
-    for stage in worker.STAGES:
+    for stage in STAGES:
         found = two_ranks[f"sst2 {stage}"]
         assert found["compared"] == [[chosen, golds]]
         assert found["scores"]["loss"] == pytest.approx(loss, rel=1e-5)

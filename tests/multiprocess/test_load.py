@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import load_worker
+import load_ranks
 import pytest
 import tiny_models
 import torch
-from launching import HAS_NVME, NO_NVME, run_ranks
+from forked import ForkServer
+from launching import HAS_NVME, NO_NVME
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -19,7 +20,6 @@ from taso_ds.distributed.ds_config import read_ds_config
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
-WORKER = Path(load_worker.__file__)
 THROUGH_TRANSFORMERS = "through transformers"
 NORMS = [f"model.layers.{layer}.{place}_layernorm.weight" for layer in (0, 1) for place in ("input", "post_attention")]
 UP = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
@@ -45,26 +45,18 @@ def misshapen(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 def odd_llama() -> Any:
     """A Llama whose matrices do not divide by the ranks: 33 tokens of 30 numbers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=33, hidden_size=30, intermediate_size=7, num_hidden_layers=1, num_attention_heads=3,
+    return tiny_models.llama(
+        layers=1, seed=3, vocab_size=33, hidden_size=30, intermediate_size=7, num_attention_heads=3,
         num_key_value_heads=3, max_position_embeddings=16, attention_bias=True,
     )  # fmt: skip
-    torch.manual_seed(3)
-    return LlamaForCausalLM(config)
 
 
 def wide_llama() -> Any:
     """A Llama whose MLP is worth reading from a disk: on 4 ranks a bit more than a megabyte of each matrix in fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=33, hidden_size=64, intermediate_size=16400, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=16,
+    return tiny_models.llama(
+        layers=1, seed=5, vocab_size=33, hidden_size=64, intermediate_size=16400, num_attention_heads=2,
+        max_position_embeddings=16,
     )  # fmt: skip
-    torch.manual_seed(5)
-    return LlamaForCausalLM(config)
 
 
 def gptj() -> Any:
@@ -145,11 +137,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def found(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
-    out = folder / f"{request.param}.json"
-    run_ranks(WORKER, request.param, [out, folder])
-    result: dict[str, Any] = json.loads(out.read_text())
-    return result
+def found(request: pytest.FixtureRequest, fork_server: ForkServer, folder: Path) -> Any:
+    return fork_server.run_on_ranks(load_ranks.load_all, request.param, folder)
 
 
 def reference(folder: Path, flags: list[str]) -> dict[str, Any]:
@@ -157,9 +146,9 @@ def reference(folder: Path, flags: list[str]) -> dict[str, Any]:
     torch.manual_seed(7)
     dtype = torch.float32 if "--no_bf16" in flags else torch.bfloat16
     model = model_class.from_pretrained(folder, config=AutoConfig.from_pretrained(folder), dtype=dtype)
-    parameters = {name: load_worker.digest(value) for name, value in model.named_parameters(remove_duplicate=False)}
-    buffers = {name: load_worker.digest(value) for name, value in model.named_buffers()}
-    checksum, generation = zero.checksum(list(model.parameters())), load_worker.generation(model)
+    parameters = {name: load_ranks.digest(value) for name, value in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: load_ranks.digest(value) for name, value in model.named_buffers()}
+    checksum, generation = zero.checksum(list(model.parameters())), load_ranks.generation(model)
     return {"parameters": parameters, "buffers": buffers, "checksum": checksum, "generation": generation}
 
 

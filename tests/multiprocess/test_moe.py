@@ -3,19 +3,19 @@
 The ranks read different rows, whose tokens go to different experts.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import moe_worker
 import parity_case as case
+import parity_ranks as parity
 import pytest
 import tiny_models
 import torch
-from launching import run_ranks
+from deepspeed.utils import get_z3_leaf_modules
+from forked import ForkServer
 from test_parity import (
     PEAK,
     ROOT_OF_TEN,
@@ -28,6 +28,8 @@ from test_parity import (
     taso,
     weights,
 )
+
+from taso_ds.distributed import comm
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
@@ -44,6 +46,46 @@ EXPERT_CASES = [
     for how in EXPERT_RUNS
 ]
 
+# On the ranks ---------------------------------------------------------------------------------------------------------
+
+SCORINGS = [("scores", "importance", "signed_mean", 5)]
+# Micro-batches of one row miss most experts; passes begin and end within a module of experts.
+EXPERT_SCORINGS = [
+    ("batches of 1", "importance", "signed_mean", 1),
+    ("batches of 5 in passes", "importance", "signed_mean", 5),
+    ("one batch", "importance", "signed_mean", 13),
+    ("magnitude", "magnitude", "signed_mean", 5),
+]
+
+
+def without_experts(folder: str, stage: int, split: case.Split) -> dict[str, Any]:
+    scores, base = parity.score(folder, stage, SCORINGS)
+    groups = parity.taso_groups(base, parity.regions_of(scores["scores"]))
+    trained = parity.train(base, groups, parity.zero_config_of(stage, split), split)
+    leaves = [type(module).__name__ for module in get_z3_leaf_modules(base.model)]
+    return scores | {"train": trained, "leaves": leaves}
+
+
+def with_experts(folder: str, stage: int, split: case.Split, *, checkpointing: bool) -> dict[str, Any]:
+    scores, base = parity.score(folder, stage, EXPERT_SCORINGS, checkpointing=checkpointing, experts=True)
+    groups = parity.taso_groups(base, parity.regions_of(scores["one batch"]))
+    trained = parity.train(base, groups, parity.zero_config_of(stage, split), split)
+    return scores | {"train": trained}
+
+
+def run_stages(folders: dict[str, str]) -> dict[str, Any]:
+    split, results = case.SPLITS[comm.world_size()][-1], {}
+    for name, folder in folders.items():
+        for stage in (2, 3) if comm.world_size() > 1 else ():
+            results[f"{name} {stage}"] = without_experts(folder, stage, split)
+        for stage, checkpointing in ((0, False), (3, False), (3, True)):
+            key = f"{name} {stage} experts" + " checkpointed" * checkpointing
+            results[key] = with_experts(folder, stage, split, checkpointing=checkpointing)
+    return results
+
+
+# The tests ------------------------------------------------------------------------------------------------------------
+
 Report = Callable[[int], dict[str, Any]]
 
 
@@ -54,18 +96,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def report(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """Return ``report(ranks)``; each number of ranks is launched once, when it is first asked for."""
+def report(fork_server: ForkServer, folders: dict[str, Path]) -> Report:
+    """Return ``report(ranks)``; each number of ranks is started once, when it is first asked for."""
+    names = {name: str(folder) for name, folder in folders.items()}
 
     @cache
-    def launch(ranks: int) -> dict[str, Any]:
-        out = tmp_path_factory.mktemp("moe") / f"{ranks}.json"
-        arguments = [out, *(f"{name}={folder}" for name, folder in folders.items())]
-        run_ranks(moe_worker.__file__, ranks, arguments, timeout=500.0)
-        results: dict[str, Any] = json.loads(out.read_text())
-        return results
+    def run(ranks: int) -> Any:
+        return fork_server.run_on_ranks(run_stages, ranks, names, timeout=500.0)
 
-    return launch
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +163,7 @@ class ExpertRun:
 
 @pytest.fixture(params=EXPERT_CASES)
 def run(
-    request: pytest.FixtureRequest,
-    report: Report,
-    folders: dict[str, Path],
-    signed: dict[str, dict[str, torch.Tensor]],
+    request: pytest.FixtureRequest, report: Report, folders: dict[str, Path], signed: dict[str, dict[str, torch.Tensor]]
 ) -> ExpertRun:
     ranks, name, how = request.param
     return ExpertRun(report(ranks)[f"{name} {how}"], ranks, folders[name], signed[name])

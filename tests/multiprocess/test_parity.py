@@ -1,9 +1,8 @@
 """Scoring and training under DeepSpeed on 1, 2 and 4 ranks, at every ZeRO stage, against one process of plain torch.
 
-Every launch runs all stages and writes what it saw; the tests compare that with references written out here.
+Every set of ranks runs all stages; the tests compare what they saw with references written out here.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import parity_case as case
+import parity_ranks
 import pytest
 import torch
 import torch.nn.functional as F
-from launching import run_ranks
+from forked import ForkServer
 from torch import Tensor, nn
 
 from taso_ds.adapters.adapter import TasoAdapter
@@ -44,19 +44,15 @@ ROOT_OF_TEN = math.sqrt(10.0)
 
 
 @pytest.fixture(scope="module")
-def report(
-    llama_folder: Path, gpt2_folder: Path, bert_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Report:
-    """Return ``report(ranks, stage)``; each number of ranks is launched once, when it is first asked for."""
+def report(fork_server: ForkServer, llama_folder: Path, gpt2_folder: Path, bert_folder: Path) -> Report:
+    """Return ``report(ranks, stage)``; each number of ranks is started once, when it is first asked for."""
+    folders = {"llama": str(llama_folder), "gpt2": str(gpt2_folder), "bert": str(bert_folder)}
 
     @cache
-    def launch(ranks: int) -> dict[str, Any]:
-        out = tmp_path_factory.mktemp("parity") / f"{ranks}.json"
-        run_ranks(Path(__file__).with_name("parity_worker.py"), ranks, [out, llama_folder, gpt2_folder, bert_folder])
-        found: dict[str, Any] = json.loads(out.read_text())
-        return found
+    def run(ranks: int) -> Any:
+        return fork_server.run_on_ranks(parity_ranks.run_stages, ranks, folders)
 
-    return lambda ranks, stage: launch(ranks)[str(stage)]
+    return lambda ranks, stage: run(ranks)[stage]
 
 
 def load(folder: Path, *, dtype: torch.dtype = torch.float32, head: bool = False) -> Any:
@@ -398,7 +394,7 @@ def test_learning_rates_keep_their_ratio_in_a_running_optimizer(
     report: Report, plain_head: dict[str, Any], ranks: int, stage: int
 ) -> None:
     found = report(ranks, stage)["train"]["head"]
-    assert found["groups"] == [["adapter", 1], ["head", 2]]
+    assert found["groups"] == [("adapter", 1), ("head", 2)]
     schedule = make_schedule(case.TRAINING, case.STEPS)
     # Warm-up ⌈0.3 · 5⌉ = 2 steps, then linear over 3: 1/2, 1, 1, 2/3, 1/3.
     assert [schedule(step) for step in range(case.STEPS)] == pytest.approx([1 / 2, 1, 1, 2 / 3, 1 / 3])

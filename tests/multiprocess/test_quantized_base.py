@@ -1,6 +1,5 @@
 """Quantized bases on two ranks: bit for bit what one process quantizes, scored and trained alike at every stage."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +7,12 @@ from typing import Any
 
 import parity_case as case
 import pytest
-import quantized_worker
+import quantized_ranks
 import tiny_models
 import torch
 import torch.nn.functional as F
-from launching import run_ranks
-from load_worker import digest
+from forked import ForkServer
+from load_ranks import digest
 from test_parity import assert_regions, gradients, weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -25,7 +24,7 @@ from taso_ds.models.fingerprint import fingerprint
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
-STAGES = {bits: [str(stage) for stage in stages] for bits, stages in quantized_worker.STAGES.items()}
+STAGES = quantized_ranks.STAGES
 BITS = list(STAGES)
 WHOLE = "whole on every rank"
 bits_and_stages = pytest.mark.parametrize(("bits", "stage"), [(bits, stage) for bits in BITS for stage in STAGES[bits]])
@@ -33,25 +32,18 @@ bits_and_stages = pytest.mark.parametrize(("bits", "stage"), [(bits, stage) for 
 
 def uneven_llama() -> Any:
     """A Llama in which blocks of 64 weights lie across the border of two ranks: q_proj is 24 × 24 = 9 blocks."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=tiny_models.VOCABULARY, hidden_size=24, intermediate_size=28, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.2, pad_token_id=0,
+    return tiny_models.llama(
+        seed=5, hidden_size=24, intermediate_size=28, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=32,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 def deep_llama() -> Any:
     """A Llama of 24 layers of 163,840 weights each, nearly all that it has."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=128, intermediate_size=256, num_hidden_layers=24, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=16,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).bfloat16()
+    return tiny_models.llama(
+        layers=24, vocab_size=32, hidden_size=128, intermediate_size=256, num_attention_heads=2,
+        max_position_embeddings=16,
+    ).bfloat16()  # fmt: skip
 
 
 def merged_mixtral() -> Any:
@@ -83,7 +75,7 @@ def settings(bits: str) -> BitsAndBytesConfig:
 
 def by_bitsandbytes(folder: Path, bits: str, *, dtype: torch.dtype = torch.float32) -> Any:
     """The model as transformers and bitsandbytes quantize it in one process."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=settings(bits))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=settings(bits))
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -109,10 +101,8 @@ def base(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, Any]:
-    run_ranks(quantized_worker.__file__, 2, [folder / "found.json", folder])
-    result: dict[str, Any] = json.loads((folder / "found.json").read_text())
-    return result
+def found(fork_server: ForkServer, folder: Path) -> Any:
+    return fork_server.run_on_ranks(quantized_ranks.run_all, 2, str(folder))
 
 
 # The weights ----------------------------------------------------------------------------------------------------------
@@ -133,11 +123,11 @@ def whole_digests(folder: Path, bits: str, dtype: torch.dtype) -> dict[str, list
 
 
 @bits_and_stages
-def test_every_bit_is_that_of_the_whole_model_quantized(found: Any, base: Path, bits: str, stage: str) -> None:
+def test_every_bit_is_that_of_the_whole_model_quantized(found: Any, base: Path, bits: str, stage: int) -> None:
     expected = whole_digests(base, bits, torch.float32)
     assert len(expected) == 2 * len(tiny_models.LLAMA_LINEARS)
     assert found[bits]["train"][stage]["digests"] == expected
-    if int(stage) in quantized_worker.STORED_STAGES:
+    if stage in quantized_ranks.STORED_STAGES:
         assert found[bits]["stored"][stage]["digests"] == expected
 
 
@@ -217,7 +207,7 @@ def reference(folder: Path, bits: str) -> tuple[dict[str, Tensor], dict[str, Ten
     """
     model = by_bitsandbytes(folder, bits)
     dequantized = {
-        name: dequantize_bnb_weight(module.weight, getattr(module, "state", None)).detach().float()
+        name: dequantize_bnb_weight(module.get_parameter("weight"), getattr(module, "state", None)).detach().float()
         for name, module in find_targets(model).linears.items()
     }
     if bits == "4":
@@ -227,7 +217,7 @@ def reference(folder: Path, bits: str) -> tuple[dict[str, Tensor], dict[str, Ten
                 plain.get_submodule(name).weight.copy_(weight)
         return gradients(plain, case.CALIBRATION), dequantized
     rows = sorted(case.CALIBRATION, key=lambda row: len(row.input_ids))
-    size, tokens = quantized_worker.ROWS_PER_BATCH, 0
+    size, tokens = quantized_ranks.ROWS_PER_BATCH, 0
     model.eval()
     with products(model) as found:
         for start in range(0, len(rows), size):
@@ -259,7 +249,7 @@ def overlap(one: dict[str, Any], other: dict[str, Any]) -> float:
 @pytest.mark.parametrize(("bits", "least"), [("4", 0.8), ("8", 0.97)])
 def test_original_and_dequantized_weights_score_much_alike(found: Any, bits: str, least: float) -> None:
     """NF4 moves weights by some percent, int8 by some tenths: most of the region stays."""
-    scored = found[bits]["score"]["3"]
+    scored = found[bits]["score"][3]
     share = overlap(scored["loaded"], scored["original"])
     print(f"{bits} bits: {share:.1%} of the core rows and columns in common")
     assert least <= share <= 1.0
@@ -267,7 +257,7 @@ def test_original_and_dequantized_weights_score_much_alike(found: Any, bits: str
 
 
 @bits_and_stages
-def test_the_base_is_recognized_quantized_or_not(found: Any, base: Path, bits: str, stage: str) -> None:
+def test_the_base_is_recognized_quantized_or_not(found: Any, base: Path, bits: str, stage: int) -> None:
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert found[bits]["score"][stage]["fingerprint"] == fingerprint(find_targets(plain))
 
@@ -276,11 +266,11 @@ def test_the_base_is_recognized_quantized_or_not(found: Any, base: Path, bits: s
 
 
 @bits_and_stages
-def test_training_is_the_same_at_every_stage(found: Any, bits: str, stage: str) -> None:
+def test_training_is_the_same_at_every_stage(found: Any, bits: str, stage: int) -> None:
     losses = torch.tensor(found[bits]["train"][stage]["loss"])
-    torch.testing.assert_close(losses, torch.tensor(found[bits]["train"]["0"]["loss"]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses, torch.tensor(found[bits]["train"][0]["loss"]), rtol=1e-5, atol=0)
     assert losses.unique().numel() == case.STEPS  # something is learned
-    if stage == "3":
+    if stage == 3:
         torch.testing.assert_close(torch.tensor(found[bits]["checkpointed"]), losses, rtol=1e-5, atol=0)
 
 
@@ -291,8 +281,8 @@ def test_the_baseline_trains_on_quantized_weights(found: Any, bits: str) -> None
     assert len(set(whole)) == case.STEPS
 
 
-@pytest.mark.parametrize("stage", [str(stage) for stage in quantized_worker.STORED_STAGES])
+@pytest.mark.parametrize("stage", quantized_ranks.STORED_STAGES)
 @pytest.mark.parametrize("bits", BITS)
-def test_a_quantized_checkpoint_trains_as_one_quantized_here(found: Any, bits: str, stage: str) -> None:
+def test_a_quantized_checkpoint_trains_as_one_quantized_here(found: Any, bits: str, stage: int) -> None:
     losses = torch.tensor(found[bits]["stored"][stage]["loss"])
-    torch.testing.assert_close(losses, torch.tensor(found[bits]["train"]["0"]["loss"]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses, torch.tensor(found[bits]["train"][0]["loss"]), rtol=1e-5, atol=0)

@@ -26,7 +26,8 @@ def small(name: str, **changes: Any) -> Any:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[name](
+    kind: Any = CONFIG_MAPPING[name]
+    config = kind(
         vocab_size=tiny_models.VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -250,15 +251,10 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> No
 
 def small_llama_with(vocabulary: int) -> Any:
     """A Llama whose embedding and output matrices, 4.8 MB each, are smaller than a chunk."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-            pad_token_id=0,
-        )
-    )  # fmt: skip
+    return tiny_models.llama(
+        layers=1, vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_attention_heads=1,
+        num_key_value_heads=1,
+    ).train()  # fmt: skip
 
 
 # Models that do not allow it ------------------------------------------------------------------------------------------

@@ -142,6 +142,7 @@ def test_regression_by_hand_with_a_filler() -> None:
     assert units == 2
     assert loss.item() == pytest.approx(4.25)
     loss.backward()
+    assert model.logits.grad is not None
     assert model.logits.grad.tolist() == [[-4.0], [1.0], [0.0]]  # 2 (y - t); the filler pulls at nothing
 
 

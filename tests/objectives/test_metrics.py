@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def test_rouge_is_the_mean_over_texts() -> None:
 
 
 def test_arrays_and_tensors() -> None:
-    assert compute_metrics(["accuracy"], np.array([1, 0]), torch.tensor([1, 1])) == {"accuracy": 0.5}
+    predictions, references = cast("list[int]", np.array([1, 0])), cast("list[int]", torch.tensor([1, 1]))
+    assert compute_metrics(["accuracy"], predictions, references) == {"accuracy": 0.5}
 
 
 def test_what_cannot_be_scored() -> None:

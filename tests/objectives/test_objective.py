@@ -17,7 +17,6 @@ from taso_ds.data.collate import collate_head
 from taso_ds.data.encode import EncodedRow
 from taso_ds.data.task_data import TaskData
 from taso_ds.data.tasks import Example, get_task
-from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.objectives.batches import Batch, dealt_batches
 from taso_ds.objectives.objective import Objective, make_objective
@@ -28,10 +27,7 @@ from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Schedule, make_group, make_optimizer
 from taso_ds.training.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def objective_of(task: str, *evaluation: Example, head: bool = False, **arguments: Any) -> Objective:

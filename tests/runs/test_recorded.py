@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from configs import config_of
 
-from taso_ds.config import GROUPS, RunConfig, parse_run_config
+from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
 from taso_ds.flags import arg
 from taso_ds.methods.folders import ADAPTER
@@ -19,10 +20,6 @@ from taso_ds.runs.recorded import differences, read_run, recorded_flags
 from taso_ds.training.arguments import TrainArguments
 
 FILE = Path("run.json")
-
-
-def config_of(*flags: str) -> RunConfig:
-    return parse_run_config(["--model_name_or_path", "base", "--task", "rte", *flags])
 
 
 def record_of(*flags: str, **more: Any) -> dict[str, Any]:
@@ -109,7 +106,7 @@ def test_a_schema_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     run = write(tmp_path / "run", record_of(schema_version=3))
     with pytest.raises(UserError, match=r"newer taso_ds \(schema_version 3, this one reads up to 2\): install"):
         read_run(run)
-    assert read_run(write(tmp_path / "first", record_of()))["config"]["task"] == "rte"
+    assert read_run(write(tmp_path / "first", record_of()))["config"]["task"] == "completion"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"config": 3}', ""])

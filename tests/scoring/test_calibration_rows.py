@@ -4,16 +4,13 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+from configs import config_of
 from sample_rows import write_rows
 
-from taso_ds.config import RunConfig, parse_run_config
+from taso_ds.config import RunConfig
 from taso_ds.data.encode import EncodedRow, encode_completions
 from taso_ds.data.task_data import load_task_data
 from taso_ds.scoring.regions import calibration_rows
-
-
-def config_of(*flags: str) -> RunConfig:
-    return parse_run_config(["--model_name_or_path", "base", "--task", "completion", *flags])
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from taso_ds.adapters.targets import find_targets
 from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.data.collate import collate
 from taso_ds.data.encode import EncodedRow
-from taso_ds.distributed import comm
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 from taso_ds.models.load import BaseModel
@@ -24,12 +23,9 @@ from taso_ds.scoring import partial_scores, regions, scoring_pass
 from taso_ds.scoring.regions import describe_scoring
 from taso_ds.scoring.score import split_passes
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 PASSES, STAGE_0 = 3, ZeroConfig({"zero_optimization": {"stage": 0}})
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
 
 def config_of(folder: Path, *flags: str) -> RunConfig:

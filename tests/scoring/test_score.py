@@ -25,12 +25,9 @@ from taso_ds.scoring.regions import Regions, describe_regions
 from taso_ds.scoring.score import score_regions, scoring_mode
 from taso_ds.scoring.scoring_pass import ScoringSettings, assign_owners
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 LADDER = ladder_with(0.05)
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
 
 def scores_of(
@@ -61,10 +58,10 @@ def reference(model: Any, batches: list[dict[str, Tensor]], *, head: bool = Fals
     found = {}
     for name, target in find_targets(model, experts=experts).items():
         module, shape = target.matrix, target.shape
+        weight: Any = module.weight
+        grad: Any = target.parameter.grad
         if isinstance(module, ExpertMatrix):
-            weight, grad = module.weight, module.parameter.grad[module.index]  # type: ignore[index]
-        else:
-            weight, grad = module.weight, module.weight.grad
+            grad = grad[module.index]
         value = (weight.detach() * grad).abs()
         found[name] = score_rows_and_cols(value.t() if shape.transposed else value, LADDER)
     return found
@@ -271,15 +268,10 @@ def test_sums_are_kept_where_they_are_told(monkeypatch: pytest.MonkeyPatch, offl
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_sums_in_host_memory_are_the_same_and_take_none_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four layers of seven matrices of 16 MB; one of them at a time comes back to be selected from."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     device = torch.device("cuda", 0)
     monkeypatch.setattr(comm, "device", lambda: device)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=2048, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(device).requires_grad_(False)
+    llama = tiny_models.llama(layers=4, hidden_size=2048, intermediate_size=2048, num_key_value_heads=4)
+    model = llama.train().to(device).requires_grad_(False)
     batches = [
         {key: value.to(device) for key, value in tiny_models.token_batch(seed=seed).items()} for seed in range(2)
     ]
@@ -350,4 +342,6 @@ def test_a_linear_that_computes_in_fp32_amid_a_model_in_bf16() -> None:
     sums.add("one", inputs.bfloat16(), grads.bfloat16())
     sums.add("router", inputs, grads)
     for name in shapes:
-        assert torch.equal(sums.take(name), torch.full((2, 3), 4.0))
+        taken = sums.take(name)
+        assert taken is not None
+        assert torch.equal(taken, torch.full((2, 3), 4.0))

@@ -20,7 +20,7 @@ from typing import Any, get_args, get_type_hints
 import tiny_models
 import yaml
 from launching import Finished, call, call_main
-from sample_rows import write_rows
+from sample_rows import write_splits
 
 from taso_ds.batch_script import SlurmArguments, parse_job
 from taso_ds.config import GROUPS, parse_run_config
@@ -117,7 +117,9 @@ _MEANT: dict[str, tuple[str, ...]] = {
     "sweep_tasks": ("rte", "sst2"), "sweep_seeds": ("0", "1"), "nvme_path": ("folder",), "run": ("folder", "gone"),
 }  # fmt: skip
 _APART = ("config", "debug", "dry_run")  # one is added where there is YAML, one shows tracebacks, one stays on
-_ODD = (None, True, False, 0, 1, -1, 2.5, 1e400, "", "two", [], [1, 2], ["q_proj"], {}, {"a": 1}, "2024-01-01", "1e-3")
+_ODD: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 2.5, 1e400, "", "two", [], [1, 2], ["q_proj"], {}, {"a": 1}, "2024-01-01", "1e-3",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,7 @@ class Attempt:
 def make_desk(folder: Path) -> None:
     """Put into a folder what flags can name: a model, rows, links that lead nowhere, files that are empty or cut."""
     tiny_models.save(tiny_models.llama(), folder / "llama")
-    for split in ("train", "eval"):
-        write_rows(folder / f"{split}.jsonl", 8)
+    write_splits(folder, 8, 8)
     for name in ("empty.jsonl", "empty.yaml"):
         (folder / name).touch()
     (folder / "cut.jsonl").write_text('{"prompt": "a", "compl')

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,33 +81,26 @@ def start(
         "torchrun": ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"],
         "python": [],
     }[launcher]
-    command = [sys.executable, *prefix, str(ROOT / "launch" / f"{script}.py"), *map(str, flags)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        env=environment() | variables,
-    )
-    return finish(process)
+    return finish(begin([*prefix, ROOT / "launch" / f"{script}.py", *flags], cwd=cwd, variables=variables))
 
 
-def run_ranks(
-    worker: str | Path, ranks: int, args: Sequence[str | Path] = (), *, port: int | None = None, timeout: float = 300.0
-) -> Finished:
-    """Run a test's own script on gloo ranks of this machine; it must succeed."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={port or free_port()}", str(worker), *map(str, args)]
-    python_path = os.pathsep.join(filter(None, [str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment() | {"PYTHONPATH": python_path},
-    )
-    return finish(process, timeout=timeout).succeeded()
+def begin(
+    words: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    session: bool = False,
+    variables: Mapping[str, str] | None = None,
+) -> "subprocess.Popen[str]":
+    """Start Python with these words on its command line; ``finish`` waits for it.
+
+    Args:
+        session: whether the process gets a session of its own, as at a terminal.
+        variables: added to the environment.
+    """
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        env=environment() | dict(variables or {}), start_new_session=session,
+    )  # fmt: skip
 
 
 def finish(process: "subprocess.Popen[str]", *, timeout: float = 400.0) -> Finished:

@@ -15,13 +15,16 @@ class PlainEngine:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, accumulation: int, module: nn.Module | None = None) -> None:
-        self.optimizer, self.accumulation, self.module = optimizer, accumulation, module
+        self.optimizer, self.accumulation = optimizer, accumulation
+        self.module = nn.Module() if module is None else module
         self.micro_steps = 0
         self.rates: list[list[float]] = []
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        assert self.module is not None
         return self.module(*args, **options)
+
+    def train(self) -> None:
+        self.module.train()
 
     def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> None:
         assert not scale_wrt_gas

@@ -15,6 +15,12 @@ def write_rows(path: Path, number: int) -> Path:
     return path
 
 
+def write_splits(folder: Path, train: int, evaluation: int) -> list[str]:
+    """Write ``train.jsonl`` and ``eval.jsonl``; returns the flags that name them."""
+    files = [write_rows(folder / f"{name}.jsonl", rows) for name, rows in (("train", train), ("eval", evaluation))]
+    return ["--train_file", str(files[0]), "--eval_file", str(files[1])]
+
+
 def write_sentences(path: Path, number: int) -> Path:
     """Write SST-2 rows: a sentence of one of two words is positive or negative."""
     rows = [{"sentence": f"{path.stem} {n} {('bad', 'good')[n % 2]}", "label": n % 2} for n in range(number)]

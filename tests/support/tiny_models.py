@@ -14,43 +14,23 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0 to 2; then the 256 bytes
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def llama(*, tied: bool = False, layers: int = 2, intermediate_size: int = 48, seed: int = 0) -> Any:
-    """A Llama with grouped queries: 4 heads share 2 key/value heads, so k_proj and v_proj are (16, 32)."""
+_SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_BLOCKS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+# 4 heads share 2 key/value heads, so that k_proj and v_proj are (16, 32).
+_DECODER: dict[str, Any] = {
+    **_SPECIAL, **_BLOCKS, "vocab_size": VOCABULARY, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "initializer_range": 0.2, "attention_dropout": 0.0,
+}  # fmt: skip
+_EXPERTS: dict[str, Any] = _DECODER | {"num_experts_per_tok": 2}
+
+
+def llama(*, tied: bool = False, layers: int = 2, seed: int = 0, **sizes: Any) -> Any:
+    """A Llama, of other ``sizes`` where a test names them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        attention_dropout=0.0,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-_EXPERTS: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "attention_dropout": 0.0,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    config = _DECODER | {"intermediate_size": 48, "num_hidden_layers": layers, "tie_word_embeddings": tied} | sizes
+    return LlamaForCausalLM(LlamaConfig(**config)).eval()
 
 
 def mixtral(*, experts: int = 4, seed: int = 0) -> Any:
@@ -66,16 +46,9 @@ def qwen3_moe(*, dense_layers: tuple[int, ...] = (), seed: int = 0) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            **_EXPERTS,
-            intermediate_size=48,
-            moe_intermediate_size=48,
-            num_experts=4,
-            head_dim=8,
-            mlp_only_layers=list(dense_layers),
-        )
-    ).eval()
+    more = {"num_experts": 4, "head_dim": 8, "mlp_only_layers": list(dense_layers)}
+    config = Qwen3MoeConfig(**(_EXPERTS | more), intermediate_size=48, moe_intermediate_size=48)
+    return Qwen3MoeForCausalLM(config).eval()
 
 
 def qwen2_moe(*, seed: int = 0) -> Any:
@@ -83,8 +56,9 @@ def qwen2_moe(*, seed: int = 0) -> Any:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     torch.manual_seed(seed)
-    widths = {"intermediate_size": 48, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_EXPERTS, **widths, num_experts=4)).eval()
+    widths = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    config = Qwen2MoeConfig(**(_EXPERTS | widths), intermediate_size=48, num_experts=4)
+    return Qwen2MoeForCausalLM(config).eval()
 
 
 def gpt_oss(*, seed: int = 0) -> Any:
@@ -112,11 +86,8 @@ def gemma3(*, seed: int = 0) -> Any:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = sizes | {
-        "vocab_size": VOCABULARY, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
-        "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+    sizes = _BLOCKS | {"intermediate_size": 48}
+    text = _DECODER | sizes | {"head_dim": 8}
     config = Gemma3Config(
         text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4,
         image_token_index=300, boi_token_index=301, eoi_token_index=302,
@@ -128,10 +99,8 @@ def hrm() -> Any:
     """A model whose checkpoints hold one tensor of each attention, which transformers splits."""
     from transformers import HrmTextConfig, HrmTextForCausalLM
 
-    config = HrmTextConfig(
-        vocab_size=33, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = HrmTextConfig(**(_BLOCKS | sizes), vocab_size=33, intermediate_size=16)
     torch.manual_seed(0)
     return HrmTextForCausalLM(config)
 
@@ -142,19 +111,9 @@ def gpt2(*, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=128,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        initializer_range=0.2,
-        resid_pdrop=0.1,
-        embd_pdrop=0.1,
-        attn_pdrop=0.1,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+        **_SPECIAL, vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2,
+        resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1,
+    )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 
 
@@ -164,19 +123,9 @@ def opt(*, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        init_std=0.2,
-        dropout=0.0,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+        **_SPECIAL, **_BLOCKS, vocab_size=VOCABULARY, word_embed_proj_dim=32, ffn_dim=48, max_position_embeddings=128,
+        init_std=0.2, dropout=0.0,
+    )  # fmt: skip
     return OPTForCausalLM(config).eval()
 
 
@@ -186,19 +135,9 @@ def falcon(*, new: bool = False, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = FalconConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        ffn_hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_kv_heads=2,
-        new_decoder_architecture=new,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+        **_SPECIAL, **_BLOCKS, vocab_size=VOCABULARY, ffn_hidden_size=48, num_kv_heads=2, new_decoder_architecture=new,
+        max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
     return FalconForCausalLM(config).eval()
 
 
@@ -208,16 +147,9 @@ def albert(*, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = AlbertConfig(
-        vocab_size=VOCABULARY,
-        embedding_size=16,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        pad_token_id=0,
-    )
+        vocab_size=VOCABULARY, embedding_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=128, initializer_range=0.2, pad_token_id=0,
+    )  # fmt: skip
     return AlbertForMaskedLM(config).eval()
 
 
@@ -227,18 +159,10 @@ def bert(*, num_labels: int = 2, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=num_labels,
+        **(_BLOCKS | {"num_labels": num_labels}), vocab_size=VOCABULARY, intermediate_size=48,
+        max_position_embeddings=128, initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         pad_token_id=0,
-    )
+    )  # fmt: skip
     return BertForSequenceClassification(config).eval()
 
 

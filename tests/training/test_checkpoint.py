@@ -70,6 +70,11 @@ def test_nothing_half_written_stays_whatever_goes_wrong(error: type[BaseExceptio
     assert three.newest().path == path_of(three, 6)
 
 
+def empty(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda path: os.truncate(path / STATE, 50), "50 bytes long, not 100"),
     "bit flipped": (lambda path: (path / STATE).write_bytes(b"\x07" + b"\x06" * 99), "is damaged"),
@@ -79,7 +84,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest truncated": (lambda path: os.truncate(path / MANIFEST, 10), f"{MANIFEST} is damaged"),
     "manifest missing": (lambda path: (path / MANIFEST).unlink(), "is not readable"),
     "progress altered": (lambda path: (path / PROGRESS).write_text('{"step": 7}'), "is damaged"),
-    "empty folder": (lambda path: [file.unlink() for file in path.iterdir()], "is not complete"),
+    "empty folder": (empty, "is not complete"),
 }
 
 

@@ -6,17 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from configs import config_of
 
-from taso_ds.config import RunConfig, parse_run_config
 from taso_ds.errors import UserError
 from taso_ds.runs.resume import Start
 from taso_ds.training.arguments import batch_sizes
 from taso_ds.training.checkpoint import PROGRESS
 from taso_ds.training.progress import Progress, read_progress
-
-
-def config_of(*flags: str) -> RunConfig:
-    return parse_run_config(["--model_name_or_path", "base", "--task", "rte", *flags])
 
 
 def recorded(*flags: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from taso_ds.data import batch_plan
 from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate
 from taso_ds.data.encode import EncodedRow
-from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.reports.observer import Observer, StepMetrics
 from taso_ds.training.arguments import BatchSizes, TrainArguments
@@ -24,13 +23,10 @@ from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Schedule, make_group, make_optimizer
 from taso_ds.training.trainer import Diverged, Trainer
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 ROWS = [EncodedRow([3 + n, 4 + n, 5], [-100, 4 + n, 5]) for n in range(7)]  # two supervised tokens each
 SIZES = BatchSizes(2, 2, 1)  # 4 rows a step: an epoch is a step of 4 and a step of 3
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +77,7 @@ def run(loss_sum: Any, weight: nn.Parameter, *, steps: int = 4, **changes: Any) 
     return seen
 
 
-def quadratic(weight: nn.Parameter, _engine: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def quadratic(weight: Tensor, _engine: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """Each supervised token with label t costs (w - t)² / 2."""
     labels = batch["labels"][:, 1:]
     counted = labels != -100

@@ -32,3 +32,9 @@ def llama(*, layers: int = 2, kv_heads: int = 4, tied: bool = False) -> object:
         num_key_value_heads=kv_heads,
         tie_word_embeddings=tied,
     )
+
+
+def llama_7b() -> ModelShape:
+    from transformers import LlamaConfig
+
+    return counted(LlamaConfig(tie_word_embeddings=False), trainable=2_748_000)

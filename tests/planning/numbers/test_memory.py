@@ -1,6 +1,7 @@
 """The formulas against what they stand for: tensors autograd saves, published counts, limiting cases."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ def saved_bytes(config: object, *, tokens: int) -> int:
 
     kept: list[tuple[nn.Parameter, nn.Parameter]] = []
     for target in find_targets(model).values():
+        assert isinstance(target.matrix, nn.Module)
         adapt(target.matrix, target.shape)
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -182,7 +184,7 @@ def test_offloaded_weights_are_on_the_host() -> None:
 def test_a_proof_maps_a_base_that_is_stored_as_it_is_used() -> None:
     work, device = Workload(gpus_per_node=2), get_device("a100-80")
     for dtype, bytes_each in (("bfloat16", 0), ("float32", 2)):
-        config = llama()
+        config: Any = llama()
         config.dtype = dtype
         shape = counted(config)
         assert export_usage(shape, Strategy(3), work, device).host.get("proof", 0.0) == bytes_each * shape.parameters

@@ -16,7 +16,8 @@ def gemma4() -> Any:
     """Every sixth layer sees everything, with heads of 32 instead of 16."""
     from transformers import Gemma4TextConfig
 
-    return Gemma4TextConfig(**WIDTHS, global_head_dim=32, intermediate_size=96, num_kv_shared_layers=0)
+    sizes: dict[str, Any] = {"global_head_dim": 32, "intermediate_size": 96, "num_kv_shared_layers": 0}
+    return Gemma4TextConfig(**WIDTHS, **sizes)
 
 
 def gemma3n() -> Any:

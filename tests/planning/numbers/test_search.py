@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from counted_models import counted
+from counted_models import llama_7b
 
 from taso_ds.config import GROUPS
 from taso_ds.errors import UserError
@@ -12,7 +12,6 @@ from taso_ds.planning.arguments import PlanArguments
 from taso_ds.planning.numbers.advice import advice
 from taso_ds.planning.numbers.command import decided_flags
 from taso_ds.planning.numbers.devices import get_device, get_network
-from taso_ds.planning.numbers.model_shape import ModelShape
 from taso_ds.planning.numbers.plan import Hardware, assess
 from taso_ds.planning.numbers.report import candidate_table, describe_strategy
 from taso_ds.planning.numbers.search import Freedom, assess_scoring, fastest, strategies, variants
@@ -20,12 +19,6 @@ from taso_ds.planning.numbers.speed import scoring_seconds, sum_seconds
 from taso_ds.planning.numbers.strategy import Limits, Strategy, Workload
 
 ONE = Workload(max_seq_length=512, micro_batch_size=1, calibration_batch_size=1)
-
-
-def llama_7b() -> ModelShape:
-    from transformers import LlamaConfig
-
-    return counted(LlamaConfig(tie_word_embeddings=False), trainable=2_748_000)
 
 
 def hardware(memory_gb: float, *, reserve: float = 0.0, host_gb: float = 1000.0) -> Hardware:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from counted_models import counted, llama
+from counted_models import counted, llama, llama_7b
 
 from taso_ds.planning.numbers.devices import get_device, get_network
 from taso_ds.planning.numbers.model_shape import ModelShape
@@ -18,12 +18,6 @@ from taso_ds.planning.numbers.speed import (
 from taso_ds.planning.numbers.strategy import Limits, Strategy, Workload
 
 A100, NETWORK = get_device("a100-80"), get_network("ib-400")
-
-
-def llama_7b() -> ModelShape:
-    from transformers import LlamaConfig
-
-    return counted(LlamaConfig(tie_word_embeddings=False), trainable=2_748_000)
 
 
 def step(shape: ModelShape, strategy: Strategy, work: Workload) -> StepTime:

@@ -4,22 +4,15 @@ import shlex
 from dataclasses import replace
 
 import pytest
-from counted_models import counted, llama
+from counted_models import counted, llama, llama_7b
 
 from taso_ds.config import parse_run_config
 from taso_ds.planning.numbers.command import command_line, decided_flags
 from taso_ds.planning.numbers.devices import get_device, get_network
-from taso_ds.planning.numbers.model_shape import ModelShape
 from taso_ds.planning.numbers.plan import Hardware, assess, scaling
 from taso_ds.planning.numbers.search import fastest, strategies
 from taso_ds.planning.numbers.speed import fetched_bytes, gather_seconds, step_flops, step_seconds
 from taso_ds.planning.numbers.strategy import Limits, Strategy, Workload
-
-
-def llama_7b() -> ModelShape:
-    from transformers import LlamaConfig
-
-    return counted(LlamaConfig(tie_word_embeddings=False), trainable=2_748_000)
 
 
 def hardware(memory_gb: float, host_memory_gb: float = 1000.0, network: str = "ib-400") -> Hardware:

@@ -1,27 +1,34 @@
 """Ranks started by fork from a process that has imported everything: a two-rank run takes seconds, not half a minute.
 
-A job is a JSON object: ``argv``, ``folder`` (for the ranks' output), ``ranks``, ``timeout`` in seconds, and perhaps
-``script`` (of launch/, ``train`` unless it says otherwise), ``faults`` (see ``faulty.py``), ``count`` (places whose
-calls are counted) or ``file_size``, a limit in bytes. The answer has each rank's exit code (negative: killed by that
-signal), whether a rank had to be killed because it ``hung``, and ``ended``, when the last one was gone.
+A job is a JSON object: ``folder`` (for the ranks' output), ``ranks``, ``timeout`` in seconds, and what they do:
+``argv`` of a ``script`` of launch/ (``train`` unless it says otherwise), or ``function`` (its file and its name).
+Perhaps also ``environment``, ``faults`` (see ``faulty.py``), ``count`` (places whose calls are counted) or
+``file_size``, a limit in bytes. The answer has each rank's exit code (negative: killed by that signal), whether a rank
+had to be killed because it ``hung``, ``ended``, when the last one was gone, and the ``port`` through which they met.
 
 No launcher helps here: what ends the ranks that a failed one leaves behind is the program itself.
 """
 
+import faulthandler
 import importlib
+import inspect
 import json
 import os
+import pickle
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class ForkServer:
@@ -30,7 +37,7 @@ class ForkServer:
     def __enter__(self) -> "ForkServer":
         # threads would not survive a fork
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
         settings = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
@@ -46,6 +53,24 @@ class ForkServer:
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._process.communicate()
 
+    def run_on_ranks(
+        self, function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 300.0, **environment: str
+    ) -> Any:
+        """Call a module's function on ranks that have joined, and return what it returns on rank 0.
+
+        Args:
+            environment: added to that of the ranks.
+        """
+        with tempfile.TemporaryDirectory(prefix="taso_ranks_") as place:
+            folder = Path(place)
+            (folder / "arguments").write_bytes(pickle.dumps(args))
+            answer = self.run(
+                [], folder, ranks=ranks, timeout=timeout, function=address_of(function), environment=environment
+            )
+            said = "\n".join(file.read_text(errors="replace")[-4000:] for file in sorted(folder.glob("rank*.err")))
+            assert answer["codes"] == [0] * ranks, f"{answer}\n{said}"
+            return pickle.loads((folder / "result").read_bytes())
+
     def run(self, argv: list[str], folder: Path, *, ranks: int = 2, timeout: float = 300.0, **more: Any) -> Any:
         """Run one job and return its answer."""
         assert self._process.stdin is not None
@@ -54,6 +79,11 @@ class ForkServer:
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
+
+
+def address_of(function: Callable[..., Any]) -> tuple[str, str]:
+    """Return how a job names a function."""
+    return inspect.getfile(function), function.__name__
 
 
 def _import_everything() -> None:
@@ -76,28 +106,51 @@ def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(folder / f"rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
+    os.environ.update(job.get("environment", {}))
     os.chdir(folder)
-    script = job.get("script", "train")
-    sys.argv = [f"{script}.py", *job["argv"]]
-    prove_in_fork()
+    if "function" in job:
+        faulthandler.dump_traceback_later(job["timeout"] - 10, exit=True)  # a rank that waits for ever says where
+    else:
+        prove_in_fork()
     if "file_size" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"],) * 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
-    plant([fault for fault in job.get("faults", []) if fault["rank"] == rank], folder)
-    if job.get("count"):
-        count_calls(folder / f"calls{rank}.json", job["count"])
-    main = importlib.import_module(f"taso_ds.launch.{script}").main
-
     code = 1
     try:
-        main()
+        plant([fault for fault in job.get("faults", []) if fault["rank"] == rank], folder)
+        if job.get("count"):
+            count_calls(folder / f"calls{rank}.json", job["count"])
+        if "function" in job:
+            _call(*job["function"])
+        else:
+            script = job.get("script", "train")
+            sys.argv = [f"{script}.py", *job["argv"]]
+            importlib.import_module(f"taso_ds.launch.{script}").main()
         code = 0
     except SystemExit as left:
         code = int(left.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _call(file: str, name: str) -> None:
+    """Call a function between joining and leaving the process group, with the ``arguments`` of the folder, if any."""
+    from taso_ds.distributed import comm, engine, process_group
+
+    sys.path.insert(0, str(Path(file).parent))
+    function = getattr(importlib.import_module(Path(file).stem), name)
+    given, result = Path("arguments"), Path("result").resolve()
+    arguments = pickle.loads(given.read_bytes()) if given.exists() else ()
+    process_group.init(timeout_minutes=3.0)
+    engine.quiet_deepspeed()
+    returned = function(*arguments)
+    if comm.is_main():
+        result.write_bytes(pickle.dumps(returned))
+    process_group.leave()
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +184,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             for child in left:
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.02)
-    return {"codes": [codes[rank] for rank in range(job["ranks"])], "hung": hung, "ended": time.time()}
+    return {"codes": [codes[rank] for rank in range(job["ranks"])], "hung": hung, "ended": time.time(), "port": port}
 
 
 def _is_stopped(child: int) -> bool:

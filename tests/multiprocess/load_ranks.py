@@ -1,7 +1,4 @@
-"""Loads every case of a folder at ZeRO-3 on however many ranks the launcher started and writes what rank 0 saw as JSON.
-
-torchrun load_worker.py OUT.json FOLDER, where FOLDER holds cases.json and the models.
-"""
+"""What ranks do for the tests of loading: load every case of a folder at ZeRO-3, on however many there are."""
 
 import hashlib
 import io
@@ -21,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taso_ds.config import parse_run_config
-from taso_ds.distributed import comm, process_group, zero
+from taso_ds.distributed import comm, zero
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.placement import check_nvme
 from taso_ds.errors import UserError
@@ -135,20 +132,14 @@ def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
     }
 
 
-def main(out: str, folder: str) -> None:
-    process_group.init()
+def load_all(folder: Path) -> dict[str, dict[str, Any]]:
+    """Load every case of ``cases.json``; what is refused has its ``error``."""
     found = {}
-    for name, case in json.loads((Path(folder) / "cases.json").read_text()).items():
+    for name, case in json.loads((folder / "cases.json").read_text()).items():
         with heard() as said:
             try:
-                found[name] = load(Path(folder) / case["folder"], case["flags"], case["ds_config"])
+                found[name] = load(folder / case["folder"], case["flags"], case["ds_config"])
             except UserError as error:
                 found[name] = {"error": str(error)}
         found[name]["said"] = said
-    if comm.is_main():
-        Path(out).write_text(json.dumps(found))
-    process_group.leave()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return found

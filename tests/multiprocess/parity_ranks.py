@@ -1,17 +1,10 @@
-"""Runs scoring and training with DeepSpeed on however many ranks the launcher started; writes what it saw as JSON.
+"""What ranks do for the tests of parity: scoring and training with DeepSpeed, on however many there are."""
 
-torchrun parity_worker.py OUT.json LLAMA GPT2 BERT
-"""
-
-import faulthandler
 import gc
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import parity_case as case
@@ -25,7 +18,7 @@ from taso_ds.config import parse_run_config
 from taso_ds.data.batch_plan import BatchPlan
 from taso_ds.data.collate import collate, collate_head
 from taso_ds.data.encode import EncodedRow
-from taso_ds.distributed import comm, process_group
+from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.zero import full_copy, full_numel, is_partitioned
@@ -221,7 +214,7 @@ def train(
 ) -> dict[str, Any]:
     sizes = split.sizes(comm.world_size())
     plan = BatchPlan(len(rows), sizes.global_batch_size, seed=case.SEED)
-    engine = engines.training_engine(base.model, make_optimizer(groups, case.TRAINING), zero)
+    engine: Any = engines.training_engine(base.model, make_optimizer(groups, case.TRAINING), zero)
     found: dict[str, Any] = {"loss": [], "grad_norm": [], "logged_rates": [], "live_rates": []}
 
     class Log(Observer):
@@ -365,22 +358,12 @@ def run_stage(stage: int, folders: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    out, *folders = sys.argv[1:]
+def run_stages(folders: dict[str, str]) -> dict[int, dict[str, Any]]:
+    """Run all stages of as many ranks as there are on the models ``llama``, ``gpt2`` and ``bert``."""
     # Chunks of five positions: how many there are differs from rank to rank, and an empty micro-batch has none.
     chunked_loss.CHUNK_BYTES = 5 * 4 * VOCABULARY
-    faulthandler.dump_traceback_later(200, exit=True)  # a rank that waits for ever says where
-    process_group.init(timeout_minutes=3.0)
-    engines.quiet_deepspeed()
-    names = dict(zip(("llama", "gpt2", "bert"), folders, strict=True))
     results = {}
     for stage in case.STAGES[comm.world_size()]:
-        results[stage] = run_stage(stage, names)
+        results[stage] = run_stage(stage, folders)
         gc.collect()
-    if comm.is_main():
-        Path(out).write_text(json.dumps(results))
-    process_group.leave()
-
-
-if __name__ == "__main__":
-    main()
+    return results

@@ -1,26 +1,20 @@
-"""Quantizes, scores and trains with DeepSpeed on the ranks the launcher started; writes what it saw as JSON.
+"""What ranks do for the tests of quantized bases: quantize, score and train with DeepSpeed."""
 
-torchrun quantized_worker.py OUT.json FOLDER, where FOLDER holds the models.
-"""
-
-import faulthandler
-import json
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import parity_case as case
-import parity_worker as parity
+import parity_ranks as parity
 import torch
-from load_worker import digest, heard
-from scoring_memory_worker import peak_bytes
+from load_ranks import digest, heard
+from peak_memory import peak_bytes
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from taso_ds.config import parse_run_config
 from taso_ds.data.collate import collate
-from taso_ds.distributed import comm, process_group
+from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.zero import full_copy, full_numel, local_shard
@@ -107,10 +101,7 @@ def score(folder: str, stage: int, *flags: str) -> dict[str, Any]:
     base, targets, zero = load(folder, stage, *flags)
     batches = [batch for _, batch in dealt_batches(case.CALIBRATION, batch_size=ROWS_PER_BATCH, collate=parity.COLLATE)]
     found: dict[str, Any] = {}
-    with (
-        stored_weights(base, targets) as stored,
-        engines.scoring_engine(base.model, zero) as scored,
-    ):
+    with stored_weights(base, targets) as stored, engines.scoring_engine(base.model, zero) as scored:
         assert stored is not None
         found["fingerprint"] = fingerprint(targets, stored)
         for label, original in (("loaded", None), ("original", stored.read)):
@@ -129,7 +120,8 @@ def train(folder: str, stage: int, regions: parity.Regions, *flags: str) -> dict
 def kept_for_backward(folder: str, *flags: str) -> list[int]:
     """Return how many of the targets' weights a forward gathers, and how many of them it keeps for backward."""
     # Live parameters are released at once, as they are in a model too large to keep any.
-    options = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    names = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+    options: dict[str, Any] = dict.fromkeys(names, 0)
     base, targets, zero = load(folder, 3, *flags, **options)
     batch = collate(case.CALIBRATION[:2], pad_id=0)
     alive: list[StorageWeakRef] = []
@@ -162,12 +154,8 @@ def memory_of_load(folder: str) -> dict[str, int]:
     return {"peak": max(comm.gather_objects(peak)), "shard": shard, "statistics": statistics, "whole": whole}
 
 
-def main() -> None:
-    out, root = sys.argv[1:]
+def run_all(root: str) -> dict[str, Any]:
     base, others = f"{root}/base", sorted(Path(root, "others").iterdir())
-    faulthandler.dump_traceback_later(270, exit=True)  # a rank that waits for ever says where
-    process_group.init(timeout_minutes=4.0)
-    engines.quiet_deepspeed()
     found: dict[str, Any] = {}
     for bits in STAGES:
         flag = f"--load_in_{bits}bit"
@@ -186,10 +174,4 @@ def main() -> None:
     found["stored_mixtral"] = [held(f"{root}/stored_mixtral", stage) for stage in (0, 3)]
     found["memory"] = memory_of_load(f"{root}/deep")
     found["16"] = {"kept": kept_for_backward(base)}
-    if comm.is_main():
-        Path(out).write_text(json.dumps(found))
-    process_group.leave()
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -16,8 +16,8 @@ from typing import Any
 
 # phase: functions that are called in it, as module:attribute. Those of os make a file or a rename last.
 POINTS: dict[str, tuple[str, ...]] = {
-    "load": ("taso_ds.files.safetensors_ranges:SafetensorsCheckpoint.read_into", "taso_ds.runs.train:set_up"),
-    "scoring": ("taso_ds.scoring.gradient_sum:GradientSum.add", "taso_ds.scoring.regions:_PartialScores.write"),
+    "load": ("taso_ds.files.safetensors_ranges:SafetensorsCheckpoint.read_into", "taso_ds.runs.train:open_job"),
+    "scoring": ("taso_ds.scoring.gradient_sum:GradientSum.add", "taso_ds.scoring.partial_scores:PartialScores.write"),
     "region exchange": ("taso_ds.scoring.score:_share", "taso_ds.scoring.score:_assert_agreement"),
     "training": ("taso_ds.training.trainer:Trainer.step", "taso_ds.training.trainer:agree"),
     "checkpoint": (
@@ -26,7 +26,7 @@ POINTS: dict[str, tuple[str, ...]] = {
         "taso_ds.training.saver:stream_tensors",
         "taso_ds.training.saver:Saver.save",
     ),
-    "files": ("os:replace", "taso_ds.scoring.regions:write_regions"),
+    "files": ("os:replace", "taso_ds.runs.train:write_regions"),
     "export": ("taso_ds.methods.taso:Taso.save", "taso_ds.runs.train:save"),
 }
 
@@ -65,7 +65,8 @@ def count_calls(file: Path, places: Sequence[str]) -> None:
         _wrap(place, count)
 
 
-def _find(place: str) -> tuple[Any, str]:
+def find(place: str) -> tuple[Any, str]:
+    """Return what holds a function, and the function's name there."""
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
@@ -75,7 +76,7 @@ def _find(place: str) -> tuple[Any, str]:
 
 
 def _return_instead(place: str, call: int, value: Any) -> None:
-    owner, name = _find(place)
+    owner, name = find(place)
     original, calls = getattr(owner, name), Counter[str]()
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +87,7 @@ def _return_instead(place: str, call: int, value: Any) -> None:
 
 
 def _wrap(place: str, notice: Callable[[str, str], None]) -> None:
-    owner, name = _find(place)
+    owner, name = find(place)
     original = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
