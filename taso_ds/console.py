@@ -82,10 +82,27 @@ def _write_log(stream: TextIO) -> None:
     """Let the log file have more than the console: all that rank 0 says, and what the others warn of."""
     handler = logging.StreamHandler(stream)
     rank = "" if speaks_for_all() else f"rank {os.environ['RANK']} "
+    handler.addFilter(_Once())
     handler.setFormatter(logging.Formatter(f"%(asctime)s {rank}%(levelname)s %(name)s: %(message)s"))
     logging.root.addHandler(handler)
     logging.root.setLevel(logging.INFO if speaks_for_all() else logging.WARNING)
     log.setLevel(logging.DEBUG if speaks_for_all() else logging.WARNING)
+
+
+class _Once(logging.Filter):
+    """Passes each of Python's warnings once: DeepSpeed and torch give some of them at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name != "py.warnings":
+            return True
+        message = record.getMessage()
+        is_new = message not in self._passed
+        self._passed.add(message)
+        return is_new
 
 
 def keep_log(path: Path) -> None:

@@ -21,7 +21,9 @@ def noise(name):
     os.write(1, f"descriptor 1 {name}\\n".encode())
     os.write(2, f"descriptor 2 {name}\\n".encode())
     subprocess.run(["echo", "child", name], check=True)
-    warnings.warn(f"warning {name}")
+    for _ in range(3):
+        warnings.simplefilter("always")
+        warnings.warn(f"warning {name}")
     logging.getLogger("library").info("info %s", name)
     logging.getLogger("library").warning("caution %s", name)
     logging.getLogger("library").error("trouble %s", name)
@@ -64,6 +66,7 @@ def test_the_console_is_ours_and_the_log_has_all(tmp_path: Path) -> None:
     for name in ("early", "late"):
         for said in (*SAID, "info", "trouble", "detail"):
             assert f"{said} {name}" in log
+        assert log.count(f"UserWarning: warning {name}") == 1
     assert "INFO taso_ds.runs: ours" in log
     assert temporary(tmp_path) == []
 

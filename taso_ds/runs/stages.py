@@ -35,11 +35,12 @@ class Stages:
 
 def training_stages(config: RunConfig, start: Start) -> Stages:
     """Return the stages of a training run; one that goes on has been scored and evaluated before."""
-    scores = config.adapter.method == "taso" and config.calibration.core_regions is None and start.regions is None
+    scores = config.method.needs_regions and config.calibration.core_regions is None and start.regions is None
     names = {
         "reading": True,
         "loading": True,
         "scoring": scores,
+        "engine": True,
         "evaluation": start.progress is None,
         "training": True,
     }

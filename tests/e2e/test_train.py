@@ -30,6 +30,7 @@ STEPS, BATCH, TRAIN_ROWS, EVAL_ROWS, CALIBRATION_ROWS = 10, 8, 21, 11, 9
 LEARNING_RATE, ELEMENT_FRACTION, CORE_FRACTION = 1e-2, 0.05, 0.10
 FILES = {
     "run.json", "calibration.jsonl", "core_regions.safetensors", "core_regions.png", "metrics.jsonl", "results.json",
+    "log.txt",
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/taso_adapter.safetensors",
 }  # fmt: skip
 
