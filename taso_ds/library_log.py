@@ -36,8 +36,10 @@ class LibraryLog:
         self.path, self.is_kept = Path(name), False
         self.out = _outside(sys.stdout, _STDOUT, self._before[0])
         self.err = _outside(sys.stderr, _STDERR, self._before[1])
-        raw = io.BufferedWriter(_Unfailing(self._file))
-        self.stream: TextIO = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        self._raw = _Unfailing(self._file)
+        self.stream: TextIO = io.TextIOWrapper(
+            io.BufferedWriter(self._raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
+        )
         self._lead_to(self._file)
         sys.stdout = sys.stderr = self.stream
 
@@ -75,6 +77,8 @@ class LibraryLog:
             os.dup2(before, descriptor)
             os.close(before)
         self._before = []
+        self._raw.descriptor = _STDERR  # for a library that has kept the stream
+        os.close(self._file)
         if not self.is_kept:
             self.path.unlink(missing_ok=True)
 
@@ -87,17 +91,17 @@ class _Unfailing(io.RawIOBase):
     """Writes to a descriptor, and loses what finds no room there: a library would take that for an error of its own."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
 
     def writable(self) -> bool:
         return True
 
     def fileno(self) -> int:
-        return self._descriptor
+        return self.descriptor
 
     def write(self, data: "bytes | bytearray | memoryview") -> int:  # type: ignore[override]
         try:
-            os.write(self._descriptor, data)
+            os.write(self.descriptor, data)
         except OSError:
             return len(data)
         return len(data)

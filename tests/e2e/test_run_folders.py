@@ -105,8 +105,8 @@ VERBS: dict[str, tuple[str, str]] = {
 _EVERYTHING = "**"
 # (verb, kind): what the verb may change, since it, or the same verb before it, has made it.
 OWN: dict[tuple[str, str], tuple[str, ...]] = {
-    ("train", "interrupted"): ("run.json", "metrics.jsonl"),
-    ("train", "calibrated"): ("run.json",),
+    ("train", "interrupted"): ("run.json", "metrics.jsonl", "log.txt"),
+    ("train", "calibrated"): ("run.json", "log.txt"),
     ("train anew", "finished"): (_EVERYTHING,),
     ("train anew", "interrupted"): (_EVERYTHING,),
     ("calibrate anew", "calibrated"): (_EVERYTHING,),
