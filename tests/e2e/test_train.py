@@ -165,6 +165,27 @@ def test_writes_exactly_its_files_and_says_where(launched: Finished, stage3: Pat
     assert launched.errors == []
 
 
+def test_the_console_is_ours_and_the_log_has_the_rest(launched: Finished, stage3: Path) -> None:
+    """Each stage says what comes next; what libraries print, as of the parts that DeepSpeed compiles, is in the log."""
+    said = [line.split(":")[0] for line in launched.lines]
+    stages = ["reading", "loading", "scoring", "engine", "evaluation", "training", "evaluation", "export", "proof"]
+    assert [word for word in said if word in stages[1:]] == [
+        "evaluation",  # of what there is to evaluate
+        *stages[1:],
+    ]
+    assert f"training: {STEPS} steps in " in launched.out
+    assert "; next: evaluation\n" in launched.out
+    ours = {*stages, "train", "core regions", "parameters", "group adapter", "before", "checkpoint", "after"}
+    assert {*said} - ours == {"opened with peft", f"RUN {stage3}"}
+    bars = {line.split(":")[0].strip() for line in launched.err.replace("\r", "\n").splitlines() if "%|" in line}
+    assert bars == {"loading", "scoring", "evaluating", "training"}
+    log = (stage3 / "log.txt").read_text()
+    assert "built successfully" in log
+    assert "rank 1 WARNING py.warnings: " in log
+    assert "built successfully" not in launched.out + launched.err
+
+
+
 def test_says_what_it_does(launched: Finished, stage3: Path, desk: Desk) -> None:
     for said in (
         f"train: {TRAIN_ROWS} rows from {desk.path / 'train.jsonl'}",
