@@ -12,4 +12,5 @@ class Bar(tqdm):
     """A bar of tqdm; libraries that take a class for theirs may take this one."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"file": console.err(), "disable": not speaks_for_all()} | options)
+        defaults: dict[str, Any] = {"file": console.err(), "disable": not speaks_for_all()}
+        super().__init__(*args, **defaults | options)

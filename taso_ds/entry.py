@@ -126,7 +126,7 @@ def _end(error: BaseException, *, debug: bool) -> NoReturn:
 
 def _show_log() -> None:
     """Show the end of what libraries said, which is why one of them could not do its work."""
-    for line in console.last_of_log(_SHOWN_LINES):
+    for line in console.last_of_log(_SHOWN_LINES) if speaks_for_all() else ():
         print(f"  {console.printable(line)}", file=console.err(), flush=True)
 
 

@@ -3,12 +3,16 @@
 The file lies in the temporary folder until the run's own is there. A disk that is full loses what is said, not the run.
 """
 
+import contextlib
 import io
 import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _STDOUT, _STDERR = 1, 2
 
@@ -99,12 +103,10 @@ class _Unfailing(io.RawIOBase):
     def fileno(self) -> int:
         return self.descriptor
 
-    def write(self, data: "bytes | bytearray | memoryview") -> int:  # type: ignore[override]
-        try:
+    def write(self, data: "Buffer", /) -> int:
+        with contextlib.suppress(OSError):
             os.write(self.descriptor, data)
-        except OSError:
-            return len(data)
-        return len(data)
+        return memoryview(data).nbytes
 
 
 def _outside(stream: TextIO, descriptor: int, copy: int) -> TextIO:

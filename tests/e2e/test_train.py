@@ -169,10 +169,13 @@ def test_the_console_is_ours_and_the_log_has_the_rest(launched: Finished, stage3
     """Each stage says what comes next; what libraries print, as of the parts that DeepSpeed compiles, is in the log."""
     said = [line.split(":")[0] for line in launched.lines]
     stages = ["reading", "loading", "scoring", "engine", "evaluation", "training", "evaluation", "export", "proof"]
-    assert [word for word in said if word in stages[1:]] == [
-        "evaluation",  # of what there is to evaluate
-        *stages[1:],
-    ]
+    assert (
+        [word for word in said if word in stages[1:]]
+        == [
+            "evaluation",  # of what there is to evaluate
+            *stages[1:],
+        ]
+    )
     assert f"training: {STEPS} steps in " in launched.out
     assert "; next: evaluation\n" in launched.out
     ours = {*stages, "train", "core regions", "parameters", "group adapter", "before", "checkpoint", "after"}
@@ -183,7 +186,6 @@ def test_the_console_is_ours_and_the_log_has_the_rest(launched: Finished, stage3
     assert "built successfully" in log
     assert "rank 1 WARNING py.warnings: " in log
     assert "built successfully" not in launched.out + launched.err
-
 
 
 def test_says_what_it_does(launched: Finished, stage3: Path, desk: Desk) -> None:
@@ -365,7 +367,8 @@ def test_calibrate_alone_finds_the_same_regions(desk: Desk, stage3: Path) -> Non
     run = desk.folder("regions")
     finished = desk.call("calibrate", "regions", "--ds_config", "zero0.json").succeeded()
     assert finished.lines[-1] == f"RUN {run}"
-    assert files(run) == {"run.json", "calibration.jsonl", "core_regions.safetensors", "core_regions.png"}
+    made = {"run.json", "calibration.jsonl", "core_regions.safetensors", "core_regions.png", "log.txt"}
+    assert files(run) == made
     assert (run / "calibration.jsonl").read_bytes() == (stage3 / "calibration.jsonl").read_bytes()
     (ours, our_metadata), (theirs, their_metadata) = (
         region_file(folder / "core_regions.safetensors") for folder in (run, stage3)
