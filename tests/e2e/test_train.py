@@ -462,7 +462,8 @@ def test_lora(desk: Desk, stage3: Path) -> None:
     desk.call("train", "lora", *flags).succeeded()
     run = desk.folder("lora")
     assert files(run) == {
-        "run.json", "metrics.jsonl", "results.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
+        "run.json", "log.txt", "metrics.jsonl", "results.json",
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     }  # fmt: skip
     results, rows = read(run / "results.json"), encoded(desk, "eval")
     assert results["before"]["loss"] == pytest.approx(read(stage3 / "results.json")["before"]["loss"], rel=1e-5)
@@ -482,7 +483,8 @@ def test_full_fine_tuning(desk: Desk) -> None:
     run = desk.folder("full")
     written = files(run)
     assert {"run.json", "metrics.jsonl", "results.json", "model/config.json", "model/model.safetensors"} <= written
-    assert {name for name in written if not name.startswith("model/")} == {"run.json", "metrics.jsonl", "results.json"}
+    beside = {name for name in written if not name.startswith("model/")}
+    assert beside == {"run.json", "log.txt", "metrics.jsonl", "results.json"}
     results, model = read(run / "results.json"), lm(run / "model")
     assert results["after"]["loss"] < 0.9 * results["before"]["loss"]
     with torch.no_grad():
