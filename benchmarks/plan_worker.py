@@ -25,6 +25,7 @@ from taso_ds.runs.export import save
 from taso_ds.runs.folder import RunFolder
 from taso_ds.runs.join import join
 from taso_ds.runs.open_job import load_base, open_job
+from taso_ds.runs.stages import Stages
 from taso_ds.training.feed import Feed
 from taso_ds.training.optim import Schedule, make_optimizer
 from taso_ds.training.trainer import Trainer
@@ -82,7 +83,7 @@ def run(job: Job, folder: Path) -> dict[str, dict[str, float]]:
         phases.end("first step" if step == 0 else "train")  # the first one records DeepSpeed's trace
     out = RunFolder(folder)
     comm.on_main(out.start)
-    save(job, out.path, base, engine.module)
+    save(job, out.path, base, engine.module, Stages([]))
     phases.end("export")
     return phases.found
 

@@ -29,7 +29,7 @@ def _calibrate(_: Interrupts) -> str:
 
 def main() -> None:
     """Console entry point ``taso-calibrate``."""
-    run_script(_calibrate, resumes=True)
+    run_script(_calibrate, resumes=True, libraries_to_log=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from taso_ds.errors import UserError
 from taso_ds.interrupts import Interrupts
 
 _TRAIN = Path(__file__).with_name("train.py")
-_LAUNCH = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", str(_TRAIN)]
+_LAUNCH = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "2", str(_TRAIN)]
 _FLAGS = ["--ds_config", "zero3.json", "--overwrite_output_dir"]
 _RUNS = {
     "TASO union": ("runs/demo", []),
@@ -27,7 +27,7 @@ _RUNS = {
 def _demo(_: Interrupts) -> str:
     for title, (folder, flags) in _RUNS.items():
         command = [*_LAUNCH, *_FLAGS, *flags, "--output_dir", folder]
-        print(f"\n=== {title}: deepspeed --num_gpus 2 launch/train.py {' '.join(command[6:])}\n", flush=True)
+        print(f"\n=== {title}: deepspeed --quiet --num_gpus 2 launch/train.py {' '.join(command[7:])}\n", flush=True)
         if subprocess.run(command, check=False).returncode:
             raise UserError(f"demo: {title} failed; its message stands above")
     runs = {title: Path(folder) for title, (folder, _) in _RUNS.items()}

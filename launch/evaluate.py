@@ -24,7 +24,7 @@ def _evaluate(_: Interrupts) -> str:
 
 def main() -> None:
     """Console entry point ``taso-evaluate``."""
-    run_script(_evaluate)
+    run_script(_evaluate, libraries_to_log=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def _export(_: Interrupts) -> str:
 
 def main() -> None:
     """Console entry point ``taso-export``."""
-    run_script(_export)
+    run_script(_export, libraries_to_log=True)
 
 
 if __name__ == "__main__":

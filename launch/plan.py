@@ -22,7 +22,7 @@ def _plan(_: Interrupts) -> str:
 
 def main() -> None:
     """Console entry point ``taso-plan``."""
-    run_script(_plan)
+    run_script(_plan, libraries_to_log=True)
 
 
 if __name__ == "__main__":

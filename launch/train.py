@@ -30,7 +30,7 @@ def _train(interrupts: Interrupts) -> str:
 
 def main() -> None:
     """Console entry point ``taso-train``."""
-    run_script(_train, resumes=True)
+    run_script(_train, resumes=True, libraries_to_log=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, get_args, get_origin
 
+from taso_ds import console
 from taso_ds.errors import UserError, speaks_for_all
 from taso_ds.flags import check_values, expanded, flags_of, hints_of, kind_of
 from taso_ds.flags_file import ON, instead_of, read_yaml, switch, typed
@@ -124,7 +125,11 @@ def show_help_if_asked(
         return
     if speaks_for_all():
         whole = not _HELP_ALL.isdisjoint(argv)
-        print(help_text(groups, description=description, own=own, acting=acting, whole=whole), flush=True)
+        print(
+            help_text(groups, description=description, own=own, acting=acting, whole=whole),
+            file=console.out(),
+            flush=True,
+        )
     sys.exit(0)
 
 

@@ -1,16 +1,20 @@
 """What a script says, and what its libraries may: what all ranks know is said once, and only what a user can act on.
 
-Warnings of libraries, and what they print while they load, are shown with ``--debug``.
+A script that runs a model sends all else into a log file, which ends up in the run folder;
+``--debug`` shows it instead.
 """
 
+import contextlib
 import logging
 import os
 import select
 import sys
 from collections.abc import MutableMapping, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from taso_ds.errors import speaks_for_all
+from taso_ds.library_log import LibraryLog
 
 log = logging.getLogger("taso_ds")
 
@@ -19,9 +23,21 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
 }
-# Bars of files that each rank reads for itself.
+# Bars of libraries. Ours are those of ``taso_ds.bar``.
 _NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 _LONGEST_LINE = 560
+# Like the streams it takes the place of it is the process's own: none, or one.
+_logs: list[LibraryLog] = []
+
+
+def out() -> TextIO:
+    """Return the console's stdout: whatever else is written to ``sys.stdout`` may be a library's."""
+    return _logs[-1].out if _logs else sys.stdout
+
+
+def err() -> TextIO:
+    """Return the console's stderr."""
+    return _logs[-1].err if _logs else sys.stderr
 
 
 class _Handler(logging.StreamHandler):
@@ -35,17 +51,81 @@ class _Handler(logging.StreamHandler):
             super().handleError(record)
 
 
-def set_up(environment: MutableMapping[str, str], *, debug: bool) -> None:
-    """Let this program speak, and libraries only where they must; what the user has set in the environment stays."""
-    silent = {} if debug else QUIET if speaks_for_all() else QUIET | _NO_BARS
+def set_up(environment: MutableMapping[str, str], *, debug: bool, libraries_to_log: bool = False) -> None:
+    """Let this program speak, and libraries only where they must; what the user has set in the environment stays.
+
+    Args:
+        libraries_to_log: a file takes what libraries say, until ``end``; not with ``debug``.
+    """
+    if libraries_to_log and not debug:
+        with contextlib.suppress(OSError):  # no room for a file, or no console to keep free
+            _logs.append(LibraryLog())
+    silent = {} if debug else _NO_BARS if _logs else QUIET if speaks_for_all() else QUIET | _NO_BARS
     for name, value in silent.items():
         environment.setdefault(name, value)
+    handler = _Handler(out())
     level = logging.WARNING if debug else logging.ERROR
-    handler = _Handler(sys.stdout)
+    ours = logging.DEBUG if debug else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
     logging.captureWarnings(not debug)  # to the logger py.warnings, which the level keeps quiet
-    ours = logging.DEBUG if debug else logging.INFO
     log.setLevel(ours if speaks_for_all() else logging.ERROR)
+    if _logs:
+        handler.addFilter(lambda record: record.levelno >= (ours if _is_ours(record) else level))
+        _write_log(_logs[-1].stream)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return speaks_for_all() and record.name.partition(".")[0] == log.name
+
+
+def _write_log(stream: TextIO) -> None:
+    """Let the log file have more than the console: all that rank 0 says, and what the others warn of."""
+    handler = logging.StreamHandler(stream)
+    rank = "" if speaks_for_all() else f"rank {os.environ['RANK']} "
+    handler.addFilter(_Once())
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {rank}%(levelname)s %(name)s: %(message)s"))
+    logging.root.addHandler(handler)
+    logging.root.setLevel(logging.INFO if speaks_for_all() else logging.WARNING)
+    log.setLevel(logging.DEBUG if speaks_for_all() else logging.WARNING)
+
+
+class _Once(logging.Filter):
+    """Passes each of Python's warnings once: DeepSpeed and torch give some of them at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name != "py.warnings":
+            return True
+        message = record.getMessage()
+        is_new = message not in self._passed
+        self._passed.add(message)
+        return is_new
+
+
+def keep_log(path: Path) -> None:
+    """Let the log file be ``path`` from here on, which is that of the run, to which several ranks may append."""
+    if _logs:
+        _logs[-1].move(path)
+
+
+def kept_log() -> Path | None:
+    """Return where the log file is that stays; None where there is none."""
+    return _logs[-1].path if _logs and _logs[-1].is_kept else None
+
+
+def last_of_log(number: int) -> list[str]:
+    """Return the last lines of the log file."""
+    return _logs[-1].last_lines(number) if _logs else []
+
+
+def end() -> None:
+    """Give the standard streams back. A log file that is nobody's is removed."""
+    while _logs:
+        _logs.pop().close()
+        logging.root.setLevel(logging.WARNING)
 
 
 def printable(message: str) -> str:
@@ -59,7 +139,7 @@ def printable(message: str) -> str:
 
 def drop_output() -> bool:
     """Send to nowhere what this process still writes to a pipe that nobody reads; says whether there was one."""
-    unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+    unread = [stream for stream in (out(), err()) if _is_unread(stream)]
     _send_to_nowhere(unread)
     return bool(unread)
 
@@ -69,8 +149,8 @@ def go_on_without_stdout(error: OSError) -> None:
     if isinstance(error, BrokenPipeError):
         drop_output()
         return
-    _send_to_nowhere([sys.stdout])
-    print(f"stdout: {error.strerror}; what else is said there is lost, the work goes on", file=sys.stderr, flush=True)
+    _send_to_nowhere([out()])
+    print(f"stdout: {error.strerror}; what else is said there is lost, the work goes on", file=err(), flush=True)
 
 
 def _send_to_nowhere(streams: Sequence[TextIO]) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from taso_ds.verbs import command
@@ -19,24 +20,33 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 _LONGEST_MESSAGE = 200
 
 
-def write_report(error: BaseException, folder: Path | None) -> Path | None:
-    """Write a file about ``error`` into ``folder`` or, where that cannot be, the temporary one; None if neither can."""
+def write_report(error: BaseException, folder: Path | None, *, log: Sequence[str]) -> Path | None:
+    """Write a file about ``error`` into ``folder`` or, where that cannot be, the temporary one; None if neither can.
+
+    Args:
+        log: what libraries said last.
+    """
     rank = os.environ.get("RANK", "0")
     name = f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-rank{rank}.txt"
     places = [] if folder is None else [folder / name]
     for path in (*places, Path(tempfile.gettempdir()) / f"taso-{name}"):
         with contextlib.suppress(OSError), path.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(_report(error))
+            file.write(_report(error, log))
             return path
     return None
 
 
-def describe(error: BaseException, report: Path | None) -> str:
-    """Return the line: what happened, whose fault it is, where the traceback lies, what to do with it."""
+def describe(error: BaseException, report: Path | None, *, log: Path | None) -> str:
+    """Return the line: what happened, whose fault it is, where the traceback lies, what to do with it.
+
+    Args:
+        log: the file with all that libraries said, if there is one.
+    """
     first = (str(error).strip().splitlines() or [""])[0]
     what = f"{type(error).__name__}: {first}"
     what = what if len(what) <= _LONGEST_MESSAGE else f"{what[:_LONGEST_MESSAGE]} …"
     where = "traceback: with --debug, there is no room for a file" if report is None else f"traceback: {report}"
+    where += "" if log is None else f", what libraries said: {log}"
     if _is_out_of_memory(error):
         remedy = f"lower --per_device_train_batch_size, or let {command('plan')} say what fits"
         return f"out of memory ({what.removesuffix(': ')}); {remedy}; {where}"
@@ -52,7 +62,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _report(error: BaseException) -> str:
+def _report(error: BaseException, log: Sequence[str]) -> str:
     ranks = {name: os.environ[name] for name in _RANK_VARIABLES if name in os.environ}
     lines = [
         f"command: {shlex.join(sys.argv)}",
@@ -61,6 +71,8 @@ def _report(error: BaseException) -> str:
         f"versions: {', '.join(f'{name} {_version(name)}' for name in _PACKAGES)}",
         "",
         *traceback.format_exception(error),
+        "what libraries said last:",
+        *log,
     ]
     return "\n".join(line.rstrip("\n") for line in lines) + "\n"
 

@@ -1,15 +1,17 @@
 """How every launch script starts and ends: logs on rank 0, one line for what went wrong, one exit code."""
 
+import atexit
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from taso_ds import console, crash_report
 from taso_ds.distributed import slurm
-from taso_ds.errors import Interrupted, Unforeseen, UserError, no_permission, speaks_for_all
+from taso_ds.errors import Interrupted, LibraryError, Unforeseen, UserError, no_permission, speaks_for_all
 from taso_ds.interrupts import Interrupts
 
 CRASH, USER_ERROR = 1, 2
@@ -25,9 +27,13 @@ ENVIRONMENT = {
 
 # Seconds in which the death of another rank is noticed, if that is what broke a collective.
 _LOOK_AROUND = 4.0
+# The end of the log file, where the reason is found.
+_SHOWN_LINES = 20
 
 
-def run_script(action: Callable[[Interrupts], str | None], *, resumes: bool = False) -> None:
+def run_script(
+    action: Callable[[Interrupts], str | None], *, resumes: bool = False, libraries_to_log: bool = False
+) -> None:
     """Run ``action``; print what it returns as the last line of rank 0.
 
     A ``UserError``, or a file that is not open to the user, becomes one line ``error: …`` and exit code 2, a signal
@@ -37,11 +43,12 @@ def run_script(action: Callable[[Interrupts], str | None], *, resumes: bool = Fa
     Args:
         action: loads what is heavy itself: signals count from here on.
         resumes: the same command goes on where a signal has stopped this one.
+        libraries_to_log: what is printed other than through ``console`` is for the log file.
     """
-    with Interrupts(_leave_at_once, resumes=resumes) as interrupts:
+    with Interrupts(_leave_at_once, resumes=resumes) as interrupts, _console_given_back():
         debug = False
         try:
-            debug = _prepare()
+            debug = _prepare(libraries_to_log)
             last_line = action(interrupts)
             _say_and_leave(last_line)
         except SystemExit:
@@ -52,7 +59,18 @@ def run_script(action: Callable[[Interrupts], str | None], *, resumes: bool = Fa
             _end(error if isinstance(error, Interrupted) else interrupts.reason() or error, debug=debug)
 
 
-def _prepare() -> bool:
+@contextlib.contextmanager
+def _console_given_back() -> Iterator[None]:
+    """Give the console back at the end, which may be that of the process."""
+    atexit.register(console.end)
+    try:
+        yield
+    finally:
+        console.end()
+        atexit.unregister(console.end)
+
+
+def _prepare(libraries_to_log: bool) -> bool:
     """Set up environment and console; says whether ``--debug`` was given."""
     from taso_ds.command_line import debug_is_on
 
@@ -61,7 +79,7 @@ def _prepare() -> bool:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     debug = debug_is_on(sys.argv[1:])
-    console.set_up(os.environ, debug=debug)
+    console.set_up(os.environ, debug=debug, libraries_to_log=libraries_to_log)
     _leave_script_folder()
     return debug
 
@@ -77,7 +95,7 @@ def _check_current_folder() -> None:
 def _say_and_leave(last_line: str | None) -> None:
     if last_line is not None and speaks_for_all():
         try:
-            print(last_line, flush=True)
+            print(last_line, file=console.out(), flush=True)
         except OSError as error:
             console.go_on_without_stdout(error)
     if process_group := sys.modules.get("taso_ds.distributed.process_group"):
@@ -98,10 +116,18 @@ def _end(error: BaseException, *, debug: bool) -> NoReturn:
         _give_up("stopped: nobody reads what it prints", NOT_READ)
     if debug:
         traceback.print_exception(error)
+    if isinstance(error, LibraryError):
+        _show_log()
     if isinstance(error, UserError):
         _give_up(f"error: {console.printable(str(error))}", USER_ERROR)
-    report = crash_report.write_report(error, folder)
-    _give_up(f"error: {console.printable(crash_report.describe(error, report))}", CRASH)
+    report = crash_report.write_report(error, folder, log=console.last_of_log(100))
+    _give_up(f"error: {console.printable(crash_report.describe(error, report, log=console.kept_log()))}", CRASH)
+
+
+def _show_log() -> None:
+    """Show the end of what libraries said, which is why one of them could not do its work."""
+    for line in console.last_of_log(_SHOWN_LINES) if speaks_for_all() else ():
+        print(f"  {console.printable(line)}", file=console.err(), flush=True)
 
 
 def _blame_another(*, wait: float, stops: bool) -> None:
@@ -122,7 +148,7 @@ def _give_up(line: str, code: int) -> NoReturn:
     if give_up is not None:
         give_up(line, code)
     if speaks_for_all():
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=console.err(), flush=True)
     sys.exit(code)
 
 
@@ -131,6 +157,7 @@ def _leave_at_once(line: str, code: int) -> NoReturn:
     try:
         _give_up(line, code)
     finally:
+        console.end()
         os._exit(code)
 
 

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Something the user can fix: a flag, a file, a folder or a row. Launch scripts print it without a traceback."""
 
 
+class LibraryError(UserError):
+    """A part of a library does not work on this machine: what it said of that is shown with the line."""
+
+
 class Interrupted(BaseException):
     """The run was asked to stop, by a signal say, and is saved. Started again, it goes on.
 

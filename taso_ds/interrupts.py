@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from taso_ds import console
 from taso_ds.errors import Interrupted, speaks_for_all
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -126,4 +127,4 @@ class Interrupts:
                 self._leave(str(self._reason(name)), self._reason(name).code)
             if name == "SIGINT" and self._deferring and not told and now - first > _ECHO and speaks_for_all():
                 told = True
-                os.write(2, b"\nSIGINT: saves after this step; Ctrl-C again leaves at once\n")
+                print("\nSIGINT: saves after this step; Ctrl-C again leaves at once", file=console.err(), flush=True)

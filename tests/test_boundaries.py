@@ -22,22 +22,25 @@ ALLOWED: dict[str, set[str]] = {
     "verbs": set(),
     "foreign_names": {"verbs"},
     "crash_report": {"verbs"},
-    "interrupts": {"errors"},
-    "console": {"errors"},
+    # what libraries say; what a script says, and shows while it works
+    "library_log": set(),
+    "console": {"errors", "library_log"},
+    "bar": {"console", "errors"},
+    "interrupts": {"console", "errors"},
     "files": {"errors"},
     # what a flag is; flags in files; flags on a screen; flags on a command line
     "flags": {"errors"},
     "flags_file": {"errors", "files", "flags", "foreign_names"},
     "flags_help": {"flags", "verbs"},
-    "command_line": {"errors", "flags", "flags_file", "flags_help"},
+    "command_line": {"console", "errors", "flags", "flags_file", "flags_help"},
     "adapters": {"errors", "files"},
     "data": _GROUND,
-    "distributed": {"errors", "files"},
-    "models": _GROUND | {"adapters", "distributed"},
+    "distributed": {"console", "errors", "files"},
+    "models": _GROUND | {"bar", "adapters", "distributed"},
     "reports": {"errors", "files", "adapters"},
-    "objectives": _GROUND | {"data", "models", "distributed", "adapters"},
-    "scoring": _GROUND | {"adapters", "data", "distributed", "models", "objectives"},
-    "training": _GROUND | {"adapters", "data", "distributed", "models", "objectives", "reports", "interrupts"},
+    "objectives": _GROUND | {"bar", "data", "models", "distributed", "adapters"},
+    "scoring": _GROUND | {"bar", "adapters", "data", "distributed", "models", "objectives"},
+    "training": _GROUND | {"bar", "adapters", "data", "distributed", "models", "objectives", "reports", "interrupts"},
     "methods": _GROUND | {"adapters", "data", "distributed", "models", "scoring", "training"},
     "config": {"errors", "flags", "command_line", "data", "models", "scoring", "training", "methods"},
     "defaults": {"errors", "config", "data", "training"},
@@ -50,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"planning.numbers", "command_line", "defaults", "job", "verbs"},
     "runs": _GROUND
     | {"adapters", "data", "distributed", "models", "objectives", "scoring", "training", "methods", "config"}
-    | {"planning", "reports", "interrupts", "defaults", "job", "verbs"}
+    | {"planning", "reports", "interrupts", "console", "defaults", "job", "verbs"}
     | _FLAGS_READ,
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
     "doctor": _GROUND | {"command_line", "config", "distributed", "job", "models", "planning", "runs"},

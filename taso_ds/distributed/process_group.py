@@ -1,24 +1,22 @@
 """How a process meets the other ranks, joins them, and leaves; alone, it is a group of one."""
 
 import atexit
-import contextlib
 import datetime
-import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from taso_ds import console
 from taso_ds.distributed import environment, launcher, meeting, network
 from taso_ds.distributed.accelerator import usable_accelerator
 from taso_ds.distributed.extensions import joining_problem, warn_of_locks
 from taso_ds.distributed.watch import Failure, Watch
-from taso_ds.errors import UserError, speaks_for_all
+from taso_ds.errors import LibraryError, speaks_for_all
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +71,13 @@ def init(timeout_minutes: float = 30.0) -> None:
     warn_of_locks()
     try:
         # Through DeepSpeed, which binds devices as each version of torch needs it; it finds the same meeting point.
-        with _hushed():
-            deepspeed.init_distributed(
-                dist_backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False
-            )
+        deepspeed.init_distributed(
+            dist_backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False
+        )
     except RuntimeError as error:
         if cause_elsewhere(_GRACE) is not None:
             raise  # a rank that gave up is no trouble of the network
-        raise UserError(f"environment: {joining_problem(error, backend)}") from error
+        raise LibraryError(f"environment: {joining_problem(error, backend)}") from error
     if accelerator.device_name() == "cpu":
         _unlink_shared_buffers()
 
@@ -94,18 +91,6 @@ def _unlink_shared_buffers() -> None:
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
     (SHARED_MEMORY / name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Show only with ``--debug`` what DeepSpeed prints, on each rank, of the parts that it has compiled."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            yield
-    finally:
-        for line in said.getvalue().splitlines():
-            log.debug("%s", line)
 
 
 def leave() -> None:
@@ -149,17 +134,18 @@ def give_up(line: str, code: int, failure: Failure | None = None) -> NoReturn:
     """
     if not _watches:
         if speaks_for_all():
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=console.err(), flush=True)
         sys.exit(code)
     if failure is None:
         _watches[0].tell(line.removeprefix("error: "), code)
     if _watches[0].speaks(failure):
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=console.err(), flush=True)
     _exit(code)
 
 
 def _exit(code: int) -> NoReturn:
     atexit._run_exitfuncs()
+    console.end()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -11,7 +11,6 @@ then a second thread ends the rank.
 import contextlib
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from taso_ds import console
 from taso_ds.distributed import meeting
 
 INTERVAL = 2.0
@@ -146,7 +146,7 @@ class Watch:
                     where = f"rank {self._rank} on {self._host}"
                     print(
                         f"\nerror: {where}: cut off from the other ranks for {SILENCE:.0f} s",
-                        file=sys.stderr,
+                        file=console.err(),
                         flush=True,
                     )
                 os._exit(1)
@@ -195,7 +195,8 @@ class Watch:
             with contextlib.suppress(*_STORE_IS_GONE):
                 self._store.set(_key("gone", self._rank), "")
         if self.speaks(failure):
-            print(f"\n{failure.line}", file=sys.stderr, flush=True)
+            print(f"\n{failure.line}", file=console.err(), flush=True)
+        console.end()
         os._exit(failure.code)
 
 

@@ -9,12 +9,12 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from taso_ds.bar import Bar
 from taso_ds.distributed import comm
 from taso_ds.distributed.sharded import Fill, Partitioner, parameters_without_memory, replace_parameters
 from taso_ds.distributed.zero_config import ZeroConfig
@@ -180,6 +180,6 @@ def _share_of(parameter: nn.Parameter) -> int:
     return parameter.numel() * parameter.dtype.itemsize // comm.world_size()
 
 
-def _progress(parameters: Iterable[nn.Parameter]) -> "tqdm[NoReturn]":
+def _progress(parameters: Iterable[nn.Parameter]) -> Bar:
     total = sum(map(_share_of, parameters))
-    return tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not comm.is_main())
+    return Bar(total=total, desc="loading", unit="B", unit_scale=True)

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from taso_ds.bar import Bar
 from taso_ds.errors import UserError, reason
 from taso_ds.files.atomic import open_to_umask, writing
 from taso_ds.files.safetensors_ranges import has_checkpoint
@@ -69,7 +70,7 @@ def _downloaded(name: str, revision: str) -> str:
     from huggingface_hub import snapshot_download
 
     def load() -> str:
-        get = partial(snapshot_download, name, revision=revision, ignore_patterns=["*/*", OTHER_FILES])
+        get = partial(snapshot_download, name, revision=revision, ignore_patterns=["*/*", OTHER_FILES], tqdm_class=Bar)
         folder = get(allow_patterns=[*SMALL_FILES, "*.safetensors"])
         return folder if has_checkpoint(Path(folder)) else get(allow_patterns=[*SMALL_FILES, "*.bin"])
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from taso_ds.bar import Bar
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.objectives.batches import Batch, Collate, dealt_batches, on_device
@@ -36,7 +36,7 @@ def evaluation_batches(
 ) -> Iterator[tuple[list[int], Batch]]:
     """Yield this rank's batches on the device, each with the numbers of its rows; a batch that fills up has none."""
     batches = dealt_batches(rows, batch_size=batch_size, collate=collate)
-    for ids, batch in tqdm(batches, desc="evaluating", unit="batch", disable=not comm.is_main(), leave=False):
+    for ids, batch in Bar(batches, desc="evaluating", unit="batch", leave=False):
         yield ids, on_device(batch)
 
 

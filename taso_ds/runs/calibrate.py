@@ -12,6 +12,7 @@ from taso_ds.runs.holding import folder_of, reports_in
 from taso_ds.runs.open_job import load_base, open_job
 from taso_ds.runs.record import record_start
 from taso_ds.runs.resume import find_calibration
+from taso_ds.runs.stages import Stages
 from taso_ds.scoring.regions import describe_regions
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,13 @@ def calibrate(config: RunConfig) -> Path:
 
 
 def _calibrate(config: RunConfig, folder: RunFolder) -> None:
+    stages = Stages(["reading", "loading", "scoring"])
     job = comm.together(lambda: open_job(config))
+    stages.done("reading", f"{len(job.rows)} training rows", next_is=str(config.model.model_name_or_path))
     base, targets = load_base(job)
+    stages.done("loading", str(config.model.model_name_or_path))
     found = find_regions(job, base, targets)
+    stages.done("scoring", f"{len(found.rows)} rows")
     record = record_start(config, job) | {
         "data": {"train": job.examples.train_source},
         "concentration": found.mean_concentration(config.calibration.element_fraction),
@@ -49,3 +54,4 @@ def _calibrate(config: RunConfig, folder: RunFolder) -> None:
         write_regions(folder, config.calibration, found)
 
     comm.on_main(write)
+    folder.keep_log()

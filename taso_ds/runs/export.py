@@ -14,19 +14,23 @@ from taso_ds.methods.method import folder_name
 from taso_ds.methods.prove import Export, Proof, probe_logits, prove_export
 from taso_ds.methods.saved import saved_folder
 from taso_ds.models.load import BaseModel
+from taso_ds.runs.stages import Stages
 
 log = logging.getLogger(__name__)
 
 
-def save(job: Job, run: Path, base: BaseModel, live: nn.Module) -> Proof | None:
+def save(job: Job, run: Path, base: BaseModel, live: nn.Module, stages: Stages) -> Proof | None:
     """Export what was trained and prove it in a fresh process; None when not asked for."""
-    write_trained(job, run, base)
+    path = write_trained(job, run, base)
+    stages.done("export", str(path), next_is="a fresh process opens it")
     if not job.config.run.verify_export:
         return None
     rows = probe_rows(job.rows)
     live.eval()
     logits = probe_logits(live, rows)  # every rank takes part: ZeRO-3 gathers each layer
-    return comm.on_main(lambda: prove(job, run, base, rows, logits))
+    proof = comm.on_main(lambda: prove(job, run, base, rows, logits))
+    stages.done("proof", "passed")
+    return proof
 
 
 def write_trained(job: Job, run: Path, base: BaseModel) -> Path:

@@ -28,6 +28,7 @@ from taso_ds.runs.holding import reports_in
 from taso_ds.runs.open_job import load_base, open_job
 from taso_ds.runs.output_folder import check_no_model
 from taso_ds.runs.run_lock import locked
+from taso_ds.runs.stages import Stages
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +79,16 @@ def _load(job: Job, saved: SavedAdapter | None) -> BaseModel:
 def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
     """Return the task's metrics of what a run trained, or of the base where no run is named."""
     with nullcontext() if run is None else reports_in(Path(run)):
+        stages = Stages(["reading", "loading", "evaluation"])
         job = comm.together(lambda: open_job(config, trains=False))
-        base = _load(job, comm.together(lambda: _read(job, run)))
+        saved = comm.together(lambda: _read(job, run))
+        stages.done("reading", f"{len(job.examples.evaluation)} rows", next_is=str(config.model.model_name_or_path))
+        base = _load(job, saved)
+        stages.done("loading", str(config.model.model_name_or_path))
         base.model.requires_grad_(False)
         with scoring_engine(base.model, job.zero) as model:
             scores = job.objective.evaluate(model)
+        stages.done("evaluation", f"{len(job.examples.evaluation)} rows")
     return {"run": run, "task": job.examples.task.name, **scores}
 
 
@@ -107,11 +113,14 @@ def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
 
 
 def _prove(config: RunConfig, run: str, path: Path) -> Path:
+    stages = Stages(["loading", "proof"])
     job = open_job(config, trains=False)
     base = _load(job, _read(job, run))
+    stages.done("loading", str(config.model.model_name_or_path), next_is="a fresh process opens the export")
     base.model.eval()
     rows = export.probe_rows(job.rows)
     prove(job, Path(run), base, rows, probe_logits(base.model, rows))
+    stages.done("proof", "passed")
     return path
 
 
@@ -120,12 +129,14 @@ def _merge(config: RunConfig, run: str) -> Path:
         log.info("merging into the base as it was before the run quantized it")
         unquantized = dataclasses.replace(config.model, load_in_4bit=False, load_in_8bit=False)
         config = dataclasses.replace(config, model=unquantized)
+    stages = Stages(["loading", "merging"])
     job, path = open_job(config, trains=False), Path(run) / MODEL
     if job.base.quantization is not None:
         raise UserError(f"merge: {config.model.model_name_or_path} is quantized; merge into the base it was made from")
     saved = _read(job, run)
     assert saved is not None
     base = _load(job, saved)
+    stages.done("loading", str(config.model.model_name_or_path))
     base.model.eval()
     rows = export.probe_rows(job.rows)
     live = probe_logits(base.model, rows)
@@ -137,4 +148,5 @@ def _merge(config: RunConfig, run: str) -> Path:
         error = export.check_merged(probe_logits(base.model, rows), live, dtype=dtype)
         log.info(export.describe_merged(error, effect, dtype=dtype))
         save_model(path, base.model, base.model.state_dict(), job.base.tokenizer)
+    stages.done("merging", str(path))
     return path

@@ -1,7 +1,7 @@
 """The run folder: what a run leaves behind, written atomically by rank 0.
 
 ``run.json``, ``calibration.jsonl``, ``core_regions.safetensors``, ``core_regions.png``, ``adapter/`` (``model/`` for
-full fine-tuning), ``metrics.jsonl``, ``results.json``.
+full fine-tuning), ``metrics.jsonl``, ``results.json``, ``log.txt``.
 """
 
 import importlib.metadata
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from taso_ds import console
 from taso_ds.data.encode import EncodedRow
+from taso_ds.distributed import environment
 from taso_ds.files.atomic import replacing, write_json, writing
 from taso_ds.methods.folders import ADAPTER, MODEL
 from taso_ds.reports.metrics_file import METRICS
@@ -26,8 +28,9 @@ log = logging.getLogger(__name__)
 RUN, RESULTS = "run.json", "results.json"
 CALIBRATION, REGIONS, PICTURE = "calibration.jsonl", "core_regions.safetensors", "core_regions.png"
 PARTIAL = "core_regions.partial.safetensors"  # scores of the finished passes; gone when scoring is done
+LOG = "log.txt"  # what libraries said, and our lines among it
 # The record last: a folder without one is taken for somebody else's.
-ENTRIES = (RESULTS, METRICS, CALIBRATION, REGIONS, PICTURE, PARTIAL, ADAPTER, MODEL, CHECKPOINTS, RUN)
+ENTRIES = (RESULTS, METRICS, CALIBRATION, REGIONS, PICTURE, PARTIAL, ADAPTER, MODEL, CHECKPOINTS, LOG, RUN)
 _VERSIONS = ("taso_ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "bitsandbytes")
 
 
@@ -53,6 +56,11 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         write_json(self.path / name, value)
+
+    def keep_log(self) -> None:
+        """Let the log file lie here from now on; on other nodes, which may see another disk, it stays where it is."""
+        if environment.rank() < environment.local_world_size():
+            console.keep_log(self.path / LOG)
 
     def finish_scoring(self) -> None:
         """Remove the scores of single passes: the regions are written."""

@@ -26,6 +26,7 @@ from taso_ds.runs.nodes import check_no_run_elsewhere, say_who_sees
 from taso_ds.runs.open_job import load_base, open_job
 from taso_ds.runs.record import describe_extension, describe_record, describe_scores, run_record
 from taso_ds.runs.resume import Start, check_base, check_data, check_length, find_start
+from taso_ds.runs.stages import training_stages
 from taso_ds.scoring.regions import Regions, describe_regions
 from taso_ds.training.checkpoint import CHECKPOINTS, Checkpoints
 from taso_ds.training.divergence import Diverged, LossWatch
@@ -58,16 +59,20 @@ def train(config: RunConfig, interrupts: Interrupts) -> Path:
 
 def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrupts) -> Path:
     config = comm.together(lambda: start.adapt(asked, comm.world_size()))
+    stages = training_stages(config, start)
     job = comm.together(lambda: open_job(config))
+    stages.done("reading", f"{len(job.rows)} training rows", next_is=str(config.model.model_name_or_path))
     steps = total_steps(config.training, job.plan.steps_per_epoch)
     if start.progress is not None:
         comm.on_main(lambda: check_data(job.data_digest, start))
         comm.on_main(lambda: check_length(steps, start))
     base, targets = load_base(job)
+    stages.done("loading", str(config.model.model_name_or_path))
     method = config.method
     found, fingerprint = None, ""  # of the base: none where training changes it
     if method.needs_regions:
         found = find_regions(job, base, targets, earlier=start.regions)
+        stages.done("scoring", f"{len(found.rows)} rows", next_is=f"DeepSpeed, ZeRO stage {job.zero.stage}")
         fingerprint = found.file.fingerprint
     elif not method.trains_base:
         fingerprint = base_fingerprint(base, targets)
@@ -77,13 +82,16 @@ def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrup
     record = run_record(asked, job, base.model, groups, schedule)
     observer = watch(folder.path) if comm.is_main() else Observer()
     comm.on_main(lambda: _start(folder, config, record, found, start, observer))
+    folder.keep_log()
     if start.progress is not None and start.progress.total_steps != steps:
         log.info(describe_extension(start.progress, groups[0], schedule))
     say_who_sees(folder.path)
     engine = engines.training_engine(base.model, make_optimizer(groups, config.training), job.zero)
+    stages.done("engine", f"DeepSpeed, ZeRO stage {job.zero.stage}")
     evaluate = partial(job.objective.evaluate, engine.module)
     before = evaluate() if start.progress is None else start.progress.before
     log.info("before: %s", describe_scores(before))
+    stages.done("evaluation", f"{len(job.examples.evaluation)} rows", next_is=f"{steps} steps")
     saver = Saver(
         engine,
         Checkpoints(folder.path / CHECKPOINTS),
@@ -99,9 +107,11 @@ def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrup
     except Diverged as error:
         _save_last_good(job, folder, base, error)
         raise
+    stages.done("training", f"{steps} steps")
     after = evaluate()
     log.info("after:  %s", describe_scores(after))
-    proof = save(job, folder.path, base, engine.module)
+    stages.done("evaluation", f"{len(job.examples.evaluation)} rows")
+    proof = save(job, folder.path, base, engine.module, stages)
     results = {
         "task": job.examples.task.name,
         "method": config.adapter.method,

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from taso_ds.adapters.importance import needs_gradient, tap_expert_gradients, tap_gradient
 from taso_ds.adapters.selection import RegionScores
 from taso_ds.adapters.targets import MatrixShape, Targets
+from taso_ds.bar import Bar
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.objectives.batches import Batch
@@ -132,7 +132,7 @@ def _run_backward(
     """Send every micro-batch's gradients to the scorer; a single one is selected from as it arrives."""
     at_once = len(batches) == 1
     total, unit = (len(scorer.targets), "matrix") if at_once else (len(batches), "batch")
-    with tqdm(total=total, desc=title, unit=unit, disable=not comm.is_main()) as bar:
+    with Bar(total=total, desc=title, unit=unit) as bar:
 
         def select(name: str, inputs: Tensor, grad_output: Tensor) -> None:
             scorer.select_from(name, inputs, grad_output)

@@ -8,8 +8,8 @@ from typing import cast
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from taso_ds.bar import Bar
 from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
 from taso_ds.errors import Interrupted, UserError
@@ -81,7 +81,7 @@ class Trainer:
             Interrupted: on every rank, when a signal asked any of them to stop; a checkpoint is saved.
         """
         total = self.schedule.total_steps
-        with tqdm(total=total, initial=first, desc="training", unit="step", disable=not comm.is_main()) as bar:
+        with Bar(total=total, initial=first, desc="training", unit="step") as bar:
             for step in range(first, total):
                 self._meet(step, None if step == first else save, interrupts)
                 started = time.perf_counter()

@@ -95,8 +95,8 @@ VERBS: dict[str, tuple[str, str]] = {
 _EVERYTHING = "**"
 # (verb, kind): what the verb may change, since it, or the same verb before it, has made it.
 OWN: dict[tuple[str, str], tuple[str, ...]] = {
-    ("train", "interrupted"): ("run.json", "metrics.jsonl"),
-    ("train", "calibrated"): ("run.json",),
+    ("train", "interrupted"): ("run.json", "metrics.jsonl", "log.txt"),
+    ("train", "calibrated"): ("run.json", "log.txt"),
     ("train anew", "finished"): (_EVERYTHING,),
     ("train anew", "interrupted"): (_EVERYTHING,),
     ("calibrate anew", "calibrated"): (_EVERYTHING,),
@@ -148,8 +148,8 @@ def test_what_goes_is_said(desk: Desk, here: Path) -> None:
     (folder / "thesis.tex").write_text("years of work")
     done = call_main("calibrate", [*desk.flags, "--output_dir", folder, "--overwrite_output_dir"]).succeeded()
     gone = "results.json, metrics.jsonl, calibration.jsonl, core_regions.safetensors, core_regions.png, adapter, model"
-    assert f"output_dir: {folder}: removes {gone}, checkpoints, run.json" in done.lines
-    made = {"calibration.jsonl", "core_regions.safetensors", "core_regions.png", "run.json"}
+    assert f"output_dir: {folder}: removes {gone}, checkpoints, log.txt, run.json" in done.lines
+    made = {"calibration.jsonl", "core_regions.safetensors", "core_regions.png", "log.txt", "run.json"}
     assert {path.name for path in folder.iterdir()} == {"thesis.tex", *made}
     again = call_main("calibrate", [*desk.flags, "--output_dir", folder]).succeeded()
     assert f"{folder} holds these core regions; --resume none scores again" in again.lines

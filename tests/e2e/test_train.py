@@ -31,6 +31,7 @@ STEPS, BATCH, TRAIN_ROWS, EVAL_ROWS, CALIBRATION_ROWS = 10, 8, 21, 11, 9
 LEARNING_RATE, ELEMENT_FRACTION, CORE_FRACTION = 1e-2, 0.05, 0.10
 FILES = {
     "run.json", "calibration.jsonl", "core_regions.safetensors", "core_regions.png", "metrics.jsonl", "results.json",
+    "log.txt",
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/taso_adapter.safetensors",
 }  # fmt: skip
 
@@ -130,6 +131,29 @@ def test_writes_exactly_its_files_and_says_where(launched: Finished, stage3: Pat
     assert (stage3 / "checkpoints" / "latest").read_text() == f"step-{STEPS:08d}\n"
     assert {path.name for path in desk.path.iterdir()} == {"train.jsonl", "eval.jsonl", "runs"}
     assert launched.errors == []
+
+
+def test_the_console_is_ours_and_the_log_has_the_rest(launched: Finished, stage3: Path) -> None:
+    """Each stage says what comes next; what libraries print, as of the parts that DeepSpeed compiles, is in the log."""
+    said = [line.split(":")[0] for line in launched.lines]
+    stages = ["reading", "loading", "scoring", "engine", "evaluation", "training", "evaluation", "export", "proof"]
+    assert (
+        [word for word in said if word in stages[1:]]
+        == [
+            "evaluation",  # of what there is to evaluate
+            *stages[1:],
+        ]
+    )
+    assert f"training: {STEPS} steps in " in launched.out
+    assert "; next: evaluation\n" in launched.out
+    ours = {*stages, "train", "core regions", "parameters", "group adapter", "before", "checkpoint", "after"}
+    assert {*said} - ours == {"opened with peft", f"RUN {stage3}"}
+    bars = {line.split(":")[0].strip() for line in launched.err.replace("\r", "\n").splitlines() if "%|" in line}
+    assert bars == {"loading", "scoring", "evaluating", "training"}
+    log = (stage3 / "log.txt").read_text()
+    assert "built successfully" in log
+    assert "rank 1 WARNING py.warnings: " in log
+    assert "built successfully" not in launched.out + launched.err
 
 
 def test_says_what_it_does(launched: Finished, stage3: Path, desk: Desk) -> None:
@@ -311,7 +335,8 @@ def test_calibrate_alone_finds_the_same_regions(desk: Desk, stage3: Path) -> Non
     run = desk.folder("regions")
     finished = desk.call("calibrate", "regions", "--ds_config", "zero0.json").succeeded()
     assert finished.lines[-1] == f"RUN {run}"
-    assert files(run) == {"run.json", "calibration.jsonl", "core_regions.safetensors", "core_regions.png"}
+    made = {"run.json", "calibration.jsonl", "core_regions.safetensors", "core_regions.png", "log.txt"}
+    assert files(run) == made
     assert (run / "calibration.jsonl").read_bytes() == (stage3 / "calibration.jsonl").read_bytes()
     (ours, our_metadata), (theirs, their_metadata) = (
         region_file(folder / "core_regions.safetensors") for folder in (run, stage3)
@@ -405,7 +430,8 @@ def test_lora(desk: Desk, stage3: Path) -> None:
     desk.call("train", "lora", *flags).succeeded()
     run = desk.folder("lora")
     assert files(run) == {
-        "run.json", "metrics.jsonl", "results.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
+        "run.json", "log.txt", "metrics.jsonl", "results.json",
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     }  # fmt: skip
     results, rows = read_json(run / "results.json"), encoded(desk, "eval")
     assert results["before"]["loss"] == pytest.approx(read_json(stage3 / "results.json")["before"]["loss"], rel=1e-5)
@@ -425,7 +451,8 @@ def test_full_fine_tuning(desk: Desk) -> None:
     run = desk.folder("full")
     written = files(run)
     assert {"run.json", "metrics.jsonl", "results.json", "model/config.json", "model/model.safetensors"} <= written
-    assert {name for name in written if not name.startswith("model/")} == {"run.json", "metrics.jsonl", "results.json"}
+    beside = {name for name in written if not name.startswith("model/")}
+    assert beside == {"run.json", "log.txt", "metrics.jsonl", "results.json"}
     results, model = read_json(run / "results.json"), lm(run / "model")
     assert results["after"]["loss"] < 0.9 * results["before"]["loss"]
     with torch.no_grad():
