@@ -11,9 +11,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 # verb: a function that it calls. Those of a finished run and of a run under way leave the file in its folder.
 POINTS = {
-    "train": "taso_ds.runs.train.set_up",
+    "train": "taso_ds.runs.train.open_job",
     "train --dry_run": "taso_ds.runs.dry_run.describe",
-    "calibrate": "taso_ds.runs.train.set_up",
+    "calibrate": "taso_ds.runs.calibrate.open_job",
     "plan": "taso_ds.planning.report_text.describe_forecast",
     "slurm": "taso_ds.batch_script.batch_script",
     "doctor": "taso_ds.doctor.examine.examine",
