@@ -10,12 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _START, _END = "<!-- made by benchmarks/house.py -->", "<!-- end -->"
-# Modules beside the rooms that are drawn as one: how a program starts and ends, how flags are read, what is started.
-_TOGETHER = {
-    **dict.fromkeys(("console", "crash_report"), "entry"),
-    **dict.fromkeys(("flags_file", "flags_help", "command_line", "foreign_names", "verbs"), "flags"),
-    **dict.fromkeys(("flags_page", "__main__", "batch_script"), "launch"),
-}
+# Modules beside the rooms that are drawn as one: how a program starts and ends, and what starts it.
+_TOGETHER = {"crash_report": "entry", "__main__": "launch", "batch_script": "launch"}
 _EVERYWHERE = frozenset({"errors"})  # every room stands on it: an arrow from each would say nothing
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from taso_ds.console import QUIET
+from taso_ds.console.screen import QUIET
 from taso_ds.entry import ENVIRONMENT
 
 RANKS = 2

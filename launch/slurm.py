@@ -16,7 +16,7 @@ def _slurm(_: Interrupts) -> str:
 
     job, config, flags = parse_job(sys.argv[1:], description=str(__doc__))
     if job.plan_for is not None:
-        from taso_ds.command_line import given_names
+        from taso_ds.flags.command_line import given_names
         from taso_ds.planning.arguments import PlanArguments
         from taso_ds.planning.report_text import planned_flags
 

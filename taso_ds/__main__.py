@@ -8,7 +8,7 @@ from types import ModuleType
 import taso_ds
 from taso_ds.entry import USER_ERROR
 from taso_ds.errors import nearest
-from taso_ds.verbs import VERBS, as_started
+from taso_ds.flags.verbs import VERBS, as_started
 
 
 def main() -> None:

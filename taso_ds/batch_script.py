@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from taso_ds.command_line import given_names, parse_groups, parse_known
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, check_new_file
+from taso_ds.flags.command_line import given_names, parse_groups, parse_known
+from taso_ds.flags.flag import arg, check_new_file
+from taso_ds.flags.verbs import command
 from taso_ds.training.arguments import batch_sizes
-from taso_ds.verbs import command
 
 _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
 _WORD = re.compile(r"[\w.,:-]+")

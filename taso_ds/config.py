@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from taso_ds.command_line import given_names, parse_groups
 from taso_ds.data.arguments import DataArguments
 from taso_ds.errors import UserError
-from taso_ds.flags import CALL, SCHEDULE, START, arg, flags_of, require
+from taso_ds.flags.command_line import given_names, parse_groups
+from taso_ds.flags.flag import CALL, SCHEDULE, START, arg, flags_of, require
 from taso_ds.methods.arguments import AdapterArguments
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.scoring.arguments import SCORING, CalibrationArguments

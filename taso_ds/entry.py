@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from taso_ds import console, crash_report
+from taso_ds import crash_report
+from taso_ds.console import screen as console
 from taso_ds.distributed import slurm
 from taso_ds.errors import Interrupted, LibraryError, Unforeseen, UserError, no_permission, speaks_for_all
 from taso_ds.interrupts import Interrupts
@@ -72,7 +73,7 @@ def _console_given_back() -> Iterator[None]:
 
 def _prepare(libraries_to_log: bool) -> bool:
     """Set up environment and console; says whether ``--debug`` was given."""
-    from taso_ds.command_line import debug_is_on
+    from taso_ds.flags.command_line import debug_is_on
 
     slurm.adopt_ranks(os.environ)
     _check_current_folder()

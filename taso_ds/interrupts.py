@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from taso_ds import console
+from taso_ds.console import screen as console
 from taso_ds.errors import Interrupted, speaks_for_all
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -15,72 +15,45 @@ MODULES = sorted([*(ROOT / "taso_ds").rglob("*.py"), *(ROOT / "launch").rglob("*
 
 # room -> rooms it may import, besides itself. A room is a sub-package of taso_ds, a module beside them, or launch.
 _GROUND = {"errors", "files", "flags"}
-_FLAGS_READ = {"command_line", "flags_file"}
+_ONE_THING = {"adapters", "data", "distributed", "models", "objectives", "scoring", "training", "methods"}
 ALLOWED: dict[str, set[str]] = {
     "taso_ds": set(),
     "errors": set(),
-    "verbs": set(),
-    "foreign_names": {"verbs"},
-    "crash_report": {"verbs"},
-    # what libraries say; what a script says, and shows while it works
-    "library_log": set(),
-    "console": {"errors", "library_log"},
-    "bar": {"console", "errors"},
-    "interrupts": {"console", "errors"},
+    "console": {"errors"},
     "files": {"errors"},
-    # what a flag is; flags in files; flags on a screen; flags on a command line
-    "flags": {"errors"},
-    "flags_file": {"errors", "files", "flags", "foreign_names"},
-    "flags_help": {"flags", "verbs"},
-    "command_line": {"console", "errors", "flags", "flags_file", "flags_help"},
+    "flags": {"console", "errors", "files"},
+    "crash_report": {"flags"},
+    "interrupts": {"console", "errors"},
     "adapters": {"errors", "files"},
     "data": _GROUND,
     "distributed": {"console", "errors", "files"},
-    "models": _GROUND | {"bar", "adapters", "distributed"},
+    "models": _GROUND | {"console", "adapters", "distributed"},
     "reports": {"errors", "files", "adapters"},
-    "objectives": _GROUND | {"bar", "data", "models", "distributed", "adapters"},
-    "scoring": _GROUND | {"bar", "adapters", "data", "distributed", "models", "objectives"},
-    "training": _GROUND | {"bar", "adapters", "data", "distributed", "models", "objectives", "reports", "interrupts"},
+    "objectives": _GROUND | {"console", "data", "models", "distributed", "adapters"},
+    "scoring": _GROUND | {"console", "adapters", "data", "distributed", "models", "objectives"},
+    "training": _GROUND
+    | {"console", "interrupts", "adapters", "data", "distributed", "models", "objectives", "reports"},
     "methods": _GROUND | {"adapters", "data", "distributed", "models", "scoring", "training"},
-    "config": {"errors", "flags", "command_line", "data", "models", "scoring", "training", "methods"},
+    "config": {"errors", "flags", "data", "models", "scoring", "training", "methods"},
     "defaults": {"errors", "config", "data", "training"},
-    "job": _GROUND
-    | {"adapters", "config", "data", "distributed", "methods", "models", "objectives", "scoring", "training"},
+    "job": _GROUND | _ONE_THING | {"config"},
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
     "planning.numbers": {"errors", "adapters"},
-    "planning": _GROUND
-    | {"adapters", "data", "distributed", "models", "objectives", "scoring", "training", "methods", "config"}
-    | {"planning.numbers", "command_line", "defaults", "job", "verbs"},
-    "runs": _GROUND
-    | {"adapters", "data", "distributed", "models", "objectives", "scoring", "training", "methods", "config"}
-    | {"planning", "reports", "interrupts", "console", "defaults", "job", "verbs"}
-    | _FLAGS_READ,
+    "planning": _GROUND | _ONE_THING | {"config", "defaults", "job", "planning.numbers"},
+    "runs": _GROUND | _ONE_THING | {"config", "console", "defaults", "interrupts", "job", "planning", "reports"},
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
-    "doctor": _GROUND | {"command_line", "config", "distributed", "job", "models", "planning", "runs"},
-    "batch_script": {"errors", "flags", "command_line", "config", "training", "verbs"},
-    "entry": {"errors", "interrupts", "console", "crash_report", "command_line", "distributed"},
-    # the one command in front of all scripts, and the page of all flags
-    "__main__": {"errors", "entry", "launch", "taso_ds", "verbs"},
-    "flags_page": {"batch_script", "config", "doctor", "flags_help", "planning", "runs"},
+    "doctor": _GROUND | {"config", "distributed", "job", "models", "planning", "runs"},
+    "batch_script": {"errors", "flags", "config", "training"},
+    "entry": {"errors", "interrupts", "console", "crash_report", "flags", "distributed"},
     "launch": _GROUND
-    | {
-        "command_line",
-        "config",
-        "defaults",
-        "data",
-        "distributed",
-        "runs",
-        "planning",
-        "doctor",
-        "batch_script",
-        "entry",
-        "interrupts",
-        "taso_ds",
-    },
+    | {"config", "data", "defaults", "distributed", "runs", "planning", "doctor"}
+    | {"batch_script", "entry", "interrupts", "taso_ds"},
+    # the one command in front of all scripts
+    "__main__": {"errors", "entry", "flags", "launch", "taso_ds"},
 }
 # What holds a whole run's flags, or all that follows from them, stays above the rooms that do one thing.
 NAMES_OF_RUNS = {"RunConfig", "Job"}
-KNOW_RUNS = {"config", "defaults", "job", "planning", "runs", "doctor", "batch_script", "launch", "flags_page"}
+KNOW_RUNS = {"config", "defaults", "job", "planning", "runs", "doctor", "batch_script", "launch"}
 LARGEST_SHARE = 0.15  # of the package, that one room may hold
 # The method runs wherever torch does.
 ADAPTERS_NEED = {"torch", "safetensors"}

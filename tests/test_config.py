@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taso_ds.batch_script import SlurmArguments
-from taso_ds.command_line import debug_is_on, given_names, parse_groups
 from taso_ds.config import GROUPS, RunConfig, parse_run_config
 from taso_ds.doctor.arguments import DoctorArguments, parse_doctor
 from taso_ds.errors import UserError
-from taso_ds.flags import flags_of
-from taso_ds.flags_file import read_yaml, typed
+from taso_ds.flags.command_line import debug_is_on, given_names, parse_groups
+from taso_ds.flags.file import read_yaml, typed
+from taso_ds.flags.flag import flags_of
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.runs.finished_arguments import FinishedArguments
 from taso_ds.runs.recorded import differences

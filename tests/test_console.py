@@ -11,7 +11,7 @@ from launching import environment
 SCRIPT = """
 import logging, os, subprocess, sys, warnings
 from pathlib import Path
-from taso_ds import console
+from taso_ds.console import screen as console
 from taso_ds.entry import run_script
 from taso_ds.errors import LibraryError, UserError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import environment
 
-from taso_ds.command_line import debug_is_on
+from taso_ds.flags.command_line import debug_is_on
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 HUGE = """

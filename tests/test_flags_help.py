@@ -4,15 +4,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import flags_page
 import pytest
 from launching import ROOT, Finished, call_main
 
-from taso_ds import flags_page
-from taso_ds.command_line import parse_groups
 from taso_ds.config import GROUPS
-from taso_ds.flags import flags_of
-from taso_ds.flags_help import section_of, sections
-from taso_ds.verbs import VERBS
+from taso_ds.flags.command_line import parse_groups
+from taso_ds.flags.flag import flags_of
+from taso_ds.flags.help import section_of, sections
+from taso_ds.flags.verbs import VERBS
 
 HIDDEN = {name for name, flag in flags_of(GROUPS).items() if flag.is_hidden}
 
@@ -78,7 +78,7 @@ def test_a_verb_shows_what_acts_there(helps: dict[str, Finished]) -> None:
 
 def test_the_page_of_flags_is_what_the_dataclasses_say() -> None:
     page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
-    assert page == flags_page.page(), "python -m taso_ds.flags_page > docs/flags.md"
+    assert page == flags_page.page(), "python benchmarks/flags_page.py > docs/flags.md"
     titles = [f"## {section.title}\n" for section in sections(GROUPS, whole=True)]
     assert page.startswith("# Flags\n")
     assert all(title in page for title in titles)

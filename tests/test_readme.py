@@ -70,7 +70,7 @@ def test_the_front_page_is_short() -> None:
 
 def test_the_front_page_leads_to_every_page() -> None:
     led_to = {(ROOT / target).resolve() for target, _ in LINK.findall(README) if target}
-    assert {page for page in PAGES if page.parent.name == "docs"} <= led_to
+    assert {page for page in PAGES if page.parent == ROOT / "docs"} <= led_to
 
 
 def test_the_drawn_house_is_the_one_that_stands() -> None:
@@ -108,9 +108,9 @@ def test_make_pip_and_benchmarks(words: list[str]) -> None:
 @pytest.mark.parametrize("words", LAUNCHED, ids=" ".join)
 def test_flags_parse(words: list[str]) -> None:
     from taso_ds.batch_script import SlurmArguments
-    from taso_ds.command_line import parse_groups
     from taso_ds.config import GROUPS
     from taso_ds.doctor.arguments import parse_doctor
+    from taso_ds.flags.command_line import parse_groups
     from taso_ds.planning.arguments import PlanArguments
     from taso_ds.runs.finished_arguments import FinishedArguments
 

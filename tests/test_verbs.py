@@ -9,7 +9,7 @@ from launching import ROOT, environment
 
 import taso_ds
 from taso_ds.__main__ import main
-from taso_ds.verbs import VERBS, as_started, command, launched, program
+from taso_ds.flags.verbs import VERBS, as_started, command, launched, program
 
 
 def taso(*words: str, folder: Path) -> "subprocess.CompletedProcess[str]":
@@ -29,7 +29,7 @@ def test_the_help_of_a_verb_waits_for_no_library(verb: str, tmp_path: Path) -> N
     assert done.stdout.startswith(f"usage: taso {verb} [flags]\n")
     assert "launch/" not in done.stdout
     loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "taso_ds.flags_help" in loaded
+    assert "taso_ds.flags.help" in loaded
     assert not {"torch", "transformers", "deepspeed", "numpy"} & loaded
 
 
@@ -65,7 +65,7 @@ def test_a_verb_that_is_none(
 
 @pytest.mark.parametrize("name", ["taso", "taso-plan", "taso_ds/__main__.py", "taso_ds/launch/plan.py"])
 def test_who_has_no_checkout_reads_of_commands(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("taso_ds.verbs.__file__", str(tmp_path / "taso_ds" / "verbs.py"))
+    monkeypatch.setattr("taso_ds.flags.verbs.__file__", str(tmp_path / "taso_ds" / "verbs.py"))
     monkeypatch.setattr(sys, "argv", [str(tmp_path / name)])
     assert (command("plan"), launched("train")) == ("taso plan", "--module taso_ds.launch.train")
     assert as_started("python launch/plan.py -x") == "taso plan -x"

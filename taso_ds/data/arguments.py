@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, require, require_one_of
+from taso_ds.flags.flag import arg, require, require_one_of
 
 EVAL_METRICS = ("none", "exact_match", "rouge")
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from taso_ds import console
+from taso_ds.console import screen as console
 from taso_ds.distributed import environment, launcher, meeting, network
 from taso_ds.distributed.accelerator import usable_accelerator
 from taso_ds.distributed.extensions import joining_problem, warn_of_locks

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taso_ds import console
+from taso_ds.console import screen as console
 from taso_ds.distributed import meeting
 
 INTERVAL = 2.0

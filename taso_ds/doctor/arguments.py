@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from taso_ds.command_line import parse_known, show_help_if_asked
 from taso_ds.config import GROUPS
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, check_new_file
+from taso_ds.flags.command_line import parse_known, show_help_if_asked
+from taso_ds.flags.flag import arg, check_new_file
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from taso_ds.adapters.choices import STRUCTURES
 from taso_ds.adapters.compensation import parse_rho
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, is_positive, require, require_one_of
+from taso_ds.flags.flag import arg, is_positive, require, require_one_of
 from taso_ds.methods.table import METHODS
 
 

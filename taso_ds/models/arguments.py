@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from taso_ds.errors import UserError
-from taso_ds.flags import SCHEDULE, arg, require_one_of
+from taso_ds.flags.flag import SCHEDULE, arg, require_one_of
 
 HEADS = ("auto", "lm", "classification")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from taso_ds.bar import Bar
+from taso_ds.console.bar import Bar
 from taso_ds.distributed import comm
 from taso_ds.distributed.sharded import Fill, Partitioner, parameters_without_memory, replace_parameters
 from taso_ds.distributed.zero_config import ZeroConfig

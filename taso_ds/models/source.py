@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from taso_ds.bar import Bar
+from taso_ds.console.bar import Bar
 from taso_ds.errors import UserError, reason
 from taso_ds.files.atomic import open_to_umask, writing
 from taso_ds.files.safetensors_ranges import has_checkpoint

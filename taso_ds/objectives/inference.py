@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from taso_ds.bar import Bar
+from taso_ds.console.bar import Bar
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.objectives.batches import Batch, Collate, dealt_batches, on_device

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from taso_ds.command_line import given_names, parse_groups
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
-from taso_ds.flags import arg, check_new_file, require
+from taso_ds.flags.command_line import given_names, parse_groups
+from taso_ds.flags.flag import arg, check_new_file, require
 from taso_ds.planning.numbers.devices import DEVICES, NETWORKS, Device, Network, get_device, get_network
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from taso_ds.config import RunConfig
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
 from taso_ds.distributed.zero_config import ZeroConfig
-from taso_ds.flags import flags_of
+from taso_ds.flags.flag import flags_of
 from taso_ds.job import Job, preflight
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.planning.count_model import can_quantize, count_model

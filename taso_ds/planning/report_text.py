@@ -8,7 +8,8 @@ from pathlib import Path
 from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
 from taso_ds.files.atomic import replacing, write_json
-from taso_ds.flags import CALL, flags_of
+from taso_ds.flags.flag import CALL, flags_of
+from taso_ds.flags.verbs import command, launched
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.planning.forecast import Forecast, make_forecast
 from taso_ds.planning.numbers import report
@@ -16,7 +17,6 @@ from taso_ds.planning.numbers.advice import advice
 from taso_ds.planning.numbers.command import command_line, decided_flags
 from taso_ds.planning.numbers.devices import GB
 from taso_ds.planning.numbers.plan import scaling
-from taso_ds.verbs import command, launched
 
 _NODES = (1, 2, 4, 8, 16, 32)
 

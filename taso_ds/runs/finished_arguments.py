@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taso_ds.command_line import given_names, parse_groups, parse_known, show_help_if_asked
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.data.arguments import DataArguments
 from taso_ds.errors import UserError
-from taso_ds.flags import CALL, arg, flags_of
+from taso_ds.flags.command_line import given_names, parse_groups, parse_known, show_help_if_asked
+from taso_ds.flags.flag import CALL, arg, flags_of
 from taso_ds.methods.table import METHODS
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.runs.folder import RUN

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taso_ds import console
+from taso_ds.console import screen as console
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import environment
 from taso_ds.files.atomic import replacing, write_json, writing

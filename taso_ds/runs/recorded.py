@@ -11,8 +11,8 @@ from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError, nearest, reason
 from taso_ds.files.json_text import parse_json
 from taso_ds.files.schema import check_schema
-from taso_ds.flags import LENGTH, SCHEDULE, Flag, flags_of
-from taso_ds.flags_file import typed
+from taso_ds.flags.file import typed
+from taso_ds.flags.flag import LENGTH, SCHEDULE, Flag, flags_of
 from taso_ds.runs.folder import RESULTS, RUN
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
-from taso_ds.flags import flags_of
+from taso_ds.flags.flag import flags_of
+from taso_ds.flags.verbs import command
 from taso_ds.methods.folders import MODEL
 from taso_ds.runs.folder import PICTURE, REGIONS, RUN
 from taso_ds.runs.recorded import Difference, differences, is_calibration, is_finished, length_of, read_run
 from taso_ds.training.arguments import TrainArguments
 from taso_ds.training.checkpoint import CHECKPOINTS, PROGRESS, Checkpoints, resolve_checkpoint
 from taso_ds.training.progress import Progress, Saved, read_progress
-from taso_ds.verbs import command
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from taso_ds.adapters.choices import REDUCTIONS, SCORES
-from taso_ds.flags import SCHEDULE, arg, require, require_one_of
+from taso_ds.flags.flag import SCHEDULE, arg, require, require_one_of
 
 IMPORTANCE_WEIGHTS = ("loaded", "original")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from taso_ds.adapters.importance import needs_gradient, tap_expert_gradients, tap_gradient
 from taso_ds.adapters.selection import RegionScores
 from taso_ds.adapters.targets import MatrixShape, Targets
-from taso_ds.bar import Bar
+from taso_ds.console.bar import Bar
 from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.objectives.batches import Batch

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from taso_ds.errors import UserError
-from taso_ds.flags import LENGTH, SCHEDULE, arg, is_positive, require, require_one_of
+from taso_ds.flags.flag import LENGTH, SCHEDULE, arg, is_positive, require, require_one_of
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from taso_ds.bar import Bar
+from taso_ds.console.bar import Bar
 from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
 from taso_ds.errors import Interrupted, UserError

@@ -11,7 +11,7 @@ from mistakes import GOOD, assert_one_line, contents
 from sample_rows import write_rows
 
 from taso_ds.config import GROUPS
-from taso_ds.foreign_names import _INSTEAD, _SAME, in_our_words, ours
+from taso_ds.flags.foreign_names import _INSTEAD, _SAME, in_our_words, ours
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.usefixtures("forbid_weights")]
 FIELDS = {entry.name: str(entry.type) for group in GROUPS for entry in dataclasses.fields(group)}

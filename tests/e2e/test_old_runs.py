@@ -11,7 +11,7 @@ from launching import ROOT, call_main
 from safetensors.torch import load_file
 
 from taso_ds import config
-from taso_ds.flags import arg
+from taso_ds.flags.flag import arg
 from taso_ds.runs import recorded
 from taso_ds.training.arguments import TrainArguments
 

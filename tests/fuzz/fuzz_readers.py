@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["taso_ds"]):
     import taso_ds.data.tasks
     import taso_ds.distributed.ds_config
     import taso_ds.files.safetensors_ranges
-    import taso_ds.flags
+    import taso_ds.flags.flag
     import taso_ds.runs.resume  # noqa: F401
 
 from readers import READERS, read_bytes, valid_files

@@ -11,7 +11,7 @@ from configs import config_of
 
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError
-from taso_ds.flags import arg
+from taso_ds.flags.flag import arg
 from taso_ds.methods.folders import ADAPTER
 from taso_ds.runs import recorded
 from taso_ds.runs.finished_arguments import EVALUATE, parse_over_run

@@ -28,7 +28,7 @@ from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.errors import UserError
 from taso_ds.files.safetensors_ranges import open_checkpoint
 from taso_ds.files.tensors import CHECKSUM
-from taso_ds.flags_file import read_yaml, typed
+from taso_ds.flags.file import read_yaml, typed
 from taso_ds.training.checkpoint import MANIFEST, MARKER, PROGRESS, STATE, Checkpoints, resolve_checkpoint
 from taso_ds.training.progress import Progress, read_progress
 

@@ -7,7 +7,7 @@ from counted_models import llama_7b
 
 from taso_ds.config import GROUPS
 from taso_ds.errors import UserError
-from taso_ds.flags import flags_of
+from taso_ds.flags.flag import flags_of
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.planning.numbers.advice import advice
 from taso_ds.planning.numbers.command import decided_flags

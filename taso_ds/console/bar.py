@@ -4,7 +4,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from taso_ds import console
+from taso_ds.console import screen as console
 from taso_ds.errors import speaks_for_all
 
 

@@ -1,11 +1,11 @@
-"""docs/flags.md, from the dataclasses: ``python -m taso_ds.flags_page > docs/flags.md``."""
+"""docs/flags.md, from the dataclasses: ``python benchmarks/flags_page.py > docs/flags.md``."""
 
 from typing import Any
 
 from taso_ds.batch_script import SlurmArguments
 from taso_ds.config import GROUPS
 from taso_ds.doctor.arguments import DoctorArguments
-from taso_ds.flags_help import Line, Section, section_of, sections
+from taso_ds.flags.help import Line, Section, section_of, sections
 from taso_ds.planning.arguments import PlanArguments
 from taso_ds.runs.finished_arguments import FinishedArguments
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from taso_ds.errors import UserError, nearest, reason
-from taso_ds.flags import check_text, flags_of, hints_of, kind_of
-from taso_ds.foreign_names import in_our_words
+from taso_ds.flags.flag import check_text, flags_of, hints_of, kind_of
+from taso_ds.flags.foreign_names import in_our_words
 
 
 def read_yaml(path: str) -> dict[str, Any]:

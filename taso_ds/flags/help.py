@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from taso_ds.flags import Flag, hints_of, kind_of
-from taso_ds.verbs import as_started, program
+from taso_ds.flags.flag import Flag, hints_of, kind_of
+from taso_ds.flags.verbs import as_started, program
 
 _FIRST = "What most runs set"
 _NOTE = "--config run.yaml reads flags of the run from a file; the command line goes before it."

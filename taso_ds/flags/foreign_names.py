@@ -4,7 +4,7 @@ Hugging Face's Trainer, PEFT, axolotl, LLaMA-Factory and DeepSpeed name one thin
 such a name is answered with ours, which helps more than the name that happens to be spelt alike.
 """
 
-from taso_ds.verbs import as_started
+from taso_ds.flags.verbs import as_started
 
 # Their names by ours.
 _SAME: dict[str, tuple[str, ...]] = {

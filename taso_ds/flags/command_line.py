@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, get_args, get_origin
 
-from taso_ds import console
+from taso_ds.console import screen as console
 from taso_ds.errors import UserError, speaks_for_all
-from taso_ds.flags import check_values, expanded, flags_of, hints_of, kind_of
-from taso_ds.flags_file import ON, instead_of, read_yaml, switch, typed
-from taso_ds.flags_help import help_text
+from taso_ds.flags.file import ON, instead_of, read_yaml, switch, typed
+from taso_ds.flags.flag import check_values, expanded, flags_of, hints_of, kind_of
+from taso_ds.flags.help import help_text
 
 _HELP, _HELP_ALL = {"-h", "--help"}, {"--help_all", "--help-all"}
 

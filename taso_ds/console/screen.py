@@ -13,8 +13,8 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from taso_ds.console.library_log import LibraryLog
 from taso_ds.errors import speaks_for_all
-from taso_ds.library_log import LibraryLog
 
 log = logging.getLogger("taso_ds")
 
@@ -23,7 +23,7 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
 }
-# Bars of libraries. Ours are those of ``taso_ds.bar``.
+# Bars of libraries. Ours are those of ``taso_ds.console.bar``.
 _NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 _LONGEST_LINE = 560
 # Like the streams it takes the place of it is the process's own: none, or one.

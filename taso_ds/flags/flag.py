@@ -1,7 +1,7 @@
 """What a flag is: a field of a frozen dataclass, with what it means beside its value.
 
 Every room has its group of flags. What the fields mean, and which values work, is the groups' own business; how flags
-are read stands in ``taso_ds.command_line``. No library is needed, so that a script can say what it takes at once.
+are read stands in ``taso_ds.flags.command_line``. No library is needed, so that a script can say what it takes at once.
 """
 
 import dataclasses
