@@ -26,31 +26,9 @@ from taso_ds.errors import UserError
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
 
 WRONG_OR_RIGHT: tuple[Any, ...] = (
-    *(
-        None,
-        True,
-        False,
-        0,
-        1,
-        -1,
-        2,
-        7,
-        0.5,
-        2.5,
-        1e9,
-        10**18,
-        10**30,
-        1e400,
-        "",
-        "0",
-        "auto",
-        "x",
-        "true",
-        "cpu",
-        "fp32",
-    ),
-    *([], ["x"], ["("], [1], {}, {"x": 1}, {"enabled": True}),
-)
+    None, True, False, 0, 1, -1, 2, 7, 0.5, 2.5, 1e9, 10**18, 10**30, 1e400, "", "0", "auto", "x", "true", "cpu",
+    "fp32", [], ["x"], ["("], [1], {}, {"x": 1}, {"enabled": True},
+)  # fmt: skip
 STAGES = (0, 1, 2, 3)
 Path_ = tuple[str, ...]
 

@@ -28,18 +28,10 @@ def small(name: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     kind: Any = CONFIG_MAPPING[name]
     config = kind(
-        vocab_size=tiny_models.VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **changes,
-    )
+        vocab_size=tiny_models.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, **changes,
+    )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -24,14 +24,9 @@ def llama(*, layers: int = 2, kv_heads: int = 4, tied: bool = False) -> object:
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=tied,
-    )
+        vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+    )  # fmt: skip
 
 
 def llama_7b() -> ModelShape:
