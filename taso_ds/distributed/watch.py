@@ -38,6 +38,17 @@ class Failure:
     code: int
     message: str
 
+    @classmethod
+    def read(cls, text: bytes) -> "Failure":
+        """Return what a rank left in the store as ``text``."""
+        rank, code, message = text.decode().split("\n", 2)
+        return cls(int(rank), int(code), message)
+
+    @property
+    def text(self) -> str:
+        """The failure as it stands in the store."""
+        return f"{self.rank}\n{self.code}\n{self.message}"
+
     @property
     def is_stop(self) -> bool:
         """Say whether a signal had asked the rank to stop, which is no error."""
@@ -113,7 +124,7 @@ class Watch:
         """Leave the reason why this rank ends, unless there is one, and wait for the others, who read it, to go."""
         where = f"rank {self._rank} on {self._host}"
         with contextlib.suppress(*_STORE_IS_GONE):  # then its rank is what the others find
-            self._tell(f"{self._rank}\n{code}\n{where}: {message}")
+            self._tell(Failure(self._rank, code, f"{where}: {message}").text)
 
     def _tell(self, failure: str) -> None:
         self._store.compare_set(_FAILED, "", failure)
@@ -160,11 +171,10 @@ class Watch:
         """Return the first failure that any rank left, or that this one can see."""
         try:
             if self._store.check([_FAILED]):
-                rank, code, message = self._store.get(_FAILED).decode().split("\n", 2)
-                return Failure(int(rank), int(code), message)
+                return Failure.read(self._store.get(_FAILED))
             for failure in self._missing():
-                self._store.compare_set(_FAILED, "", f"{failure.rank}\n{failure.code}\n{failure.message}")
-                return failure
+                # The rank may have said why it ends since the first look.
+                return Failure.read(self._store.compare_set(_FAILED, "", failure.text))
         except _STORE_IS_GONE:
             host, process = self._signs[0].process() or ("", 0)
             if host == self._host and not _is_running(process):

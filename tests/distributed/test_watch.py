@@ -4,6 +4,7 @@ Whole jobs whose ranks fail, die or stand still are in ``tests/e2e/test_resume.p
 """
 
 import os
+import socket
 import threading
 from typing import NoReturn
 
@@ -52,3 +53,32 @@ def test_a_rank_that_is_about_to_leave_is_not_ended_because_the_others_were_fast
 def test_whether_a_process_runs() -> None:
     assert watch._is_running(os.getpid())
     assert not watch._is_running(2**22 + 1)  # above the largest number a process can have
+
+
+class LateStore:
+    """A store in which rank 0 says why it ends just after this rank has looked, and ends then."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {watch._key("alive", 0): f"7 {socket.gethostname()} {2**22 + 1}".encode()}
+
+    def check(self, keys: list[str]) -> bool:
+        found = all(key in self._values for key in keys)
+        if keys == [watch._FAILED]:
+            self._values[watch._FAILED] = Failure(0, 75, "rank 0 on a: stopped by SIGUSR1").text.encode()
+        return found
+
+    def get(self, key: str) -> bytes:
+        return self._values[key]
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        return self._values.setdefault(key, value.encode()) if not expected else b""
+
+
+def test_a_rank_that_says_why_it_ends_while_others_look_is_believed(second: Watch) -> None:
+    """By the time its process is found gone, the reason is there: it was stopped, not killed."""
+    second._store = LateStore()  # type: ignore[assignment]
+    second._host, second._signs = socket.gethostname(), {0: watch._Sign("", 0.0)}
+    found = second._look()
+    assert found is not None
+    assert found.is_stop
+    assert found.message == "rank 0 on a: stopped by SIGUSR1"
