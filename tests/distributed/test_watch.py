@@ -76,7 +76,7 @@ class LateStore:
 
 def test_a_rank_that_says_why_it_ends_while_others_look_is_believed(second: Watch) -> None:
     """By the time its process is found gone, the reason is there: it was stopped, not killed."""
-    second._store = LateStore()  # type: ignore[assignment]
+    second._store = LateStore()
     second._host, second._signs = socket.gethostname(), {0: watch._Sign("", 0.0)}
     found = second._look()
     assert found is not None
