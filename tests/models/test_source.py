@@ -63,7 +63,9 @@ PICKLES = {"pytorch_model.bin", "original/consolidated.00.pth", "onnx/model.safe
 def test_the_hub_is_asked_for_one_copy_of_the_weights(
     files: set[str], wanted: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(name: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def download(
+        name: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str], tqdm_class: type
+    ) -> str:
         for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             (tmp_path / file).touch()
         return str(tmp_path)

@@ -34,5 +34,7 @@ def test_ranks_wait_for_a_slow_one_leave_nothing_behind_and_end_well(fork_server
     answer = fork_server.run([], tmp_path, function=address_of(wait_and_leave))
     assert answer["codes"] == [0, 0]
     for rank in range(2):
-        assert (tmp_path / f"rank{rank}.out").read_text().splitlines() == [f"rank {rank} counts 2", f"rank {rank} ends"]
+        lines = (tmp_path / f"rank{rank}.out").read_text().splitlines()
+        said = [line for line in lines if "built successfully" not in line]  # of DeepSpeed, where it had to compile
+        assert said == [f"rank {rank} counts 2", f"rank {rank} ends"]
     assert list(SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{answer['port']}_*")) == []
