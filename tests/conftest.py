@@ -2,8 +2,10 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,26 +40,20 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))
 
 
-@pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with its own output layer."""
-    return tiny_models.save(tiny_models.llama(), tmp_path_factory.mktemp("llama"))
+def folder_of(make: Callable[[], Any]) -> Any:
+    """Return a fixture: the folder of a tiny model, written once."""
+
+    @pytest.fixture(scope="session")
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tiny_models.save(make(), tmp_path_factory.mktemp("model"))
+
+    return folder
 
 
-@pytest.fixture(scope="session")
-def tied_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama whose output layer is its embedding."""
-    return tiny_models.save(tiny_models.llama(tied=True), tmp_path_factory.mktemp("tied_llama"))
-
-
-@pytest.fixture(scope="session")
-def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.save(tiny_models.gpt2(), tmp_path_factory.mktemp("gpt2"))
-
-
-@pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.save(tiny_models.bert(), tmp_path_factory.mktemp("bert"))
+llama_folder = folder_of(tiny_models.llama)  # with its own output layer
+tied_llama_folder = folder_of(partial(tiny_models.llama, tied=True))  # its output layer is its embedding
+gpt2_folder = folder_of(tiny_models.gpt2)
+bert_folder = folder_of(tiny_models.bert)
 
 
 @pytest.fixture(scope="session")

@@ -30,25 +30,14 @@ words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\
 names = words.filter(lambda text: text.strip() and not text.startswith(("-", "~")) and "$" not in text)
 shares = st.floats(1e-6, 1.0)
 ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
-    "model_name_or_path": names,
-    "load_in_4bit": st.booleans(),
-    "task": names,
-    "max_seq_length": st.integers(2, 2**40),
-    "use_chat_template": st.booleans(),
-    "calibration_samples": st.integers(1, 2**40),
-    "importance": st.sampled_from(("importance", "magnitude", "gradient", "random")),
-    "element_fraction": shares,
-    "core_fraction": shares,
-    "rank": st.integers(1, 64),
-    "alpha": st.floats(1e-6, 1e6),
+    "model_name_or_path": names, "load_in_4bit": st.booleans(), "task": names, "max_seq_length": st.integers(2, 2**40),
+    "use_chat_template": st.booleans(), "calibration_samples": st.integers(1, 2**40),
+    "importance": st.sampled_from(("importance", "magnitude", "gradient", "random")), "element_fraction": shares,
+    "core_fraction": shares, "rank": st.integers(1, 64), "alpha": st.floats(1e-6, 1e6),
     "rho": st.sampled_from(("mask", "parameters", "off", "0.5")),
-    "target_modules": st.lists(names, min_size=1, max_size=3),
-    "learning_rate": st.floats(1e-9, 1e30),
-    "max_steps": st.integers(1, 2**40),
-    "bf16": st.booleans(),
-    "seed": st.integers(0, 2**32 - 1),
-    "output_dir": names,
-}
+    "target_modules": st.lists(names, min_size=1, max_size=3), "learning_rate": st.floats(1e-9, 1e30),
+    "max_steps": st.integers(1, 2**40), "bf16": st.booleans(), "seed": st.integers(0, 2**32 - 1), "output_dir": names,
+}  # fmt: skip
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:

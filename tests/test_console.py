@@ -45,13 +45,10 @@ def run(folder: Path, *body: str, flags: tuple[str, ...] = (), **variables: str)
     (folder / "temporary").mkdir(exist_ok=True)
     (folder / "script.py").write_text(SCRIPT.replace("BODY", "\n    ".join(body)))
     return subprocess.run(
-        [sys.executable, "script.py", *flags],
-        cwd=folder,
-        env=environment() | {"TMPDIR": str(folder / "temporary")} | variables,
-        capture_output=True,
-        text=True,
+        [sys.executable, "script.py", *flags], cwd=folder,
+        env=environment() | {"TMPDIR": str(folder / "temporary")} | variables, capture_output=True, text=True,
         check=False,
-    )
+    )  # fmt: skip
 
 
 def temporary(folder: Path) -> list[Path]:
@@ -84,13 +81,10 @@ def test_a_run_that_goes_on_appends(tmp_path: Path) -> None:
     [
         ("pass", 0, ""),
         ('raise UserError("rank: no")', 2, "error: rank: no\n"),
-        (
-            "import signal; os.kill(os.getpid(), signal.SIGTERM)",
-            75,
-            "stopped by SIGTERM; the same command starts anew\n",
-        ),
+        ("import signal; os.kill(os.getpid(), signal.SIGTERM)", 75,
+         "stopped by SIGTERM; the same command starts anew\n"),
     ],
-)
+)  # fmt: skip
 def test_a_log_that_is_nobodys_is_removed(body: str, code: int, err: str, tmp_path: Path) -> None:
     done = run(tmp_path, body)
     assert (done.returncode, done.stderr) == (code, err)

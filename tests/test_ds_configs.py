@@ -41,15 +41,9 @@ def test_file_is_short_and_says_its_stage(file: Path) -> None:
 
 def resolved(name: str, bf16: bool, accumulation: int, nvme_path: str) -> dict[str, Any]:
     return resolve_ds_config(
-        read_ds_config(str(FOLDER / name)),
-        micro_batch_size=MICRO,
-        grad_accum_steps=accumulation,
-        world_size=1,
-        bf16=bf16,
-        max_grad_norm=MAX_GRAD_NORM,
-        nvme_path=nvme_path,
-        source=name,
-    ).raw
+        read_ds_config(str(FOLDER / name)), micro_batch_size=MICRO, grad_accum_steps=accumulation, world_size=1,
+        bf16=bf16, max_grad_norm=MAX_GRAD_NORM, nvme_path=nvme_path, source=name,
+    ).raw  # fmt: skip
 
 
 def train_all(nvme_path: str) -> dict[tuple[str, bool, int], dict[str, Any]]:
@@ -78,15 +72,11 @@ def train(name: str, bf16: bool, accumulation: int, *, nvme_path: str) -> dict[s
     stage = int(engine.zero_optimization_stage())
     trained = weight if stage == 0 else safe_get_full_fp32_param(weight)
     result = {
-        "stage": stage,
-        "bf16": bool(engine.bfloat16_enabled()),
-        "micro": engine.train_micro_batch_size_per_gpu(),
-        "accumulation": engine.gradient_accumulation_steps(),
-        "global": engine.train_batch_size(),
-        "clipping": engine.gradient_clipping(),
-        "steps": engine.global_steps,
+        "stage": stage, "bf16": bool(engine.bfloat16_enabled()), "micro": engine.train_micro_batch_size_per_gpu(),
+        "accumulation": engine.gradient_accumulation_steps(), "global": engine.train_batch_size(),
+        "clipping": engine.gradient_clipping(), "steps": engine.global_steps,
         "weight": trained.detach().float().flatten().tolist(),
-    }
+    }  # fmt: skip
     engine.destroy()
     return result
 

@@ -81,13 +81,10 @@ NATIVE = ("print(flush=True)", "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)")
 @pytest.mark.parametrize(
     ("number", "resumes", "code"),
     [
-        (signal.SIGTERM, True, 75),
-        (signal.SIGUSR1, True, 75),
-        (signal.SIGINT, True, 75),
-        (signal.SIGINT, False, 130),
+        (signal.SIGTERM, True, 75), (signal.SIGUSR1, True, 75), (signal.SIGINT, True, 75), (signal.SIGINT, False, 130),
         (signal.SIGTERM, False, 75),
     ],
-)
+)  # fmt: skip
 def test_a_signal_while_libraries_load(number: signal.Signals, resumes: bool, code: int) -> None:
     how = "goes on from what is saved" if resumes else "starts anew"
     said = [f"stopped by {number.name}; the same command {how}"]
@@ -275,20 +272,12 @@ def test_libraries_are_heard_when_they_must_be_and_with_debug(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("flags", "on"),
     [
-        ("--debug", True),
-        ("--debug --task x", True),
-        ("--debug true", True),
-        ("--debug False", False),
-        ("--debug=no", False),
-        ("--task debug", False),
-        ("--config on.yaml", True),
-        ("--config=on.yaml --debug false", False),
-        ("--config off.yaml", False),
-        ("--config broken.yaml", False),
-        ("--config none.yaml", False),
-        ("", False),
+        ("--debug", True), ("--debug --task x", True), ("--debug true", True), ("--debug False", False),
+        ("--debug=no", False), ("--task debug", False), ("--config on.yaml", True),
+        ("--config=on.yaml --debug false", False), ("--config off.yaml", False), ("--config broken.yaml", False),
+        ("--config none.yaml", False), ("", False),
     ],
-)
+)  # fmt: skip
 def test_the_configuration_says_whether_debug_is_on(
     flags: str, on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

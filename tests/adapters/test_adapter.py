@@ -348,11 +348,7 @@ def test_only_the_flat_parameter_learns() -> None:
     assert [name for name, value in model.named_parameters() if value.grad is not None] == [f"{ADAPTER_MODULE}.flat"]
     assert adapter.flat.numel() == sum(
         count_parameters(
-            "union",
-            out_features=region.out_features,
-            in_features=region.in_features,
-            rank=1,
-            core_fraction=0.2,
+            "union", out_features=region.out_features, in_features=region.in_features, rank=1, core_fraction=0.2
         )
         for region in adapter.regions.values()
     )

@@ -68,14 +68,10 @@ def on_meta(model: Published) -> nn.Module:
 
     config_class: Any = getattr(transformers, f"{model.kind}Config")
     config = config_class(
-        hidden_size=model.hidden,
-        intermediate_size=model.intermediate,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads,
-        vocab_size=model.vocabulary,
+        hidden_size=model.hidden, intermediate_size=model.intermediate, num_hidden_layers=model.layers,
+        num_attention_heads=model.heads, num_key_value_heads=model.kv_heads, vocab_size=model.vocabulary,
         tie_word_embeddings=model.tied,
-    )
+    )  # fmt: skip
     with torch.device("meta"):
         built: nn.Module = getattr(transformers, f"{model.kind}ForCausalLM")(config)
     return built

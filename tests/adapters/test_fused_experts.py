@@ -262,15 +262,10 @@ def opened_by_peft(model: Any, adapter: TasoAdapter, folder: Path) -> Any:
 
     experts = fused_sizes(model, adapter.regions)
     config = peft_config(
-        adapter,
-        base_model_name_or_path="base",
-        task_type="CAUSAL_LM",
-        module_names=[name for name, _ in model.named_modules()],
-        fan_in_fan_out=False,
-        modules_to_save=[],
-        experts=list(experts),
-        fuses_experts=True,
-    )
+        adapter, base_model_name_or_path="base", task_type="CAUSAL_LM",
+        module_names=[name for name, _ in model.named_modules()], fan_in_fan_out=False, modules_to_save=[],
+        experts=list(experts), fuses_experts=True,
+    )  # fmt: skip
     save_adapter(folder, adapter, adapter.flat.detach(), config=config, head={}, experts=experts)
     return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
 

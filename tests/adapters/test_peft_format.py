@@ -39,12 +39,9 @@ def save(
     folder: Path, model: Any, adapter: TasoAdapter, *, head: dict[str, Tensor] | None = None, **changes: Any
 ) -> None:
     options: dict[str, Any] = {
-        "base_model_name_or_path": "base",
-        "task_type": "CAUSAL_LM",
-        "module_names": module_names(model),
-        "fan_in_fan_out": False,
-        "modules_to_save": [],
-    }
+        "base_model_name_or_path": "base", "task_type": "CAUSAL_LM", "module_names": module_names(model),
+        "fan_in_fan_out": False, "modules_to_save": [],
+    }  # fmt: skip
     config = peft_config(adapter, **(options | changes))
     save_adapter(folder, adapter, adapter.flat.detach(), config=config, head=head or {})
 
@@ -93,12 +90,9 @@ def test_the_compact_file_holds_the_kept_entries_only(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3),
-    structure=st.sampled_from(list(STRUCTURES)),
-    rank=st.integers(1, 3),
-    scaling=st.floats(1e-3, 1e3),
-    p=st.floats(0.01, 1.0),
-    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
-)
+    structure=st.sampled_from(list(STRUCTURES)), rank=st.integers(1, 3), scaling=st.floats(1e-3, 1e3),
+    p=st.floats(0.01, 1.0), dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+)  # fmt: skip
 def test_the_compact_file_of_any_regions_brings_the_adapter_back(
     tmp_path: Path,
     shapes: list[tuple[int, int]],
@@ -215,13 +209,9 @@ def test_short_names_where_they_say_exactly_what_is_adapted() -> None:
 
     def names(targets: list[str] | None) -> list[str]:
         config = peft_config(
-            trained_adapter(model, targets),
-            base_model_name_or_path="base",
-            task_type="CAUSAL_LM",
-            module_names=module_names(model),
-            fan_in_fan_out=False,
-            modules_to_save=[],
-        )
+            trained_adapter(model, targets), base_model_name_or_path="base", task_type="CAUSAL_LM",
+            module_names=module_names(model), fan_in_fan_out=False, modules_to_save=[],
+        )  # fmt: skip
         found: list[str] = config["target_modules"]
         return found
 

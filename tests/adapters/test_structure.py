@@ -31,13 +31,9 @@ def test_positions_by_hand() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(list(STRUCTURES)),
-    st.integers(1, 12),
-    st.integers(1, 12),
-    st.integers(1, 3),
-    st.floats(0.05, 1.0),
+    st.sampled_from(list(STRUCTURES)), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.floats(0.05, 1.0),
     st.integers(0, 99),
-)
+)  # fmt: skip
 def test_positions_are_exactly_the_kept_entries(
     structure: str, out_features: int, in_features: int, rank: int, p: float, seed: int
 ) -> None:

@@ -111,14 +111,11 @@ def test_shapes_are_out_by_in_whatever_the_storage() -> None:
 @pytest.mark.parametrize(
     ("name", "left"),
     [
-        ("falcon_mamba", {"x_proj", "dt_proj", "out_proj"}),
-        ("jamba", {"dt_proj"}),
-        ("bamba", {"out_proj"}),
-        ("gemma3n_text", {"correction_coefs"}),
-        ("longcat_flash", {"classifier"}),
+        ("falcon_mamba", {"x_proj", "dt_proj", "out_proj"}), ("jamba", {"dt_proj"}), ("bamba", {"out_proj"}),
+        ("gemma3n_text", {"correction_coefs"}), ("longcat_flash", {"classifier"}),
         ("deepseek_v32", {"wq_b", "wk", "weights_proj"}),
     ],
-)
+)  # fmt: skip
 def test_what_a_family_computes_past_an_adapter_is_no_target(name: str, left: set[str]) -> None:
     family = next(family for family in FAMILIES if family.name == name)
     model = build(family, device="meta")

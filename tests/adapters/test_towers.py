@@ -114,12 +114,9 @@ def test_peft_opens_what_is_adapted_and_nothing_of_the_tower() -> None:
     }
     config = peft_config(
         TasoAdapter(regions, structure="union", rank=1, scaling=1.0, seed=0, dtype=torch.float32),
-        base_model_name_or_path="",
-        task_type="CAUSAL_LM",
-        module_names=[name for name, _ in model.named_modules()],
-        fan_in_fan_out=False,
-        modules_to_save=[],
-    )
+        base_model_name_or_path="", task_type="CAUSAL_LM", module_names=[name for name, _ in model.named_modules()],
+        fan_in_fan_out=False, modules_to_save=[],
+    )  # fmt: skip
     inject_adapter_in_model(LoraConfig(r=2, target_modules=config["target_modules"]), model)
     opened = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     assert opened == list(regions)

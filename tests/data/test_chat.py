@@ -106,13 +106,9 @@ def tokenizer_of(template: str) -> Any:
 
 def encoded(tokenizer: Any, completion: str) -> EncodedRow:
     return encode_completions(
-        tokenizer,
-        [Example("Is it?", completion)],
-        max_seq_length=512,
-        append_eos=True,
-        use_chat_template=True,
+        tokenizer, [Example("Is it?", completion)], max_seq_length=512, append_eos=True, use_chat_template=True,
         source="mine",
-    )[0]
+    )[0]  # fmt: skip
 
 
 def supervised(row: EncodedRow, tokenizer: Any) -> str:

@@ -137,11 +137,8 @@ def test_completion_takes_texts_as_written() -> None:
         ("gsm8k", {}, r"missing field\(s\) 'question', 'answer'; the record has no field"),
         ("arc_easy", {"question": "q", "choices": {"text": ["a"]}, "answerKey": "A"}, r"missing field\(s\) 'label'"),
         ("arc_easy", {"question": "q", "choices": ["a", "b"], "label": 2}, "from 0 to 1, found 2"),
-        (
-            "arc_easy",
-            {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": ""},
-            "found ''",
-        ),
+        ("arc_easy", {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": ""},
+         "found ''"),
         ("arc_easy", {"question": "q", "choices": ["a"], "label": 0}, "must hold 2 to 26 texts, found 1"),
         ("arc_easy", {"question": "q", "choices": "ab", "label": 0}, "must be a list"),
         ("sst2", {"sentence": "a", "label": -1}, "hidden test labels"),
@@ -152,7 +149,7 @@ def test_completion_takes_texts_as_written() -> None:
         ("boolq", {"question": "q", "passage": None, "label": 1}, "field 'passage' must be text, found None"),
         ("completion", {"prompt": "a", "completion": 7}, "field 'completion' must be text"),
     ],
-)
+)  # fmt: skip
 def test_a_record_that_does_not_fit(name: str, record: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         get_task(name).build(record)
@@ -168,20 +165,11 @@ def test_the_row_at_fault_is_named() -> None:
 
 # Row counts as published by each data set's authors (ARC's validation: a copy of 294 of 299 rows).
 COUNTS = {
-    ("gsm8k", "train"): 7473,
-    ("gsm8k", "test"): 1319,
-    ("rte", "validation"): 277,
-    ("mrpc", "train"): 3668,
-    ("mrpc", "validation"): 408,
-    ("sst2", "validation"): 872,
-    ("cola", "validation"): 1043,
-    ("stsb", "validation"): 1500,
-    ("wic", "validation"): 638,
-    ("boolq", "validation"): 3270,
-    ("arc_challenge", "train"): 1119,
-    ("arc_challenge", "validation"): 294,
-    ("arc_challenge", "test"): 1172,
-}
+    ("gsm8k", "train"): 7473, ("gsm8k", "test"): 1319, ("rte", "validation"): 277, ("mrpc", "train"): 3668,
+    ("mrpc", "validation"): 408, ("sst2", "validation"): 872, ("cola", "validation"): 1043,
+    ("stsb", "validation"): 1500, ("wic", "validation"): 638, ("boolq", "validation"): 3270,
+    ("arc_challenge", "train"): 1119, ("arc_challenge", "validation"): 294, ("arc_challenge", "test"): 1172,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "split"), list(COUNTS))

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from configs import zero_config
 from torch import nn
 
 from taso_ds.distributed import deepspeed_fixes, process_group
 from taso_ds.distributed import engine as engines
-from taso_ds.distributed.ds_config import resolve_ds_config
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.models.load_sharded import partition_whole
 
@@ -32,10 +32,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(stage: int, *, bf16: bool = False) -> ZeroConfig:
     section = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    return resolve_ds_config(
-        {"zero_optimization": section}, micro_batch_size=2, grad_accum_steps=1, world_size=1, bf16=bf16,
-        max_grad_norm=1.0,
-    )  # fmt: skip
+    return zero_config({"zero_optimization": section}, micro=2, bf16=bf16)
 
 
 def engine_of(model: nn.Module, zero: ZeroConfig) -> Any:

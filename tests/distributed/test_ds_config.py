@@ -16,23 +16,17 @@ from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config, shi
 from taso_ds.distributed.ds_config_values import AUTO, Kind
 from taso_ds.errors import UserError
 
-BATCH = {
-    "train_batch_size": AUTO,
-    "train_micro_batch_size_per_gpu": AUTO,
-    "gradient_accumulation_steps": AUTO,
-}
+BATCH = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), AUTO)
 ZERO2 = {**BATCH, "zero_optimization": {"stage": 2}}
 
 
 def resolve(raw: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    run: dict[str, Any] = {
-        "micro_batch_size": 4,
-        "grad_accum_steps": 2,
-        "world_size": 8,
-        "bf16": True,
-        "max_grad_norm": 1.0,
-    }
-    return resolve_ds_config(raw, **{**run, **changes}, source="mine.json").raw
+    sizes = {"micro_batch_size": 4, "grad_accum_steps": 2, "world_size": 8}
+    return resolve_ds_config(raw, **{**sizes, "bf16": True, "max_grad_norm": 1.0, **changes}, source="mine.json").raw
+
+
+def zero(stage: object, **section: object) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **section}}
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -48,7 +42,7 @@ def test_reads_a_path_and_a_shipped_name(tmp_path: Path) -> None:
 def test_the_current_folder_comes_before_the_shipped_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 1}}')
     monkeypatch.chdir(tmp_path)
-    assert read_ds_config("zero3.json") == {"zero_optimization": {"stage": 1}}
+    assert read_ds_config("zero3.json") == zero(1)
 
 
 def test_missing_file_lists_the_shipped_ones_and_the_nearest(tmp_path: Path) -> None:
@@ -65,15 +59,11 @@ def test_missing_file_lists_the_shipped_ones_and_the_nearest(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n  "a": 1,\n}', r"line 3, column 1: |line 2, column 9: "),
-        ("", "column 1: "),
-        ('{"a": {"b": 1, "b": 2}}', "the key 'b' twice"),
-        ("[1]", "holds a list"),
-        ("2", "holds a number"),
-        ('{"a": NaN}', "holds NaN, which is not JSON"),
-        (b"\xff\xfe", "cannot read"),
+        ('{\n  "a": 1,\n}', r"line 3, column 1: |line 2, column 9: "), ("", "column 1: "),
+        ('{"a": {"b": 1, "b": 2}}', "the key 'b' twice"), ("[1]", "holds a list"), ("2", "holds a number"),
+        ('{"a": NaN}', "holds NaN, which is not JSON"), (b"\xff\xfe", "cannot read"),
     ],
-)
+)  # fmt: skip
 def test_malformed_files_say_where(text: str | bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / "bad.json"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -111,13 +101,9 @@ def test_the_run_decides_batch_precision_clipping_and_silence() -> None:
 
 def test_numbers_that_agree_are_accepted() -> None:
     raw = {
-        "train_batch_size": 64,
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 1,
-        "bf16": {"enabled": True},
-        "steps_per_print": 10,
-    }
+        "train_batch_size": 64, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1, "bf16": {"enabled": True}, "steps_per_print": 10,
+    }  # fmt: skip
     resolved = resolve(raw)
     assert resolved["train_batch_size"] == 64
     assert resolved["steps_per_print"] == 10
@@ -126,7 +112,7 @@ def test_numbers_that_agree_are_accepted() -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("bf16", [True, False])
 def test_gradients_add_in_fp32_where_deepspeed_can(stage: int, bf16: bool, caplog: pytest.LogCaptureFixture) -> None:
-    resolved = resolve({"zero_optimization": {"stage": stage}}, bf16=bf16)
+    resolved = resolve(zero(stage), bf16=bf16)
     rounded = stage == 0 and bf16
     assert resolved["data_types"]["grad_accum_dtype"] == ("bf16" if rounded else "fp32")
     assert resolved["communication_data_type"] == "fp32"
@@ -137,7 +123,7 @@ def test_automatic_zero_values_are_documented_numbers() -> None:
     section = dict.fromkeys(keys.ZERO_AUTO, AUTO)
     resolved = resolve({"zero_optimization": {**section, "stage": 3, "overlap_comm": AUTO}})["zero_optimization"]
     assert resolved == {**keys.ZERO_AUTO, "stage": 3, "overlap_comm": True}
-    assert resolve({"zero_optimization": {"stage": 1, "overlap_comm": AUTO}})["zero_optimization"] == {
+    assert resolve(zero(1, overlap_comm=AUTO))["zero_optimization"] == {
         "stage": 1,
         "overlap_comm": False,
     }
@@ -153,7 +139,7 @@ def test_unprefixed_stage3_names_are_the_same_keys() -> None:
 
 
 def test_offloading_the_optimizer_keeps_torch_adamw() -> None:
-    offload = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    offload = zero(3, offload_optimizer={"device": "cpu"})
     assert resolve(offload)["zero_force_ds_cpu_optimizer"] is False
     assert "zero_force_ds_cpu_optimizer" not in resolve(ZERO2)
 
@@ -191,16 +177,11 @@ def test_unsupported_keys_are_left_out_when_they_are_off(key: str) -> None:
 # What is refused ------------------------------------------------------------------------------------------------------
 
 ON: dict[str, Any] = {
-    "gradient_allreduce_op": "sum",
-    "gradient_predivide_factor": 8.0,
-    "managed_gradient_accumulation": False,
-    "seq_parallel_communication_data_type": "bf16",
-    "data_parallel_size": 2,
-    "sequence_parallel_size": 2,
-    "activation_checkpointing": {"partition_activations": True},
-    "tensor_parallel": {"autotp_size": 2},
+    "gradient_allreduce_op": "sum", "gradient_predivide_factor": 8.0, "managed_gradient_accumulation": False,
+    "seq_parallel_communication_data_type": "bf16", "data_parallel_size": 2, "sequence_parallel_size": 2,
+    "activation_checkpointing": {"partition_activations": True}, "tensor_parallel": {"autotp_size": 2},
     "weight_quantization": {"quantized_initialization": {"num_bits": 4}},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", keys.UNSUPPORTED)
@@ -216,23 +197,14 @@ def test_unsupported_keys_are_refused_when_they_are_on(key: str) -> None:
     [
         ({"zero_optimisation": {}}, {}, r"unknown key 'zero_optimisation' \(nearest: 'zero_optimization'\)"),
         ({"gradient_acumulation_steps": 2}, {}, r"nearest: 'gradient_accumulation_steps'"),
-        (
-            {"zero_optimization": {"stage": 3, "stage3_prefech_bucket_size": 1}},
-            {},
-            r"unknown key 'zero_optimization.stage3_prefech_bucket_size' \(nearest: 'stage3_prefetch_bucket_size'\)",
-        ),
-        (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
-            {},
-            r"'zero_optimization.offload_optimizer.devise' \(nearest: 'device'\)",
-        ),
+        (zero(3, stage3_prefech_bucket_size=1), {},
+         r"unknown key 'zero_optimization.stage3_prefech_bucket_size' \(nearest: 'stage3_prefetch_bucket_size'\)"),
+        (zero(2, offload_optimizer={"devise": "cpu"}), {},
+         r"'zero_optimization.offload_optimizer.devise' \(nearest: 'device'\)"),
         ({"bf16": {"enable": True}}, {}, r"'bf16.enable' \(nearest: 'enabled'\)"),
         ({"data_types": {"grad_acc_dtype": "fp32"}}, {}, r"nearest: 'grad_accum_dtype'"),
-        (
-            {"train_batch_size": 32},
-            {},
-            "train_batch_size is 32, but this run has 4 rows per rank × 2 micro-batches × 8 ranks = 64 rows per step",
-        ),
+        ({"train_batch_size": 32}, {},
+         "train_batch_size is 32, but this run has 4 rows per rank × 2 micro-batches × 8 ranks = 64 rows per step"),
         ({"train_micro_batch_size_per_gpu": 1}, {}, "train_micro_batch_size_per_gpu is 1, but this run has 4 rows"),
         ({"gradient_accumulation_steps": True}, {"grad_accum_steps": 1}, "gradient_accumulation_steps is true"),
         ({"train_batch_size": "64"}, {}, 'train_batch_size is "64"'),
@@ -252,80 +224,45 @@ def test_unsupported_keys_are_refused_when_they_are_on(key: str) -> None:
         ({"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 1e-3}}}, {}, "every parameter group"),
         ({"zero_optimization": True}, {}, "zero_optimization is true, not an object"),
         ({"zero_optimization": {"reduce_scatter": True}}, {}, "stage is null, not one of 0, 1, 2, 3"),
-        ({"zero_optimization": {"stage": 4}}, {}, "stage is 4"),
-        ({"zero_optimization": {"stage": True}}, {}, "stage is true"),
-        ({"zero_optimization": {"stage": AUTO}}, {}, 'stage is "auto"'),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e8"}}, {}, 'is "5e8", not a whole number'),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, {}, "is -1, not a whole number"),
-        ({"zero_optimization": {"stage": 2, "reduce_scatter": 1}}, {}, "reduce_scatter is 1, not true or false"),
-        (
-            {"zero_optimization": {"stage": 3, "max_live_parameters": 1, "stage3_max_live_parameters": 1}},
-            {},
-            "two names of one key",
-        ),
-        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, {}, "clipping and the log need"),
-        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, {}, '"offload_optimizer": {"device": "cpu"}'),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, "needs stage 3 or more, not 2"),
-        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, {}, "needs stage 1 or more"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}, {}, "not one of none, cpu, nvme"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "needs .*nvme_path"),
-        (
-            {
-                "zero_optimization": {
-                    "stage": 3,
-                    "stage3_prefetch_bucket_size": 9,
-                    "offload_param": {"device": "nvme", "nvme_path": "/disk"},
-                }
-            },
-            {},
-            "stage3_prefetch_bucket_size must be 0",
-        ),
+        (zero(4), {}, "stage is 4"),
+        (zero(True), {}, "stage is true"),
+        (zero(AUTO), {}, 'stage is "auto"'),
+        (zero(2, reduce_bucket_size="5e8"), {}, 'is "5e8", not a whole number'),
+        (zero(2, reduce_bucket_size=-1), {}, "is -1, not a whole number"),
+        (zero(2, reduce_scatter=1), {}, "reduce_scatter is 1, not true or false"),
+        (zero(3, max_live_parameters=1, stage3_max_live_parameters=1), {}, "two names of one key"),
+        (zero(2, compute_grad_norm=False), {}, "clipping and the log need"),
+        (zero(2, cpu_offload=True), {}, '"offload_optimizer": {"device": "cpu"}'),
+        (zero(2, offload_param={"device": "cpu"}), {}, "needs stage 3 or more, not 2"),
+        (zero(0, offload_optimizer={"device": "cpu"}), {}, "needs stage 1 or more"),
+        (zero(3, offload_param={"device": "gpu"}), {}, "not one of none, cpu, nvme"),
+        (zero(3, offload_param={"device": "nvme"}), {}, "needs .*nvme_path"),
+        (zero(3, stage3_prefetch_bucket_size=9, offload_param={"device": "nvme", "nvme_path": "/disk"}), {},
+         "stage3_prefetch_bucket_size must be 0"),
         (read_ds_config("zero3_nvme.json"), {}, "pass --nvme_path, a folder on a local disk"),
-        (
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}},
-            {},
-            "offload_optimizer.device nvme is not supported",
-        ),
-        ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, {}, "needs stage 3, not 2"),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, {}, "does not divide the 8 ranks"),
-        (
-            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2, "offload_param": {"device": "cpu"}}},
-            {},
-            "drop offload_param",
-        ),
-        (
-            {
-                "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
-                "zero_force_ds_cpu_optimizer": True,
-            },
-            {},
-            "zero_force_ds_cpu_optimizer is true, but the optimizer is torch's AdamW",
-        ),
-        (
-            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_size": AUTO}}},
-            {},
-            'zero_optimization.offload_param.buffer_size is "auto", but the run does not decide it',
-        ),
+        (zero(3, offload_optimizer={"device": "nvme", "nvme_path": "/disk"}), {},
+         "offload_optimizer.device nvme is not supported"),
+        (zero(2, zero_hpz_partition_size=2), {}, "needs stage 3, not 2"),
+        (zero(3, zero_hpz_partition_size=3), {}, "does not divide the 8 ranks"),
+        (zero(3, zero_hpz_partition_size=2, offload_param={"device": "cpu"}), {}, "drop offload_param"),
+        (zero(3, offload_optimizer={"device": "cpu"}) | {"zero_force_ds_cpu_optimizer": True}, {},
+         "zero_force_ds_cpu_optimizer is true, but the optimizer is torch's AdamW"),
+        (zero(3, offload_param={"device": "cpu", "buffer_size": AUTO}), {},
+         'zero_optimization.offload_param.buffer_size is "auto", but the run does not decide it'),
         ({"aio": {"queue_depth": AUTO}}, {}, 'aio.queue_depth is "auto"'),
         ({"comms_logger": {"prof_ops": [AUTO]}}, {}, 'comms_logger.prof_ops.0 is "auto"'),
         ({"data_types": {"param_dtype": "fp32"}}, {}, 'param_dtype is "fp32", but this run is in bf16'),
         ({"data_types": {"keep_in_fp32_modules": ["("]}}, {}, "not a list of name patterns"),
         ({"timers": {"throughput": {"enabled": 1}}}, {}, "timers.throughput.enabled is 1, not true or false"),
-        (
-            {"flops_profiler": {"top_modules": 0}},
-            {},
-            "flops_profiler.top_modules is 0, not a whole number of 1 or more",
-        ),
+        ({"flops_profiler": {"top_modules": 0}}, {},
+         "flops_profiler.top_modules is 0, not a whole number of 1 or more"),
         ({"log_level": "verbose"}, {}, 'log_level is "verbose", not one of debug, info'),
-        (
-            {"data_types": {"grad_accum_dtype": "fp32"}},
-            {},
-            "stage 0 in bf16 allows bf16; stage 1 or more can add in fp32",
-        ),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, {},
+         "stage 0 in bf16 allows bf16; stage 1 or more can add in fp32"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, {"bf16": False}, "stage 0 in fp32 allows fp32"),
         ({"communication_data_type": "int8"}, {}, "not fp32, bf16 or fp16"),
     ],
-)
+)  # fmt: skip
 def test_refusals_name_the_key_and_the_remedy(raw: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         resolve(raw, **changes)

@@ -22,13 +22,9 @@ def test_a_task_of_srun_is_a_rank() -> None:
     slurm.adopt_meeting_point(environment)
     found = {name: environment[name] for name in sorted(environment.keys() - TASK.keys())}
     assert found == {
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(slurm.port_of(7, 1)),
-        "RANK": "4",
-        "WORLD_SIZE": "5",
-    }
+        "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(slurm.port_of(7, 1)),
+        "RANK": "4", "WORLD_SIZE": "5",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -58,14 +54,10 @@ def test_what_torchrun_set_stays() -> None:
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
-        ("node1", "node1"),
-        ("node[1-3,7]", "node1"),
-        ("gpu-a[001-004],b1", "gpu-a001"),
-        ("b,a[1-2]", "b"),
-        ("gpu-[003-005,9]x,login", "gpu-003x"),
-        ("rack[0-1]n[2-3]-ib", "rack0n2-ib"),
+        ("node1", "node1"), ("node[1-3,7]", "node1"), ("gpu-a[001-004],b1", "gpu-a001"), ("b,a[1-2]", "b"),
+        ("gpu-[003-005,9]x,login", "gpu-003x"), ("rack[0-1]n[2-3]-ib", "rack0n2-ib"),
     ],
-)
+)  # fmt: skip
 def test_first_host(nodes: str, first: str) -> None:
     assert slurm.first_host(nodes) == first
 

@@ -73,17 +73,12 @@ def test_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folder", "nodes", "kind", "status"),
     [
-        ("/home/me/runs", 4, "nfs4", OK),
-        ("/scratch", 4, "lustre", OK),
-        ("/home/local/runs", 4, "btrfs", WARN),
-        ("/home/local/runs", 1, "btrfs", OK),
-        ("/var/runs", 1, "ext4", OK),
-        ("/my disk/runs", 2, "xfs", WARN),
-        ("/layer/runs", 1, "overlay", WARN),
-        ("/fuse/runs", 1, "fuse.unheard-of", OK),
+        ("/home/me/runs", 4, "nfs4", OK), ("/scratch", 4, "lustre", OK), ("/home/local/runs", 4, "btrfs", WARN),
+        ("/home/local/runs", 1, "btrfs", OK), ("/var/runs", 1, "ext4", OK), ("/my disk/runs", 2, "xfs", WARN),
+        ("/layer/runs", 1, "overlay", WARN), ("/fuse/runs", 1, "fuse.unheard-of", OK),
         ("/fuse/runs", 2, "fuse.unheard-of", WARN),
     ],
-)
+)  # fmt: skip
 def test_who_sees_a_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str, nodes: int, kind: str, status: str
 ) -> None:

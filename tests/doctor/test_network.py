@@ -28,15 +28,11 @@ def test_a_port_that_is_really_taken() -> None:
 @pytest.mark.parametrize(
     ("name", "backend", "nodes", "chosen", "status"),
     [
-        ("192.0.2.7", "gloo", 2, None, OK),
-        ("localhost", "gloo", 1, None, WARN),
-        ("localhost", "gloo", 2, None, FAIL),
-        ("localhost", "gloo", 2, "lo", OK),
-        ("localhost", "nccl", 2, None, WARN),
-        ("no-such-node.invalid", "gloo", 1, None, WARN),
-        ("no-such-node.invalid", "gloo", 2, None, FAIL),
+        ("192.0.2.7", "gloo", 2, None, OK), ("localhost", "gloo", 1, None, WARN), ("localhost", "gloo", 2, None, FAIL),
+        ("localhost", "gloo", 2, "lo", OK), ("localhost", "nccl", 2, None, WARN),
+        ("no-such-node.invalid", "gloo", 1, None, WARN), ("no-such-node.invalid", "gloo", 2, None, FAIL),
     ],
-)
+)  # fmt: skip
 def test_hostname(
     monkeypatch: pytest.MonkeyPatch, name: str, backend: str, nodes: int, chosen: str | None, status: str
 ) -> None:

@@ -57,17 +57,9 @@ def _truncate(path: Path) -> None:
 
 def _damage_models(good: Path, models: Path) -> None:
     names = (
-        "no_config",
-        "broken_config",
-        "no_tokenizer",
-        "broken_tokenizer",
-        "truncated",
-        "no_weights",
-        "part",
-        "shapes",
-        "quantized",
-        "gptq",
-    )
+        "no_config", "broken_config", "no_tokenizer", "broken_tokenizer", "truncated", "no_weights", "part", "shapes",
+        "quantized", "gptq",
+    )  # fmt: skip
     for name in names:
         shutil.copytree(good, models / name)
     shutil.copytree(good, models / "whole")

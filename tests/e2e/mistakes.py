@@ -6,7 +6,8 @@ written. Every case runs the real ``main()``. Loading weights fails the test, un
 
 import shlex
 import string
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,27 @@ def assert_refused(mistake: Mistake, desk: Path, request: pytest.FixtureRequest)
     for file, content in mistake.files.items():
         (desk / file).parent.mkdir(exist_ok=True)
         (desk / file).write_text(content, encoding="utf-8")
-    before = contents(desk, *places.values())
-    finished = call_main(mistake.script, [word.format(**places) for word in shlex.split(text)])
+    with unchanged(desk, *places.values()):
+        finished = call_main(mistake.script, [word.format(**places) for word in shlex.split(text)])
     assert_one_line(finished, *mistake.words)
     if not mistake.loads:
         assert finished.err.splitlines() == finished.errors  # that one line, and nothing else
-    assert contents(desk, *places.values()) == before
+
+
+def refused(flags: str, *words: str, llama: Path, script: str = "train") -> None:
+    """Run the script with a mistake in the current folder, which stays as it is."""
+    with unchanged(Path.cwd()):
+        finished = call_main(script, [*GOOD.format(llama=llama).split(), *flags.split(" ")])
+    assert_one_line(finished, *words)
+    assert finished.err.splitlines() == finished.errors  # that one line, and nothing else
+
+
+@contextmanager
+def unchanged(*folders: Path) -> Iterator[None]:
+    """Nothing that happens meanwhile makes, changes or removes a file or a folder there."""
+    before = contents(*folders)
+    yield
+    assert contents(*folders) == before
 
 
 def contents(*folders: Path) -> dict[Path, bytes | None]:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from configs import zero_config
 
 from taso_ds.distributed import ds_config_keys as keys
 from taso_ds.distributed import engine as engines
 from taso_ds.distributed import process_group
-from taso_ds.distributed.ds_config import resolve_ds_config
 from taso_ds.distributed.ds_config_check import check_device, check_ds_config
 from taso_ds.distributed.ds_config_values import Kind, Table
 from taso_ds.distributed.zero_config import ZeroConfig
@@ -88,10 +88,7 @@ def run_engine(zero: ZeroConfig, *, bf16: bool) -> None:
 def outcome(path: Path_, value: Any, stage: int) -> str:
     bf16 = stage % 2 == 1
     try:
-        zero = resolve_ds_config(
-            document(path, value, stage), micro_batch_size=2, grad_accum_steps=1, world_size=1, bf16=bf16,
-            max_grad_norm=1.0, nvme_path="/disk",
-        )  # fmt: skip
+        zero = zero_config(document(path, value, stage), micro=2, bf16=bf16, nvme_path="/disk")
         check_ds_config(zero, "ds.json")
         check_device(zero, "ds.json")
     except UserError as error:

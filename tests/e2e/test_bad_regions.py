@@ -15,11 +15,9 @@ add("regions missing", f"{REGIONS}none.safetensors", "none.safetensors", "no suc
 add("regions truncated", f"{REGIONS}truncated.safetensors", "truncated.safetensors", "not a readable safetensors file")
 add("regions are text", f"{REGIONS}text.safetensors", "text.safetensors", "not a readable safetensors file")
 add(
-    "regions are weights",
-    "--core_regions {llama}/model.safetensors",
-    "model.safetensors",
+    "regions are weights", "--core_regions {llama}/model.safetensors", "model.safetensors",
     "not a taso_core_regions file",
-)
+)  # fmt: skip
 add("regions lack a tensor", f"{REGIONS}part.safetensors", "part.safetensors", "row_counts", "missing")
 add("regions of another model", f"{REGIONS}gpt2.safetensors", "core_regions", "gpt2.safetensors", "another model")
 add(
@@ -37,20 +35,13 @@ for flags, asked, made in (
         words = (flags.split()[0].strip("-"), "llama.safetensors", f"scored with {made}, not {asked}", "--core_regions")
         add(f"{script}: regions and {flags}", f"{REGIONS}llama.safetensors {flags}", *words, script=script)
 add(
-    "regions and scoring in YAML",
-    f"{REGIONS}llama.safetensors --config run.yaml",
-    "importance: ",
-    "not magnitude",
+    "regions and scoring in YAML", f"{REGIONS}llama.safetensors --config run.yaml", "importance: ", "not magnitude",
     files={"run.yaml": "importance: magnitude"},
-)
+)  # fmt: skip
 add(
-    "regions of other weights",
-    f"{REGIONS}seed1.safetensors",
-    "core_regions",
-    "seed1.safetensors",
-    "other weights",
+    "regions of other weights", f"{REGIONS}seed1.safetensors", "core_regions", "seed1.safetensors", "other weights",
     loads=True,
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=list(MISTAKES))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from launching import call_main
-from mistakes import GOOD, assert_one_line, contents
+from mistakes import GOOD, assert_one_line, refused, unchanged
 from safetensors.torch import load_file, save_file
 from sample_rows import write_splits
 
@@ -27,15 +27,6 @@ def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = [*GOOD.format(llama=llama_folder).split(), *write_splits(folder, 8, 8)]
     call_main("train", [*flags, "--output_dir", folder / "run"]).succeeded()
     return folder / "run"
-
-
-def refused(llama_folder: Path, desk: Path, flags: str, *words: str) -> None:
-    """Train with a mistake in the current folder."""
-    before = contents(desk)
-    finished = call_main("train", [*GOOD.format(llama=llama_folder).split(), *flags.split()])
-    assert_one_line(finished, *words)
-    assert finished.err.splitlines() == finished.errors  # that one line, and nothing else
-    assert contents(desk) == before
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
@@ -91,7 +82,7 @@ def test_damaged_weights(name: str, stage: int, llama_folder: Path, desk: Path, 
     file = desk / "model" / "model.safetensors"
     file.write_bytes(DAMAGED_WEIGHTS[name](file.read_bytes()))
     flags = f"--model_name_or_path model --ds_config zero{stage}.json"
-    refused(llama_folder, desk, flags, "model_name_or_path", "model.safetensors", "copy it again")
+    refused(flags, "model_name_or_path", "model.safetensors", "copy it again", llama=llama_folder)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -121,7 +112,7 @@ def test_a_damaged_index(
     name = next(iter(load_file(outside)))
     (desk / "model" / "model.safetensors.index.json").write_text(index.format(name=name, outside=outside))
     flags = f"--model_name_or_path model --ds_config zero{stage}.json"
-    refused(llama_folder, desk, flags, "model_name_or_path", "model.safetensors.index.json", *words)
+    refused(flags, "model_name_or_path", "model.safetensors.index.json", *words, llama=llama_folder)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +130,7 @@ def test_a_damaged_config(
 ) -> None:
     shutil.copytree(llama_folder, desk / "model")
     (desk / "model" / "config.json").write_bytes(content)
-    refused(llama_folder, desk, "--model_name_or_path model", "model_name_or_path", "model", *words)
+    refused("--model_name_or_path model", "model_name_or_path", "model", *words, llama=llama_folder)
 
 
 # Region files and adapters --------------------------------------------------------------------------------------------
@@ -169,12 +160,13 @@ DAMAGED_TENSORS: dict[str, Callable[[bytes], bytes]] = {
 def test_damaged_regions(name: str, run: Path, llama_folder: Path, desk: Path, forbid_weights: None) -> None:
     whole = (run / "core_regions.safetensors").read_bytes()
     (desk / "r.safetensors").write_bytes(DAMAGED_TENSORS[name](whole))
-    refused(llama_folder, desk, "--core_regions r.safetensors", "r.safetensors: ")
+    refused("--core_regions r.safetensors", "r.safetensors: ", llama=llama_folder)
 
 
 def test_an_adapter_for_regions(run: Path, llama_folder: Path, desk: Path, forbid_weights: None) -> None:
     file = run / "adapter" / "taso_adapter.safetensors"
-    refused(llama_folder, desk, f"--core_regions {file}", "not a taso_core_regions file (its kind is 'taso_adapter')")
+    words = "not a taso_core_regions file (its kind is 'taso_adapter')"
+    refused(f"--core_regions {file}", words, llama=llama_folder)
 
 
 @pytest.mark.parametrize("name", [*DAMAGED_TENSORS, "core regions"])
@@ -186,9 +178,8 @@ def test_a_damaged_adapter(name: str, script: str, run: Path, desk: Path, forbid
         shutil.copy(run / "core_regions.safetensors", file)
     else:
         file.write_bytes(DAMAGED_TENSORS[name](file.read_bytes()))
-    before = contents(desk)
-    assert_one_line(call_main(script, ["--run", "run"]), "adapter/taso_adapter.safetensors: ")
-    assert contents(desk) == before
+    with unchanged(desk):
+        assert_one_line(call_main(script, ["--run", "run"]), "adapter/taso_adapter.safetensors: ")
 
 
 def test_an_adapter_whose_checksum_was_made_for_other_numbers(run: Path, desk: Path, forbid_weights: None) -> None:
@@ -236,16 +227,10 @@ TEXTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "JSON binary": ("ds.json", b"\xff\xfe{\x00", ("cannot read ds.json",)),
     "JSON nested": ("ds.json", b'{"a":' * 100_000, ("not readable JSON", "recursion")),
     "JSON digits": ("ds.json", b'{"steps_per_print": ' + b"9" * 5000 + b"}", ("not readable JSON", "4300")),
-    "JSON huge number": (
-        "ds.json",
-        b'{"zero_optimization": {"stage": 3, "sub_group_size": 1e400}}',
-        ("sub_group_size",),
-    ),
-    "JSON big integer": (
-        "ds.json",
-        b'{"zero_optimization": {"stage": 3, "sub_group_size": 1' + b"0" * 400 + b"}}",
-        ("sub_group_size",),
-    ),
+    "JSON huge number": ("ds.json", b'{"zero_optimization": {"stage": 3, "sub_group_size": 1e400}}',
+                         ("sub_group_size",)),
+    "JSON big integer": ("ds.json", b'{"zero_optimization": {"stage": 3, "sub_group_size": 1' + b"0" * 400 + b"}}",
+                         ("sub_group_size",)),
     "JSON surrogate": ("ds.json", b'{"\\ud800": 1}', ("half a surrogate pair",)),
     "JSON long key": ("ds.json", b'{"' + b"k" * 1_000_000 + b'": 1}', ("unknown key",)),
     "JSON nested twice": ("ds.json", b'{"bf16": {"enabled": true, "enabled": false}}', ("'enabled' twice",)),
@@ -277,7 +262,7 @@ TEXTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "YAML empty": ("run.yaml", b"", ("run.yaml is empty",)),
     "YAML mapping for a text": ("run.yaml", b"task: {a: b}", ("task is {'a': 'b'}, not a text",)),
     "YAML in YAML": ("run.yaml", b"config: other.yaml", ("run.yaml", "another configuration file")),
-}
+}  # fmt: skip
 FLAG_OF = {"ds.json": "--ds_config", "rows.jsonl": "--train_file", "run.yaml": "--config"}
 NOT_ON_TOP = ("--output_dir run", "--eval_file eval.jsonl")  # flags of GOOD that a configuration could not override
 
@@ -291,12 +276,11 @@ def test_hostile_text(name: str, llama_folder: Path, desk: Path, forbid_weights:
         for flag in NOT_ON_TOP:
             good = good.replace(flag, "")
         good = good.replace("--task completion", "").replace("--train_file train.jsonl", "")
-    before = contents(desk)
-    finished = call_main("train", [*good.format(llama=llama_folder).split(), FLAG_OF[file], file])
+    with unchanged(desk):
+        finished = call_main("train", [*good.format(llama=llama_folder).split(), FLAG_OF[file], file])
     assert_one_line(finished, *words)
     assert finished.errors[0].isprintable()  # nothing that moves the cursor or turns the text around
     assert finished.err.splitlines() == finished.errors
-    assert contents(desk) == before
 
 
 def test_debug_shows_where_a_file_was_read(llama_folder: Path, desk: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 import torch
 from launching import Finished, call_main
-from mistakes import assert_one_line, contents
+from mistakes import assert_one_line, unchanged
 from safetensors.torch import load_file, save_file
 from sample_rows import write_rows, write_sentences
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
@@ -95,10 +95,9 @@ def said(finished: Finished, *words: str) -> bool:
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluate_repeats_the_recorded_numbers(method: str, kind: str, runs: Path) -> None:
     run = runs / f"{method}-{kind}"
-    before = contents(run)
-    found = evaluated(run)
+    with unchanged(run):
+        found = evaluated(run)
     assert {key: found[key] for key in after(run)} == pytest.approx(after(run), rel=1e-6)
-    assert contents(run) == before
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "head"])
@@ -233,10 +232,9 @@ def test_merge_a_lora_of_transposed_weights(gpt2_folder: Path, runs: Path, tmp_p
 
 
 def test_a_full_model_needs_no_merge(runs: Path) -> None:
-    before = contents(runs / "full-fp32")
-    finished = call_main("export", ["--run", runs / "full-fp32", "--merge"])
+    with unchanged(runs / "full-fp32"):
+        finished = call_main("export", ["--run", runs / "full-fp32", "--merge"])
     assert_one_line(finished, "merge", "model is a plain model already")
-    assert contents(runs / "full-fp32") == before
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
@@ -250,29 +248,17 @@ DAMAGE: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "no adapter": ("lora", lambda run: shutil.rmtree(run / "adapter"), ("adapter does not exist", "no training has")),
     "no model": ("full", lambda run: shutil.rmtree(run / "model"), ("model does not exist", "start its command again")),
     "no TASO": ("taso", lambda run: shutil.rmtree(run / "adapter"), ("adapter does not exist", "no training has")),
-    "no weights": (
-        "lora",
-        lambda run: (run / "adapter" / "adapter_model.safetensors").unlink(),
-        ("adapter_model.safetensors: no such file",),
-    ),
-    "no settings": (
-        "lora",
-        lambda run: (run / "adapter" / "adapter_config.json").unlink(),
-        ("adapter: incomplete", "adapter_config.json"),
-    ),
-    "cut short": (
-        "lora",
-        lambda run: _cut_short(run / "adapter" / "adapter_model.safetensors"),
-        ("adapter_model.safetensors", "not a readable safetensors file"),
-    ),
-    "settings cut short": (
-        "lora",
-        lambda run: _cut_short(run / "adapter" / "adapter_config.json"),
-        ("adapter_config.json",),
-    ),
+    "no weights": ("lora", lambda run: (run / "adapter" / "adapter_model.safetensors").unlink(),
+                   ("adapter_model.safetensors: no such file",)),
+    "no settings": ("lora", lambda run: (run / "adapter" / "adapter_config.json").unlink(),
+                    ("adapter: incomplete", "adapter_config.json")),
+    "cut short": ("lora", lambda run: _cut_short(run / "adapter" / "adapter_model.safetensors"),
+                  ("adapter_model.safetensors", "not a readable safetensors file")),
+    "settings cut short": ("lora", lambda run: _cut_short(run / "adapter" / "adapter_config.json"),
+                           ("adapter_config.json",)),
     "model cut short": ("full", lambda run: _cut_short(run / "model" / "model.safetensors"), ("damaged, copy it",)),
     "no configuration of the model": ("full", lambda run: (run / "model" / "config.json").unlink(), ("model",)),
-}
+}  # fmt: skip
 
 
 def _change_tensors(change: Any) -> Any:
@@ -313,10 +299,9 @@ def test_a_damaged_run_is_refused_before_weights_load(name: str, copied: Any, fo
     method, damage, words = DAMAGE[name]
     run = copied(f"{method}-fp32")
     damage(run)
-    before = contents(run)
-    for script in ("evaluate", "export"):
-        assert_one_line(call_main(script, ["--run", run]), *words)
-    assert contents(run) == before
+    with unchanged(run):
+        for script in ("evaluate", "export"):
+            assert_one_line(call_main(script, ["--run", run]), *words)
 
 
 # Flags over the record ------------------------------------------------------------------------------------------------
@@ -407,13 +392,12 @@ def test_a_flag_acts_or_is_refused(
     name: str, script: str, flags: str, words: tuple[str, ...] | None, runs: Path, places: dict[str, Path]
 ) -> None:
     run = places.get(name, runs / name)
-    before = contents(run)
-    finished = call_main(script, ["--run", run, *flags.format(**places).split()])
+    with unchanged(run):
+        finished = call_main(script, ["--run", run, *flags.format(**places).split()])
     if words is None:
         assert json.loads(finished.succeeded().lines[-1])["loss"] > 0
     else:
         assert_one_line(finished, *words)
-    assert contents(run) == before
 
 
 def test_a_file_cannot_name_the_run(runs: Path, tmp_path: Path) -> None:

@@ -84,20 +84,12 @@ SMALL = ["--gpus_per_node", "1", "--device_memory_gb", "24", "--per_device_train
     ("model", "flags", "proposed", "not_proposed"),
     [
         ("dense", SMALL, [], []),
-        (
-            "dense",
-            [*SMALL, "--load_in_4bit", "False", "--gradient_checkpointing=False"],
-            ["--calibration_"],
-            ["--load_in_4bit --"],
-        ),
+        ("dense", [*SMALL, "--load_in_4bit", "False", "--gradient_checkpointing=False"], ["--calibration_"],
+         ["--load_in_4bit --"]),
         ("dense", [*SMALL[:2], "--calibration_passes", "1", "--calibration_offload", "none"], [], ["offload cpu"]),
         ("dense", [*SMALL, "--load_in_8bit"], ["--load_in_8bit"], ["--load_in_4bit"]),
-        (
-            "dense",
-            [*SMALL, "--load_in_4bit", "--importance_weights", "original"],
-            ["--load_in_4bit", "--importance_weights original"],
-            [],
-        ),
+        ("dense", [*SMALL, "--load_in_4bit", "--importance_weights", "original"],
+         ["--load_in_4bit", "--importance_weights original"], []),
         ("dense", ["--ds_config", "zero2.json", "--gradient_checkpointing"], ["zero2.json", "--gradient_check"], []),
         ("dense", ["--nvme_path", "/disk", "--ds_config", "zero3_nvme.json"], ["zero3_nvme.json", "--nvme_path"], []),
         ("dense", ["--method", "full"], ["--method full"], ["--load_in"]),
@@ -106,7 +98,7 @@ SMALL = ["--gpus_per_node", "1", "--device_memory_gb", "24", "--per_device_train
         ("experts", ["--adapt_experts", *SMALL], ["--adapt_experts"], ["--load_in"]),
         ("experts", ["--nodes", "2", "--network", "ethernet-25"], [], []),
     ],
-)
+)  # fmt: skip
 def test_a_run_takes_what_is_proposed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

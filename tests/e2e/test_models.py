@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 from launching import call_main
-from mistakes import GOOD, assert_one_line, contents
+from mistakes import GOOD, assert_one_line, unchanged
 from safetensors.torch import load_file
 from sample_rows import write_sentences
 
@@ -57,14 +57,13 @@ def test_a_body_that_is_not_called_and_results_changed_in_place(make: Any, check
 @pytest.mark.parametrize("script", ["train", "train --dry_run", "plan"])
 def test_blocks_that_cannot_be_recomputed(script: str, desk: Path, forbid_weights: None) -> None:
     folder, rows = classifier(desk / "albert"), sentences(desk)
-    before = contents(desk)
     script, *dry_run = script.split()
     flags = ["--model_name_or_path", str(folder), "--task", "sst2", "--max_seq_length", "64"]
     if script == "train":
         flags = [*GOOD.format(llama=folder).split(), *rows, *dry_run]
-    finished = call_main(script, [*flags, "--gradient_checkpointing"])
+    with unchanged(desk):
+        finished = call_main(script, [*flags, "--gradient_checkpointing"])
     assert_one_line(finished, "gradient_checkpointing", "AlbertForSequenceClassification", "drop the flag")
-    assert contents(desk) == before
 
 
 def test_a_base_of_which_nothing_would_be_quantized_is_refused(desk: Path, forbid_weights: None) -> None:
@@ -99,18 +98,14 @@ def family(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "script", "flags"),
     [
-        ("fnet", "train", ""),
-        ("fnet", "plan", "--load_in_4bit"),
-        ("deberta", "train --dry_run", ""),
-        ("deberta", "train", "--load_in_4bit"),
-        ("xlnet", "train", ""),
+        ("fnet", "train", ""), ("fnet", "plan", "--load_in_4bit"), ("deberta", "train --dry_run", ""),
+        ("deberta", "train", "--load_in_4bit"), ("xlnet", "train", ""),
     ],
-)
+)  # fmt: skip
 def test_a_base_that_does_not_compute_in_bfloat16(
     name: str, script: str, flags: str, desk: Path, forbid_weights: None
 ) -> None:
     folder, rows = family(name, desk / "model"), sentences(desk)
-    before = contents(desk)
     script, *more = script.split()
     task = ["--head", "classification", "--task", "sst2"] if name != "xlnet" else ["--task", "completion"]
     given = ["--model_name_or_path", str(folder), *task, "--max_seq_length", "64"]
@@ -120,22 +115,21 @@ def test_a_base_that_does_not_compute_in_bfloat16(
             *(rows if name != "xlnet" else ()),
             *more,
         ]
-    finished = call_main(script, [*given, *flags.split()])
+    with unchanged(desk):
+        finished = call_main(script, [*given, *flags.split()])
     assert_one_line(finished, "bf16", f"({name})", "bfloat16", "--no_bf16")
-    assert contents(desk) == before
 
 
 @pytest.mark.parametrize("script", ["train", "train --dry_run", "plan"])
 def test_an_export_that_peft_would_not_read_is_refused(script: str, desk: Path, forbid_weights: None) -> None:
     folder = family("laguna", desk / "model")
-    before = contents(desk)
     script, *more = script.split()
     given = ["--model_name_or_path", str(folder), "--task", "completion", "--max_seq_length", "64"]
     if script == "train":
         given = [*GOOD.format(llama=folder).replace("--no_verify_export", "--verify_export").split(), *more]
-    finished = call_main(script, given)
+    with unchanged(desk):
+        finished = call_main(script, given)
     assert_one_line(finished, "target_modules", "shared_experts.down_proj and 2 more", "--no_verify_export", "--merge")
-    assert contents(desk) == before
 
 
 def larger_tokenizer(folder: Path, *, pads: bool) -> str:
@@ -164,10 +158,9 @@ def test_a_token_without_an_embedding(
         row = {"prompt": "say", "completion": f"<{tiny_models.VOCABULARY}>"}
         with (desk / f"{split}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-    before = contents(desk)
-    finished = call_main("train", [*GOOD.format(llama=llama_folder).split(), *flags])
+    with unchanged(desk):
+        finished = call_main("train", [*GOOD.format(llama=llama_folder).split(), *flags])
     assert_one_line(finished, "tokenizer_name", "token 320 (<320>)", "embeddings for 320 tokens", *words)
-    assert contents(desk) == before
 
 
 def test_a_token_without_an_embedding_that_never_occurs_is_no_mistake(llama_folder: Path, desk: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 from launching import call_main
-from mistakes import GOOD, assert_one_line, contents
+from mistakes import GOOD, assert_one_line, refused
 from sample_rows import write_rows
 
 from taso_ds.config import GROUPS
@@ -16,14 +16,6 @@ from taso_ds.flags.foreign_names import _INSTEAD, _SAME, in_our_words, ours
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.usefixtures("forbid_weights")]
 FIELDS = {entry.name: str(entry.type) for group in GROUPS for entry in dataclasses.fields(group)}
 TEXTS = sorted(name for name, kind in FIELDS.items() if kind.startswith("str"))
-
-
-def refused(desk: Path, flags: str, *words: str, llama: Path, script: str = "train") -> None:
-    before = contents(desk)
-    finished = call_main(script, [*GOOD.format(llama=llama).split(), *flags.split(" ")])
-    assert_one_line(finished, *words)
-    assert finished.err.splitlines() == finished.errors
-    assert contents(desk) == before
 
 
 # Names of other trainers ----------------------------------------------------------------------------------------------
@@ -48,9 +40,9 @@ def test_every_name_of_ours_exists_and_no_name_of_theirs_is_one() -> None:
     }.items(),
 )  # fmt: skip
 def test_names_people_know(theirs: str, our: str, llama_folder: Path, desk: Path) -> None:
-    refused(desk, f"{theirs} 1", f"unknown flag {theirs!r}: ", our, llama=llama_folder)
+    refused(f"{theirs} 1", f"unknown flag {theirs!r}: ", our, llama=llama_folder)
     (desk / "run.yaml").write_text(f"{theirs[2:]}: 1")
-    refused(desk, "--config run.yaml", "run.yaml", f"key {theirs[2:]!r}: ", our, llama=llama_folder)
+    refused("--config run.yaml", "run.yaml", f"key {theirs[2:]!r}: ", our, llama=llama_folder)
 
 
 def test_other_names_have_none_of_ours() -> None:
@@ -69,7 +61,7 @@ def test_switches_take_the_values_people_write(llama_folder: Path, desk: Path) -
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_an_empty_text_is_no_name(name: str, llama_folder: Path, desk: Path) -> None:
-    refused(desk, f"--{name} ", name, "''", llama=llama_folder)
+    refused(f"--{name} ", name, "''", llama=llama_folder)
 
 
 @pytest.mark.parametrize("name", sorted(set(TEXTS) - {"config"}))
@@ -80,16 +72,16 @@ def test_an_empty_text_in_yaml_is_no_name(name: str, llama_folder: Path, desk: P
 
 
 def test_empty_texts_of_other_scripts(llama_folder: Path, desk: Path) -> None:
-    refused(desk, "--json ", "json", "empty", llama=llama_folder, script="plan")
-    refused(desk, "--run ", "run", "empty", llama=llama_folder, script="evaluate")
-    refused(desk, "--write ", "write", "empty", llama=llama_folder, script="slurm")
+    refused("--json ", "json", "empty", llama=llama_folder, script="plan")
+    refused("--run ", "run", "empty", llama=llama_folder, script="evaluate")
+    refused("--write ", "write", "empty", llama=llama_folder, script="slurm")
     assert_one_line(call_main("doctor", ["--hostfile", ""]), "hostfile", "empty")
 
 
 def test_an_empty_configuration(llama_folder: Path, desk: Path) -> None:
     for text in ("", "\n", "# rank: 2\n", "---\n"):
         (desk / "run.yaml").write_text(text)
-        refused(desk, "--config run.yaml", "run.yaml is empty", "name: value", llama=llama_folder)
+        refused("--config run.yaml", "run.yaml is empty", "name: value", llama=llama_folder)
 
 
 # Links that lead nowhere ----------------------------------------------------------------------------------------------
@@ -105,7 +97,7 @@ def test_an_empty_configuration(llama_folder: Path, desk: Path) -> None:
 )
 def test_a_link_that_leads_nowhere(script: str, name: str, llama_folder: Path, desk: Path) -> None:
     (desk / "here.jsonl").symlink_to("gone.jsonl")
-    refused(desk, f"--{name} here.jsonl", name, "a link to gone.jsonl, which does not exist", llama=llama_folder,
+    refused(f"--{name} here.jsonl", name, "a link to gone.jsonl, which does not exist", llama=llama_folder,
             script=script)  # fmt: skip
 
 
@@ -113,14 +105,14 @@ def test_links_that_lead_nowhere_inside_folders(llama_folder: Path, desk: Path) 
     shutil.copytree(llama_folder, desk / "model")
     (desk / "model" / "config.json").unlink()
     (desk / "model" / "config.json").symlink_to("gone.json")
-    refused(desk, "--model_name_or_path model", "model/config.json", "a link to gone.json", llama=llama_folder)
+    refused("--model_name_or_path model", "model/config.json", "a link to gone.json", llama=llama_folder)
     (desk / "rte").mkdir()
     (desk / "rte" / "train.jsonl").symlink_to("gone.jsonl")
     flags = ["--model_name_or_path", str(llama_folder), "--task", "rte", "--data_dir", ".", "--output_dir", "run"]
     assert_one_line(call_main("train", flags), "rte/train.jsonl", "a link to gone.jsonl, which does not exist")
     (desk / "run").mkdir()
     (desk / "run" / "run.json").symlink_to("gone.json")
-    refused(desk, "--run run", "run/run.json", "a link to gone.json", llama=llama_folder, script="evaluate")
+    refused("--run run", "run/run.json", "a link to gone.json", llama=llama_folder, script="evaluate")
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -130,15 +122,15 @@ def test_rows_that_are_trained_on_do_not_judge(llama_folder: Path, desk: Path) -
     (desk / "same.jsonl").symlink_to("train.jsonl")
     for file in ("train.jsonl", "./train.jsonl", "same.jsonl", str(desk / "train.jsonl")):
         for more in ("", " --dry_run"):
-            refused(desk, f"--eval_file {file}{more}", f"eval_file: {file} is train_file", llama=llama_folder)
-    refused(desk, "--eval_file train.jsonl", "eval_file: train.jsonl is train_file", llama=llama_folder, script="plan")
+            refused(f"--eval_file {file}{more}", f"eval_file: {file} is train_file", llama=llama_folder)
+    refused("--eval_file train.jsonl", "eval_file: train.jsonl is train_file", llama=llama_folder, script="plan")
 
 
 def test_an_empty_line_between_rows_is_named(llama_folder: Path, desk: Path) -> None:
     for blank in ("", "  ", "\t"):
         rows = write_rows(desk / "rows.jsonl", 4).read_text().splitlines()
         (desk / "rows.jsonl").write_text("\n".join([*rows[:2], blank, *rows[2:]]))
-        refused(desk, "--train_file rows.jsonl", "rows.jsonl:3: the line is empty", "delete it", llama=llama_folder)
+        refused("--train_file rows.jsonl", "rows.jsonl:3: the line is empty", "delete it", llama=llama_folder)
 
 
 def test_a_chat_template_that_fails(llama_folder: Path, desk: Path) -> None:
@@ -150,4 +142,4 @@ def test_a_chat_template_that_fails(llama_folder: Path, desk: Path) -> None:
         tokenizer.chat_template = template
         tokenizer.save_pretrained(desk / "tokenizer")
         flags = "--use_chat_template --tokenizer_name tokenizer"
-        refused(desk, flags, "the chat template of tokenizer", words, llama=llama_folder)
+        refused(flags, "the chat template of tokenizer", words, llama=llama_folder)

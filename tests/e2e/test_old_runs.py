@@ -17,19 +17,13 @@ from taso_ds.training.arguments import TrainArguments
 
 COMMAND = [
     *(
-        "--model_name_or_path",
-        "base",
-        "--task",
-        "completion",
-        "--train_file",
-        "train.jsonl",
-        "--eval_file",
+        "--model_name_or_path", "base", "--task", "completion", "--train_file", "train.jsonl", "--eval_file",
         "eval.jsonl",
     ),
     *("--max_seq_length", "48", "--no_bf16", "--ds_config", "zero2.json", "--max_steps", "6", "--save_steps", "3"),
     *("--per_device_train_batch_size", "2", "--global_batch_size", "4", "--calibration_samples", "8"),
     *("--learning_rate", "1e-2"),
-]
+]  # fmt: skip
 ADAPTER = Path("adapter") / "taso_adapter.safetensors"
 
 

@@ -146,14 +146,11 @@ def stopped(desk: Desk) -> Outcome:
 @pytest.mark.parametrize(
     ("ranks", "stage", "micro"),
     [
-        (1, 0, 2),
-        (2, 2, 2),
-        (4, 3, 2),
-        pytest.param(1, 3, 8, marks=pytest.mark.slow),
+        (1, 0, 2), (2, 2, 2), (4, 3, 2), pytest.param(1, 3, 8, marks=pytest.mark.slow),
         pytest.param(4, 1, 1, marks=pytest.mark.slow),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_on_other_ranks_and_stages_the_curve_is_the_same(
     desk: Desk, whole: Outcome, stopped: Outcome, ranks: int, stage: int, micro: int
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from desks import Desk
 from launching import Finished, call_main
-from mistakes import assert_one_line, contents
+from mistakes import assert_one_line, contents, unchanged
 from other_process import holding
 from run_files import read_json
 from sample_rows import write_splits
@@ -270,10 +270,9 @@ def test_an_extension_that_was_killed_goes_on(desk: Desk, here: Path) -> None:
 def test_a_merged_model_keeps_a_run_as_long_as_it_is(desk: Desk, here: Path) -> None:
     folder = here / "folder"
     shutil.copytree(desk.folder("merged"), folder)
-    before = contents(folder)
-    longer = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "4"])
+    with unchanged(folder):
+        longer = call_main("train", [*desk.flags, "--output_dir", folder, "--max_steps", "4"])
     assert_one_line(longer, "holds model, which ", "launch/export.py made", "move that away")
-    assert contents(folder) == before
 
 
 # Another current folder -----------------------------------------------------------------------------------------------

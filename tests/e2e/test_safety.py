@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from launching import Finished, call_main
-from mistakes import GOOD, assert_one_line, contents
+from mistakes import GOOD, assert_one_line, contents, unchanged
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -72,9 +72,8 @@ def test_the_trap_works(trap: Path, tmp_path: Path) -> None:
 def test_pickled_weights_are_not_unpickled(stage: int, model: Path, desk: Path, trap: Path) -> None:
     plant(model, trap)
     (model / "model.safetensors").unlink()
-    before = contents(desk)
-    assert_one_line(train(model, "--ds_config", f"zero{stage}.json"), "model_name_or_path", "cannot load")
-    assert contents(desk) == before
+    with unchanged(desk):
+        assert_one_line(train(model, "--ds_config", f"zero{stage}.json"), "model_name_or_path", "cannot load")
     assert not trap.exists()
 
 
@@ -139,11 +138,10 @@ def modules_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
 @pytest.mark.parametrize("script", ["train", "calibrate", "plan"])
 def test_code_of_an_unknown_model_is_refused(script: str, model: Path, desk: Path, trap: Path) -> None:
     bring_code(model, trap, model_type="foreign")
-    before = contents(desk)
-    for flags in ([], ["--dry_run"]):
-        finished = call_main(script, [*GOOD.format(llama=model).split(), *flags])
+    with unchanged(desk):
+        for flags in ([], ["--dry_run"]):
+            finished = call_main(script, [*GOOD.format(llama=model).split(), *flags])
         assert_one_line(finished, "model_name_or_path", "--trust_remote_code")
-    assert contents(desk) == before
     assert not trap.exists()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import launching
+import longhand
 import pytest
 import tiny_models
 import torch
@@ -137,13 +138,7 @@ def test_the_console_is_ours_and_the_log_has_the_rest(launched: Finished, stage3
     """Each stage says what comes next; what libraries print, as of the parts that DeepSpeed compiles, is in the log."""
     said = [line.split(":")[0] for line in launched.lines]
     stages = ["reading", "loading", "scoring", "engine", "evaluation", "training", "evaluation", "export", "proof"]
-    assert (
-        [word for word in said if word in stages[1:]]
-        == [
-            "evaluation",  # of what there is to evaluate
-            *stages[1:],
-        ]
-    )
+    assert [word for word in said if word in stages[1:]] == ["evaluation", *stages[1:]]  # first what there is of it
     assert f"training: {STEPS} steps in " in launched.out
     assert "; next: evaluation\n" in launched.out
     ours = {*stages, "train", "core regions", "parameters", "group adapter", "before", "checkpoint", "after"}
@@ -206,12 +201,8 @@ def test_record_holds_all_that_decided_the_run(stage3: Path, desk: Desk) -> None
     assert record["deepspeed"]["train_batch_size"] == BATCH
     assert record["deepspeed"]["zero_optimization"]["stage"] == 3
     assert record["world_size"] == 2
-    assert record["batch"] == {
-        "micro_batch_size": 4,
-        "grad_accum_steps": 1,
-        "world_size": 2,
-        "global_batch_size": BATCH,
-    }
+    sizes = {"micro_batch_size": 4, "grad_accum_steps": 1, "world_size": 2, "global_batch_size": BATCH}
+    assert record["batch"] == sizes
     assert record["steps"] == STEPS
     assert {"python", "torch", "deepspeed", "transformers", "peft"} <= set(record["versions"])
     # (out, in) of a block: q, o (32, 32), k, v (16, 32), gate, up (48, 32), down (32, 48). Of n rows and columns each
@@ -233,21 +224,6 @@ def test_calibration_rows_are_training_rows(stage3: Path, desk: Desk) -> None:
     assert positions == sorted(set(positions))
 
 
-def longhand_region(importance: Tensor) -> tuple[list[int], list[int]]:
-    """Method section 2 by sorting."""
-    order = importance.flatten().sort(descending=True, stable=True).indices
-    core = torch.zeros(importance.numel(), dtype=torch.bool)
-    core[order[: int(ELEMENT_FRACTION * importance.numel())]] = True
-    core = core.view_as(importance)
-
-    def top(dim: int) -> list[int]:
-        counts, sums = core.sum(dim).tolist(), importance.double().sum(dim).tolist()
-        best = sorted(range(len(counts)), key=lambda index: (-counts[index], -sums[index], index))
-        return sorted(best[: max(1, int(CORE_FRACTION * len(counts)))])
-
-    return top(1), top(0)
-
-
 def test_regions_are_recomputed_from_the_calibration_rows(stage3: Path, desk: Desk) -> None:
     model = lm(desk.base)
     loss_of(model, read_lines(stage3 / "calibration.jsonl")).backward()
@@ -256,7 +232,8 @@ def test_regions_are_recomputed_from_the_calibration_rows(stage3: Path, desk: De
     assert len(names) == 14
     for name in names:
         weight = model.get_submodule(name).weight
-        expected = longhand_region((weight * weight.grad).abs().detach())
+        importance = (weight * weight.grad).abs().detach()
+        expected = longhand.region(importance, element_fraction=ELEMENT_FRACTION, core_fraction=CORE_FRACTION)
         assert (stored[f"{name}.rows"].tolist(), stored[f"{name}.cols"].tolist()) == expected, name
 
 
@@ -319,9 +296,8 @@ def test_plain_python_learns_the_same(desk: Desk, stage3: Path) -> None:
     finished = desk.start("alone", "python", 1, "--ds_config", "zero2.json", "--no_verify_export")
     run = desk.folder("alone")
     assert finished.out.splitlines()[-1] == f"RUN {run}"
-    assert read_json(run / "run.json")["batch"] == {
-        "micro_batch_size": 4, "grad_accum_steps": 2, "world_size": 1, "global_batch_size": BATCH
-    }  # fmt: skip
+    sizes = {"micro_batch_size": 4, "grad_accum_steps": 2, "world_size": 1, "global_batch_size": BATCH}
+    assert read_json(run / "run.json")["batch"] == sizes
     assert_same_training(run, stage3, tolerance=1e-4)
 
 

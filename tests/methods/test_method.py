@@ -63,14 +63,10 @@ def test_counts_by_hand(flags: list[str], trainable: int, dense: int) -> None:
 @pytest.mark.parametrize(
     ("flags", "rho"),
     [
-        ([], 0.9),
-        (["--core_fraction", "0.25"], 0.75),
-        (["--rho", "parameters"], 1 - 174 / 318),
-        (["--rho", "0.5"], 0.5),
-        (["--rho", "off"], 0.0),
-        (["--method", "lora"], 0.0),
+        ([], 0.9), (["--core_fraction", "0.25"], 0.75), (["--rho", "parameters"], 1 - 174 / 318),
+        (["--rho", "0.5"], 0.5), (["--rho", "off"], 0.0), (["--method", "lora"], 0.0),
     ],
-)
+)  # fmt: skip
 def test_rho_of_a_run(flags: list[str], rho: float) -> None:
     (group,) = count(*flags).groups
     assert group.rho == pytest.approx(rho)

@@ -17,15 +17,13 @@ Traceback (most recent call last):
     ("stderr", "said"),
     [
         (TRACEBACK + "KeyError: 'a'", "KeyError: 'a'"),
-        (
-            TRACEBACK + "ValueError: Block(\n  (0): Linear()\n) is no linear\n",
-            "ValueError: Block(   (0): Linear() ) is no linear",
-        ),
+        (TRACEBACK + "ValueError: Block(\n  (0): Linear()\n) is no linear\n",
+         "ValueError: Block(   (0): Linear() ) is no linear"),
         ("killed\n", "killed"),
         ("", "no output"),
     ],
     ids=["one line", "several", "no exception", "nothing"],
-)
+)  # fmt: skip
 def test_the_last_exception_is_told_whole(stderr: str, said: str) -> None:
     assert what_was_raised(stderr) == said
 

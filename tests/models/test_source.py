@@ -53,13 +53,11 @@ PICKLES = {"pytorch_model.bin", "original/consolidated.00.pth", "onnx/model.safe
     [
         ({*TOKENIZER, *SHARDS, *PICKLES, *OF_MISTRALS_OWN}, {*TOKENIZER, *SHARDS, "params.json"}),
         ({*TOKENIZER, *PICKLES}, {*TOKENIZER, "pytorch_model.bin"}),
-        (
-            {*TOKENIZER, *PICKLES, "adapter_model.safetensors"},
-            {*TOKENIZER, "pytorch_model.bin", "adapter_model.safetensors"},
-        ),
+        ({*TOKENIZER, *PICKLES, "adapter_model.safetensors"},
+         {*TOKENIZER, "pytorch_model.bin", "adapter_model.safetensors"}),
     ],
     ids=["safetensors", "pickles", "pickles beside an adapter"],
-)
+)  # fmt: skip
 def test_the_hub_is_asked_for_one_copy_of_the_weights(
     files: set[str], wanted: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from configs import zero_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taso_ds.config import parse_run_config
 from taso_ds.distributed import comm, zero
-from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.placement import check_nvme
 from taso_ds.errors import UserError
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint
@@ -100,19 +100,12 @@ def watched() -> Iterator[SimpleNamespace]:
 
 def load(folder: Path, flags: list[str], ds_config_file: str) -> dict[str, Any]:
     config = parse_run_config(["--model_name_or_path", str(folder), "--task", "sst2", *flags])
-    zero_config = resolve_ds_config(
-        read_ds_config(ds_config_file),
-        micro_batch_size=1,
-        grad_accum_steps=1,
-        world_size=comm.world_size(),
-        bf16=config.model.bf16,
-        max_grad_norm=1.0,
-        nvme_path=str(folder.parent / f"nvme{comm.world_size()}"),
-    )
-    check_nvme(zero_config)
+    nvme_path = str(folder.parent / f"nvme{comm.world_size()}")
+    resolved = zero_config(ds_config_file, bf16=config.model.bf16, nvme_path=nvme_path)
+    check_nvme(resolved)
     spec = read_spec(config.model, str(folder))
     with watched() as seen:
-        base = load_base_model(spec, seed=7, zero=zero_config)
+        base = load_base_model(spec, seed=7, zero=resolved)
     found = {name: digest(zero.full_copy(value)) for name, value in base.model.named_parameters(remove_duplicate=False)}
     buffers = {name: digest(value) for name, value in base.model.named_buffers()}
     shards = comm.gather_objects(sum(zero.local_shard(value)[0].numel() for value in base.model.parameters()))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import parity_case as case
 import torch
+from configs import zero_config
 from tiny_models import VOCABULARY
 from torch import nn
 
@@ -20,7 +21,6 @@ from taso_ds.data.collate import collate, collate_head
 from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
-from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.zero import full_copy, full_numel, is_partitioned
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.job import Job
@@ -49,14 +49,8 @@ Regions = dict[str, CoreRegion]
 
 
 def zero_config_of(stage: int, split: case.Split, *, bf16: bool = False) -> ZeroConfig:
-    return resolve_ds_config(
-        read_ds_config(f"zero{stage}.json"),
-        micro_batch_size=split.micro,
-        grad_accum_steps=split.accumulation,
-        world_size=comm.world_size(),
-        bf16=bf16,
-        max_grad_norm=case.MAX_GRAD_NORM,
-    )
+    sizes = {"micro": split.micro, "accumulation": split.accumulation}
+    return zero_config(f"zero{stage}.json", **sizes, bf16=bf16, max_grad_norm=case.MAX_GRAD_NORM)
 
 
 def load(
@@ -226,15 +220,10 @@ def train(
             after_step()
 
     trainer = Trainer(
-        engine,
-        Feed(rows, plan, sizes, COLLATE_HEAD if head else COLLATE),
-        loss_sum=head_loss_sum if head else LanguageModelLoss(),
-        groups=groups,
-        schedule=make_schedule(case.TRAINING, case.STEPS),
-        logging_steps=1,
-        eval_steps=None,
-        observer=Log(),
-    )
+        engine, Feed(rows, plan, sizes, COLLATE_HEAD if head else COLLATE),
+        loss_sum=head_loss_sum if head else LanguageModelLoss(), groups=groups,
+        schedule=make_schedule(case.TRAINING, case.STEPS), logging_steps=1, eval_steps=None, observer=Log(),
+    )  # fmt: skip
     engine.train()
     with gathers_of(None if head else base.model.lm_head.weight) as gathers:
         trainer.fit()

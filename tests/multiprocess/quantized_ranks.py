@@ -7,6 +7,7 @@ from typing import Any
 import parity_case as case
 import parity_ranks as parity
 import torch
+from configs import zero_config
 from load_ranks import digest, heard
 from peak_memory import peak_bytes
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from taso_ds.config import parse_run_config
 from taso_ds.data.collate import collate
 from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
-from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.distributed.ds_config import read_ds_config
 from taso_ds.distributed.zero import full_copy, full_numel, local_shard
 from taso_ds.job import Job
 from taso_ds.methods.lora import attach_lora, lora_parameters
@@ -45,13 +46,8 @@ def load(folder: str, stage: int, *flags: str, bf16: bool = False, **zero_option
     )
     raw = read_ds_config(f"zero{stage}.json")
     raw["zero_optimization"] |= zero_options
-    zero = resolve_ds_config(
-        raw,
-        micro_batch_size=SPLIT.micro,
-        grad_accum_steps=SPLIT.accumulation,
-        world_size=comm.world_size(),
-        bf16=bf16,
-        max_grad_norm=case.MAX_GRAD_NORM,
+    zero = zero_config(
+        raw, micro=SPLIT.micro, accumulation=SPLIT.accumulation, bf16=bf16, max_grad_norm=case.MAX_GRAD_NORM
     )
     spec = read_spec(config.model, folder)
     targets = spec.targets(config.adapter.target_modules, experts=config.adapter.adapt_experts)

@@ -5,10 +5,11 @@ Every set of ranks runs all stages; the tests compare what they saw with referen
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import longhand
 import parity_case as case
 import parity_ranks
 import pytest
@@ -41,6 +42,7 @@ small_worlds = pytest.mark.parametrize(("ranks", "stage"), SMALL, ids=lambda val
 
 Report = Callable[[int, int], dict[str, Any]]
 ROOT_OF_TEN = math.sqrt(10.0)
+region = partial(longhand.region, element_fraction=case.ELEMENT_FRACTION, core_fraction=case.CORE_FRACTION)
 
 
 @pytest.fixture(scope="module")
@@ -93,26 +95,11 @@ def weights(model: Any, *, experts: bool = False) -> dict[str, Tensor]:
     return {name: as_out_in(target, target.matrix.weight) for name, target in targets.items()}
 
 
-def longhand(importance: Tensor) -> tuple[list[int], list[int]]:
-    """Method section 2 by sorting: top 5 % of elements, then rows and columns by count, sum and index."""
-    order = importance.flatten().sort(descending=True, stable=True).indices
-    mask = torch.zeros(importance.numel(), dtype=torch.bool)
-    mask[order[: int(case.ELEMENT_FRACTION * importance.numel())]] = True
-    mask = mask.view_as(importance)
-
-    def top(counts: list[int], sums: list[float]) -> list[int]:
-        best = sorted(range(len(counts)), key=lambda index: (-counts[index], -sums[index], index))
-        return sorted(best[: int(case.CORE_FRACTION * len(counts))])
-
-    rows = top(mask.sum(1).tolist(), importance.double().sum(1).tolist())
-    return rows, top(mask.sum(0).tolist(), importance.double().sum(0).tolist())
-
-
 def assert_regions(found: dict[str, Any], expected: dict[str, Tensor]) -> None:
     """The very same index sets, from importances that agree to rounding."""
     assert list(found) == list(expected)
     for name, importance in expected.items():
-        assert (found[name]["rows"], found[name]["cols"]) == longhand(importance), name
+        assert (found[name]["rows"], found[name]["cols"]) == region(importance), name
         for side, dim in (("row", 1), ("col", 0)):
             sums = torch.tensor(found[name][f"{side}_importance"])
             torch.testing.assert_close(sums, importance.double().sum(dim).float(), rtol=1e-4, atol=0)
@@ -304,7 +291,7 @@ def taso(model: Any, regions: dict[str, CoreRegion]) -> TasoAdapter:
 
 
 def core_regions(signed: dict[str, Tensor]) -> dict[str, CoreRegion]:
-    cut = {name: longhand(importance) for name, importance in signed.items()}
+    cut = {name: region(importance) for name, importance in signed.items()}
     return {
         name: CoreRegion(torch.tensor(rows), torch.tensor(cols), *signed[name].shape)
         for name, (rows, cols) in cut.items()

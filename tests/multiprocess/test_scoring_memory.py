@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from configs import zero_config
 from forked import ForkServer
 from peak_memory import peak_bytes
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from taso_ds.adapters.selection import ELEMENT_FRACTION_LADDER
 from taso_ds.adapters.targets import find_targets
 from taso_ds.distributed import comm, engine
-from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
 from taso_ds.distributed.zero import full_numel, is_partitioned
 from taso_ds.models.load_sharded import partition_whole
 from taso_ds.objectives.loss import lm_loss_sum
@@ -93,10 +93,7 @@ def measure(hidden_size: int) -> dict[str, float]:
         vocab_size=256, hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=LAYERS,
         num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False,
     )  # fmt: skip
-    zero = resolve_ds_config(
-        read_ds_config("zero3.json"), micro_batch_size=1, grad_accum_steps=1, world_size=comm.world_size(), bf16=True,
-        max_grad_norm=1.0,
-    )  # fmt: skip
+    zero = zero_config("zero3.json", bf16=True)
     model: nn.Module = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
     partition_whole(model, zero)
     targets = find_targets(model)

@@ -38,13 +38,9 @@ def objective(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LanguageModel]:
 
     def make(task: Task, examples: list[Example]) -> LanguageModel:
         return LanguageModel(
-            TaskData(task, [], examples, "", "mine"),
-            DataArguments(max_seq_length=64, use_chat_template=True),
-            dialogue_tokenizer(),
-            adapted=(),
-            batch_size=2,
-            max_new_tokens=12,
-        )
+            TaskData(task, [], examples, "", "mine"), DataArguments(max_seq_length=64, use_chat_template=True),
+            dialogue_tokenizer(), adapted=(), batch_size=2, max_new_tokens=12,
+        )  # fmt: skip
 
     return make
 

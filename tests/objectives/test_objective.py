@@ -33,14 +33,9 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 def objective_of(task: str, *evaluation: Example, head: bool = False, **arguments: Any) -> Objective:
     data = TaskData(get_task(task), [], list(evaluation), "train rows", "evaluation rows")
     return make_objective(
-        data,
-        DataArguments(task=task, max_seq_length=64, **arguments),
-        tiny_models.byte_tokenizer(),
-        head=head,
-        adapted=(),
-        batch_size=2,
-        max_new_tokens=4,
-    )
+        data, DataArguments(task=task, max_seq_length=64, **arguments), tiny_models.byte_tokenizer(), head=head,
+        adapted=(), batch_size=2, max_new_tokens=4,
+    )  # fmt: skip
 
 
 def test_eos_ends_what_is_generated_but_no_option() -> None:
@@ -139,13 +134,9 @@ def test_a_new_objective_trains_and_evaluates() -> None:
     trainer = Trainer(
         PlainEngine(make_optimizer(groups, training), sizes.grad_accum_steps, model),
         Feed(rows, BatchPlan(len(rows), sizes.global_batch_size, seed=0), sizes, objective.collate),
-        loss_sum=objective.loss_sum,
-        groups=groups,
-        schedule=Schedule("linear", 60, 0),
-        logging_steps=1,
-        eval_steps=None,
-        observer=Losses(),
-    )
+        loss_sum=objective.loss_sum, groups=groups, schedule=Schedule("linear", 60, 0), logging_steps=1,
+        eval_steps=None, observer=Losses(),
+    )  # fmt: skip
     objective.check(None)
     before = objective.evaluate(model)
     trainer.fit()

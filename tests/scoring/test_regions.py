@@ -52,17 +52,11 @@ def score(config: RunConfig, model: Any, *, calibration: list[EncodedRow] | None
     spec = BaseSpec(config.model, "tiny", model.config, head=False)
     scored = calibration or rows()
     return regions.score_base(
-        config.calibration,
-        BaseModel(spec, model),
-        find_targets(model),
-        scored,
-        objective=Rows(),
-        batch_size=config.training.per_device_train_batch_size,
-        seed=config.run.seed,
+        config.calibration, BaseModel(spec, model), find_targets(model), scored, objective=Rows(),
+        batch_size=config.training.per_device_train_batch_size, seed=config.run.seed,
         made_of=describe_scoring(config.calibration, config.model, scored, task="sst2", seed=config.run.seed),
-        partial_scores=Path(str(config.run.output_dir)) / PARTIAL,
-        zero=STAGE_0,
-    )
+        partial_scores=Path(str(config.run.output_dir)) / PARTIAL, zero=STAGE_0,
+    )  # fmt: skip
 
 
 def frozen_llama(**options: Any) -> Any:

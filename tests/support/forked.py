@@ -40,12 +40,9 @@ class ForkServer:
         paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
         settings = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | single | settings,
-        )
+        )  # fmt: skip
         assert self._process.stdout is not None
         assert json.loads(self._process.stdout.readline())["ready"]
         return self

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from configs import zero_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +25,7 @@ from taso_ds.adapters.selection import cut_region, score_rows_and_cols
 from taso_ds.config import GROUPS
 from taso_ds.data.records import read_jsonl
 from taso_ds.data.tasks import TASKS
-from taso_ds.distributed.ds_config import read_ds_config, resolve_ds_config
+from taso_ds.distributed.ds_config import read_ds_config
 from taso_ds.errors import UserError
 from taso_ds.files.safetensors_ranges import open_checkpoint
 from taso_ds.files.tensors import CHECKSUM
@@ -111,14 +112,7 @@ def write_ds_config(folder: Path) -> None:
 
 
 def read_ds(folder: Path) -> None:
-    resolve_ds_config(
-        read_ds_config(str(folder / "ds.json")),
-        micro_batch_size=4,
-        grad_accum_steps=2,
-        world_size=8,
-        bf16=True,
-        max_grad_norm=1.0,
-    )
+    zero_config(read_ds_config(str(folder / "ds.json")), micro=4, accumulation=2, world_size=8, bf16=True)
 
 
 def write_rows(folder: Path) -> None:

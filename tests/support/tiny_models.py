@@ -180,11 +180,7 @@ def byte_tokenizer(*, types: bool = False) -> Any:
     )
     names = ["input_ids", "token_type_ids", "attention_mask"] if types else ["input_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        model_input_names=names,
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_input_names=names
     )
 
 

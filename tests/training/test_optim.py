@@ -141,32 +141,20 @@ def test_the_table_and_its_words() -> None:
     # 2 warm-up steps of 4: 1/2, 1, then 1, 1/2 of the peak; √(1 / 0.25) = 2.
     assert table == [
         {
-            "group": "adapter",
-            "parameters": 1500,
-            "rho": 0.75,
-            "factor": 2.0,
-            "first": pytest.approx(1e-3),
-            "peak": pytest.approx(2e-3),
-            "last": pytest.approx(1e-3),
-            "weight_decay": 0.01,
+            "group": "adapter", "parameters": 1500, "rho": 0.75, "factor": 2.0, "first": pytest.approx(1e-3),
+            "peak": pytest.approx(2e-3), "last": pytest.approx(1e-3), "weight_decay": 0.01,
         },
         {
-            "group": "head",
-            "parameters": 10,
-            "rho": 0.0,
-            "factor": 1.0,
-            "first": pytest.approx(5e-4),
-            "peak": pytest.approx(1e-3),
-            "last": pytest.approx(5e-4),
-            "weight_decay": 0.01,
+            "group": "head", "parameters": 10, "rho": 0.0, "factor": 1.0, "first": pytest.approx(5e-4),
+            "peak": pytest.approx(1e-3), "last": pytest.approx(5e-4), "weight_decay": 0.01,
         },
-    ]
+    ]  # fmt: skip
     assert describe_groups(table) == [
         "group adapter: 1,500 parameters, rho 0.7500, factor 2.0000,"
         " learning rate first 1.000e-03, peak 2.000e-03, last 1.000e-03",
         "group head: 10 parameters, rho 0.0000, factor 1.0000,"
         " learning rate first 5.000e-04, peak 1.000e-03, last 5.000e-04",
-    ]
+    ]  # fmt: skip
 
 
 def test_the_optimizer_has_the_groups_in_their_order_and_the_runs_numbers() -> None:

@@ -77,14 +77,11 @@ def test_a_run_that_goes_on_keeps_its_global_batch() -> None:
 @pytest.mark.parametrize(
     ("flags", "ranks", "sizes"),
     [
-        ("", 1, (4, 2)),
-        ("", 2, (4, 1)),
-        ("", 4, (2, 1)),
-        ("--gradient_accumulation_steps 2", 2, (4, 1)),
+        ("", 1, (4, 2)), ("", 2, (4, 1)), ("", 4, (2, 1)), ("--gradient_accumulation_steps 2", 2, (4, 1)),
         ("--global_batch_size 8 --per_device_train_batch_size 3", 2, (2, 2)),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_the_same_command_fits_its_batches_to_other_ranks(flags: str, ranks: int, sizes: tuple[int, int]) -> None:
     adapted = Start(global_batch_size=8).adapt(config_of(*flags.split()), ranks)
     found = batch_sizes(adapted.training, ranks)

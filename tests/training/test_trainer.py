@@ -63,15 +63,9 @@ def run(loss_sum: Any, weight: nn.Parameter, *, steps: int = 4, **changes: Any) 
     plan = BatchPlan(len(ROWS), SIZES.global_batch_size, seed=0)
     options = {"logging_steps": 1, "eval_steps": None} | changes
     trainer = Trainer(
-        engine,
-        Feed(ROWS, plan, SIZES, partial(collate, pad_id=0)),
-        loss_sum=loss_sum,
-        groups=groups,
-        schedule=Schedule("linear", steps, 0),
-        observer=seen,
-        evaluate=lambda: {"loss": 0.0},
-        **options,
-    )
+        engine, Feed(ROWS, plan, SIZES, partial(collate, pad_id=0)), loss_sum=loss_sum, groups=groups,
+        schedule=Schedule("linear", steps, 0), observer=seen, evaluate=lambda: {"loss": 0.0}, **options,
+    )  # fmt: skip
     seen.trainer = trainer
     trainer.fit(save=seen.saves.append)
     return seen

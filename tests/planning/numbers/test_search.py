@@ -160,13 +160,9 @@ def test_hardware_that_cannot_be(values: dict[str, object], message: str) -> Non
 
 def test_flags_replace_the_tables_numbers() -> None:
     found = PlanArguments(
-        efficiency=0.3,
-        link_gb_per_s=20.0,
-        host_link_gb_per_s=12.0,
-        nvme_gb_per_s=3.0,
-        network_gb_per_s=1.0,
+        efficiency=0.3, link_gb_per_s=20.0, host_link_gb_per_s=12.0, nvme_gb_per_s=3.0, network_gb_per_s=1.0,
         reserve=0.2,
-    ).hardware()
+    ).hardware()  # fmt: skip
     device = found.device
     assert (device.efficiency, device.link_gb_per_s, device.host_link_gb_per_s) == (0.3, 20.0, 12.0)
     assert (device.nvme_gb_per_s, device.usable_bytes, found.network.gb_per_s) == (3.0, 64e9, 1.0)
