@@ -1,4 +1,4 @@
-"""What a person sees: our lines and bars on the screen, and what libraries print in a log file.
+"""What a person sees: our lines and bars on the screen. What libraries print goes into a log file.
 
-Nothing here knows a run, and nothing loads torch.
+Nothing here knows a run, and nothing here loads torch.
 """

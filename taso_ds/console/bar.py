@@ -1,4 +1,4 @@
-"""How far something is that takes long: a bar on the console, of the one process that speaks for all."""
+"""A bar on the console that shows how far a long piece of work is. Only the process that speaks for all shows it."""
 
 from typing import Any
 
@@ -9,8 +9,9 @@ from taso_ds.errors import speaks_for_all
 
 
 class Bar(tqdm):
-    """A bar of tqdm; libraries that take a class for theirs may take this one."""
+    """A bar of tqdm. A library that asks for a class of bars may be given this one."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        defaults: dict[str, Any] = {"file": console.err(), "disable": not speaks_for_all()}
-        super().__init__(*args, **defaults | options)
+        options.setdefault("file", console.err())
+        options.setdefault("disable", not speaks_for_all())
+        super().__init__(*args, **options)

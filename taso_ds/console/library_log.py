@@ -1,6 +1,6 @@
-"""What libraries say, in a file: all that Python code prints, and all that compiled code and child processes write.
+"""A file with what libraries say: all that Python code prints, and all that compiled code and child processes write.
 
-The file lies in the temporary folder until the run's own is there. A disk that is full loses what is said, not the run.
+The file lies in the temporary folder until the run has a folder. On a full disk only what is said is lost, not the run.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ _STDOUT, _STDERR = 1, 2
 
 
 class LibraryLog:
-    """From its making on until ``close``, both standard streams lead into the file; ``out`` and ``err`` stay outside.
+    """Leads both standard streams into the file, from its making until ``close``; ``out`` and ``err`` stay outside.
 
     Attributes:
         path: where the file is now.
-        is_kept: it is to stay when the process ends.
+        is_kept: whether it stays when the process ends.
         out: a stream to where stdout led before.
         err: a stream to where stderr led before.
         stream: a stream into the file.
@@ -48,14 +48,14 @@ class LibraryLog:
         sys.stdout = sys.stderr = self.stream
 
     def move(self, path: Path) -> None:
-        """Append the file to ``path``, remove it, and go on there; stays where it is if that cannot be."""
+        """Append the file to ``path``, remove it, and go on there. Where that is impossible, it stays where it is."""
         if self.path == path:
             return
         self.stream.flush()
         try:
             file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o666)
         except OSError:
-            return  # whatever made that impossible ends the run with its own line, or harms nothing
+            return  # whatever made this impossible ends the run with a line of its own, or does no harm
         _Unfailing(file).write(self.path.read_bytes())
         os.dup2(file, self._file)
         os.close(file)
@@ -64,13 +64,13 @@ class LibraryLog:
         self.path, self.is_kept = path, True
 
     def last_lines(self, number: int) -> list[str]:
-        """Return the end of what is in the file."""
+        """Return the last lines of the file; of a line that was written over, what stood there last."""
         self.stream.flush()
         lines = self.path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
         return [line.rpartition("\r")[2].rstrip() for line in lines[-number:]]
 
     def close(self) -> None:
-        """Let the standard streams lead where they led before, and remove a file that nobody asked to keep."""
+        """Let the standard streams lead where they led before, and remove the file unless it is kept."""
         if not self._before:
             return
         self.stream.flush()
@@ -92,7 +92,7 @@ class LibraryLog:
 
 
 class _Unfailing(io.RawIOBase):
-    """Writes to a descriptor, and loses what finds no room there: a library would take that for an error of its own."""
+    """Writes to a descriptor, and drops what finds no room there: a library would take that for an error of its own."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -110,7 +110,12 @@ class _Unfailing(io.RawIOBase):
 
 
 def _outside(stream: TextIO, descriptor: int, copy: int) -> TextIO:
-    """Return a stream that goes on writing to where ``descriptor`` leads now: itself, if it does not write there."""
+    """Return a stream that goes on writing to where ``stream`` writes now.
+
+    Args:
+        descriptor: the standard one that is about to lead elsewhere.
+        copy: a copy of it. A stream that does not write to ``descriptor`` is returned as it is.
+    """
     try:
         if stream.fileno() != descriptor:
             return stream

@@ -1,7 +1,7 @@
-"""What a script says, and what its libraries may: what all ranks know is said once, and only what a user can act on.
+"""What a script says, and what its libraries may say: only what a user can act on, and once for all ranks.
 
-A script that runs a model sends all else into a log file, which ends up in the run folder;
-``--debug`` shows it instead.
+A script that runs a model sends everything else into a log file, which ends up in the run folder. ``--debug`` shows it
+instead.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ QUIET = {
 # Bars of libraries. Ours are those of ``taso_ds.console.bar``.
 _NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 _LONGEST_LINE = 560
-# Like the streams it takes the place of it is the process's own: none, or one.
+# None, or one. It belongs to the process, like the streams that it replaces.
 _logs: list[LibraryLog] = []
 
 
 def out() -> TextIO:
-    """Return the console's stdout: whatever else is written to ``sys.stdout`` may be a library's."""
+    """Return the console's stdout. ``sys.stdout`` is not that where libraries write into a file."""
     return _logs[-1].out if _logs else sys.stdout
 
 
@@ -41,7 +41,7 @@ def err() -> TextIO:
 
 
 class _Handler(logging.StreamHandler):
-    """Writes to stdout until that fails; the run goes on."""
+    """Writes to stdout until that fails. The run goes on then."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -52,10 +52,12 @@ class _Handler(logging.StreamHandler):
 
 
 def set_up(environment: MutableMapping[str, str], *, debug: bool, libraries_to_log: bool = False) -> None:
-    """Let this program speak, and libraries only where they must; what the user has set in the environment stays.
+    """Let this program speak, and libraries only where they must.
 
     Args:
-        libraries_to_log: a file takes what libraries say, until ``end``; not with ``debug``.
+        environment: where libraries are told to be quiet; what the user has set there stays.
+        debug: whether libraries and our own details are shown.
+        libraries_to_log: whether a file takes what libraries say, until ``end``; not with ``debug``.
     """
     if libraries_to_log and not debug:
         with contextlib.suppress(OSError):  # no room for a file, or no console to keep free
@@ -79,7 +81,7 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 
 def _write_log(stream: TextIO) -> None:
-    """Let the log file have more than the console: all that rank 0 says, and what the others warn of."""
+    """Write more into the log file than on the console: all that rank 0 says, and the warnings of the others."""
     handler = logging.StreamHandler(stream)
     rank = "" if speaks_for_all() else f"rank {os.environ['RANK']} "
     handler.addFilter(_Once())
@@ -90,7 +92,7 @@ def _write_log(stream: TextIO) -> None:
 
 
 class _Once(logging.Filter):
-    """Passes each of Python's warnings once: DeepSpeed and torch give some of them at every step."""
+    """Lets each of Python's warnings through once: DeepSpeed and torch give some of them at every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,13 +108,13 @@ class _Once(logging.Filter):
 
 
 def keep_log(path: Path) -> None:
-    """Let the log file be ``path`` from here on, which is that of the run, to which several ranks may append."""
+    """Let the log file be ``path`` from here on: the run's file, to which several ranks may append."""
     if _logs:
         _logs[-1].move(path)
 
 
 def kept_log() -> Path | None:
-    """Return where the log file is that stays; None where there is none."""
+    """Return the path of the log file that stays; None where there is none."""
     return _logs[-1].path if _logs and _logs[-1].is_kept else None
 
 
@@ -122,14 +124,17 @@ def last_of_log(number: int) -> list[str]:
 
 
 def end() -> None:
-    """Give the standard streams back. A log file that is nobody's is removed."""
+    """Give the standard streams back, and remove a log file that no run keeps."""
     while _logs:
         _logs.pop().close()
         logging.root.setLevel(logging.WARNING)
 
 
 def printable(message: str) -> str:
-    """Return one line of bounded length in which nothing a file held can move the cursor or turn the text around."""
+    """Return a message as one line of bounded length.
+
+    Nothing that a file held can move the cursor or turn the text around.
+    """
     line = " ".join(message.split())
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     if len(line) <= _LONGEST_LINE:
@@ -138,14 +143,18 @@ def printable(message: str) -> str:
 
 
 def drop_output() -> bool:
-    """Send to nowhere what this process still writes to a pipe that nobody reads; says whether there was one."""
+    """Drop what this process still writes to pipes that nobody reads.
+
+    Returns:
+        Whether there was such a pipe.
+    """
     unread = [stream for stream in (out(), err()) if _is_unread(stream)]
     _send_to_nowhere(unread)
     return bool(unread)
 
 
 def go_on_without_stdout(error: OSError) -> None:
-    """Let the rest be lost where nobody reads it, as behind ``| head``; a file on a full disk is said once."""
+    """Drop the rest of the output: silently where nobody reads it, as behind ``| head``, with a line on a full disk."""
     if isinstance(error, BrokenPipeError):
         drop_output()
         return

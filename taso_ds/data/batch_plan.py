@@ -1,7 +1,7 @@
-"""Which rows every optimizer step sees, as a pure function of the step.
+"""Which rows an optimizer step sees: a pure function of the step.
 
-The global batch is fixed first and only then cut into micro-batches and ranks. So a run sees the same rows in the same
-steps on 1 or 64 devices, and resuming at a step needs nothing but its number.
+The global batch is fixed first, and only then cut into micro-batches and ranks. So a run sees the same rows in the same
+steps on 1 device or 64, and resuming at a step needs nothing but its number.
 """
 
 import functools
@@ -39,9 +39,13 @@ class BatchPlan:
     def micro_batch(
         self, step: int, micro_step: int, *, rank: int, world_size: int, micro_batch_size: int
     ) -> list[int]:
-        """Return the rows one rank takes in one micro-step; fewer or none at the end of an epoch.
+        """Return the ids of the rows that one rank takes in one micro-step; fewer, or none, at the end of an epoch.
 
-        Over all micro-steps and ranks every row of ``rows(step)`` is taken exactly once.
+        Over all micro-steps and ranks, every row of ``rows(step)`` is taken exactly once.
+
+        Args:
+            step: counted from 0 over all epochs.
+            micro_step: counted from 0 in each step.
         """
         start = (micro_step * world_size + rank) * micro_batch_size
         return self.rows(step)[start : start + micro_batch_size]

@@ -1,7 +1,7 @@
 r"""Chat templates: the prompt that a server renders, and the answer behind it up to the token that ends the turn.
 
-The template knows how a turn ends, the tokenizer need not: Gemma's has an EOS that no conversation holds. So the answer
-is read off the whole conversation, as what stands behind the server's prompt:
+The template knows how a turn ends. The tokenizer need not know: Gemma's has an EOS that no conversation holds. So the
+answer is read off the whole conversation: it is what stands behind the server's prompt.
 
     prompt    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n          not supervised
     opening   (nothing; a blank in Llama 2, an empty <think> block in Qwen 3)   supervised: the model has to say it
@@ -12,7 +12,7 @@ is read off the whole conversation, as what stands behind the server's prompt:
 from dataclasses import dataclass
 from itertools import takewhile
 
-from taso_ds.data.chat_template import render
+from taso_ds.data.chat_template import render, without_blanks
 from taso_ds.data.tokenizer import Tokenizer
 from taso_ds.errors import UserError
 
@@ -24,11 +24,11 @@ class Chat:
     r"""How a tokenizer's template writes the assistant's turn.
 
     Attributes:
-        supplied: what the server's prompt says in the model's place and the conversation does not ("<think>\n").
+        supplied: what the server's prompt says in the model's place, and the conversation does not ("<think>\n").
         opening: what the conversation holds between the server's prompt and the content.
-        closing: what it holds between the content and the end of the turn, that included; empty without one.
-        tail: all it holds behind the content of a last turn.
-        end_id: the token that ends a turn; the tokenizer's EOS where the template ends none.
+        closing: what it holds between the content and the end of the turn, with that end; empty where there is none.
+        tail: all that it holds behind the content of a last turn.
+        end_id: the token that ends a turn; the tokenizer's EOS where the template ends no turn.
     """
 
     tokenizer: Tokenizer
@@ -41,17 +41,17 @@ class Chat:
     def texts(self, prompt: str, completion: str) -> tuple[str, str]:
         """Return the prompt as a server renders it, and what the model should say to it before the end of its turn.
 
-        The latter is what the template makes of the completion. Where the template drops a part of it (the thoughts of
-        past turns), the completion stays as written.
+        The template makes the answer of the completion. Where it drops a part of the completion (the thoughts of past
+        turns), the completion stays as written.
         """
-        content = completion.removeprefix(" ")  # which divides it from a bare prompt
+        content = completion.removeprefix(" ")  # the blank divides it from a bare prompt
         if self.end_id is not None:
             content = content.removesuffix(self.tokenizer.convert_ids_to_tokens(self.end_id))
         unsaid = content.removeprefix(self.supplied if content.startswith(self.supplied) else self.supplied.strip())
         served, whole = chat_prompt(self.tokenizer, prompt), _conversation(self.tokenizer, prompt, content)
         if whole.startswith(served) and whole.endswith(self.tail):
             said = whole[len(served) : len(whole) - len(self.tail)]
-            if _without_blanks(said).endswith(_without_blanks(unsaid)):
+            if without_blanks(said).endswith(without_blanks(unsaid)):
                 return served, said
         return served, unsaid
 
@@ -83,7 +83,7 @@ def read_chat(tokenizer: Tokenizer) -> Chat:
 
 
 def chat_prompt(tokenizer: Tokenizer, prompt: str) -> str:
-    """Return the text a server makes of one user's message."""
+    """Return the text that a server makes of one user's message."""
     return render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
 
 
@@ -103,7 +103,3 @@ def _first_marker(tokenizer: Tokenizer, text: str) -> int | None:
 
 def _shared_start(first: str, second: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-def _without_blanks(text: str) -> str:
-    return "".join(text.split())

@@ -1,4 +1,4 @@
-"""A chat template is a program that came with the tokenizer: it is run here, and its faults are told in one line."""
+"""Runs chat templates. A template is a program that came with the tokenizer; its faults are told in one line."""
 
 from collections.abc import Sequence
 
@@ -10,6 +10,10 @@ _FILE = "<template>"  # what jinja calls a template that is no file
 
 def render(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
     """Return the text that the tokenizer's chat template makes of a conversation.
+
+    Args:
+        messages: each with a "role" and a "content"; the first is the user's.
+        add_generation_prompt: whether the text ends where the assistant is to go on.
 
     Raises:
         UserError: there is no template, it does not parse or raises, or it leaves out what the user says.
@@ -23,7 +27,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], *, add_gene
         )
     except Exception as error:  # of jinja, or whatever the template's expressions run into
         raise UserError(f"{_title(tokenizer)}, line {_line(error)}: {error} (at the prompt {_start(asked)})") from error
-    if _without_blanks(asked) not in _without_blanks(text):
+    if without_blanks(asked) not in without_blanks(text):
         raise UserError(f"{_title(tokenizer)} leaves out the prompt {_start(asked)}: correct it, or drop the flag")
     return text
 
@@ -33,7 +37,7 @@ def _title(tokenizer: Tokenizer) -> str:
 
 
 def _line(error: Exception) -> int | str:
-    """Return the line of the template at which an error arose: its own, where it does not parse."""
+    """Return the line of the template at which an error arose, or at which the template does not parse."""
     line: int | str = getattr(error, "lineno", None) or "unknown"
     trace = error.__traceback__
     while trace is not None:
@@ -47,5 +51,6 @@ def _start(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:40]}…")
 
 
-def _without_blanks(text: str) -> str:
+def without_blanks(text: str) -> str:
+    """Return a text without its white space, which templates trim and add as they like."""
     return "".join(text.split())

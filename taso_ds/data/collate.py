@@ -1,6 +1,6 @@
-"""Encoded rows to rectangular tensors. Padding never changes a result: it is masked and its labels are -100.
+"""Makes rectangular tensors of encoded rows. Padding never changes a result: it is masked and its labels are -100.
 
-Without rows every function collates an empty one (``empty_row``): the batch takes part in every collective.
+Of no rows, every function makes a batch of one empty row (``empty_row``), which takes part in every collective.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from taso_ds.data.encode import IGNORED, EncodedRow
 
 
 def collate(rows: Sequence[EncodedRow], *, pad_id: int) -> dict[str, Tensor]:
-    """Pad rows on the right to the longest.
+    """Pad rows on the right to the length of the longest.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels``, all ``(batch, tokens)`` int64; ``token_type_ids`` when the rows
@@ -26,7 +26,7 @@ def collate(rows: Sequence[EncodedRow], *, pad_id: int) -> dict[str, Tensor]:
 def collate_left(rows: Sequence[EncodedRow], *, pad_id: int) -> dict[str, Tensor]:
     """Pad the rows' prompts on the left, so that generation continues every row at the same last position.
 
-    What is supervised is the answer and is left out.
+    The answer, which is what is supervised, is left out.
 
     Returns:
         ``input_ids`` and ``attention_mask``, ``(batch, tokens)`` int64.
@@ -41,7 +41,10 @@ def collate_left(rows: Sequence[EncodedRow], *, pad_id: int) -> dict[str, Tensor
 def collate_head(rows: Sequence[EncodedRow], *, pad_id: int, is_regression: bool) -> dict[str, Tensor]:
     """Pad rows on the right for a classification head.
 
-    A row without a target (``empty_row``) is labelled -100 as a class and nan as a score: the loss leaves both out.
+    The label of a row without a target (``empty_row``) is -100 as a class and nan as a score: the loss leaves both out.
+
+    Args:
+        is_regression: whether the targets are scores, and not classes.
 
     Returns:
         As ``collate``, but ``labels (batch,)`` are int64 classes or float32 scores.
@@ -60,8 +63,8 @@ _EMPTY_LENGTH = 16
 def empty_row(pad_id: int) -> EncodedRow:
     """Return a row that takes part in every collective and counts nothing.
 
-    A rank without rows at the end of an epoch runs it. It is attended to like any text: a row whose whole
-    attention mask is 0 turns softmax into nan, and nan times a weight of 0 is still nan.
+    A rank without rows at the end of an epoch runs it. It is attended to like any text: softmax makes nan of a row
+    whose whole attention mask is 0, and nan times a weight of 0 is still nan.
     """
     return EncodedRow([pad_id] * _EMPTY_LENGTH, [IGNORED] * _EMPTY_LENGTH)
 

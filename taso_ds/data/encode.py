@@ -1,7 +1,7 @@
-"""Examples of a language model to token ids: what it reads, which tokens are supervised, and what is cut.
+"""Makes token ids of a language model's examples: what it reads, which tokens are supervised, and what is cut.
 
 Only the completion is supervised; the other labels are -100. The boundary between prompt and completion must not depend
-on the completion. Otherwise the options of one question would be scored after different prompts. So when a tokenizer
+on the completion. Otherwise the options of one question would be scored after different prompts. So if a tokenizer
 merges across the boundary, the completion is tokenized alone.
 """
 
@@ -37,7 +37,7 @@ class EncodedRow:
 
     @property
     def num_supervised(self) -> int:
-        """Tokens that count in the shifted causal loss (position 0 predicts nothing); 1 for a head row."""
+        """Tokens that count in the shifted causal loss (nothing predicts the first one); 1 for a head's row."""
         if not self.labels:
             return int(self.target is not None)
         return sum(label != IGNORED for label in self.labels[1:])
@@ -67,7 +67,9 @@ def encode_completions(
     cut, on the right.
 
     Args:
+        max_seq_length: longest row, in tokens.
         append_eos: whether a completion ends with the EOS, or with the end of a turn.
+        use_chat_template: whether the tokenizer's template wraps prompts and completions.
         source: where the examples come from, in words.
 
     Raises:
@@ -87,7 +89,11 @@ def encode_completions(
 def encode_options(
     tokenizer: Tokenizer, examples: Sequence[Example], *, max_seq_length: int, use_chat_template: bool = False
 ) -> list[list[EncodedRow]]:
-    """Encode every option of every example, each as the completion of its prompt and without an end."""
+    """Encode every option of every example, as a completion of its prompt that has no end.
+
+    Args:
+        max_seq_length: longest row, in tokens.
+    """
     rows = _completions(
         tokenizer,
         [(example.prompt, option) for example in examples for option in example.options],
@@ -101,7 +107,14 @@ def encode_options(
 def encode_prompt(
     tokenizer: Tokenizer, prompt: str, *, max_seq_length: int, use_chat_template: bool = False
 ) -> EncodedRow:
-    """Encode a prompt alone, to generate from; all labels are -100. It is cut on the left, behind a BOS."""
+    """Encode a prompt alone, to generate from; all labels are -100. It is cut on the left, behind a BOS.
+
+    Args:
+        max_seq_length: longest prompt, in tokens.
+
+    Raises:
+        UserError: there is no token to continue.
+    """
     text = chat_prompt(tokenizer, prompt) if use_chat_template else prompt
     lead = [] if use_chat_template else _lead(tokenizer, text)
     ids = _fit_left(tokenizer, lead + _ids(tokenizer, [text])[0], len(lead), max_seq_length)
@@ -111,7 +124,7 @@ def encode_prompt(
 
 
 def pad_token_id(tokenizer: Tokenizer) -> int:
-    """Return an id to pad with. Any will do, since the mask hides it; the tokenizer's own comes first."""
+    """Return an id to pad with: the tokenizer's own where it has one. Every id would do, since no result shows it."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     return next((token for token in candidates if token is not None), 0)
 
@@ -123,6 +136,8 @@ def take_rows(
 
     Args:
         rows: one for each example, encoded as they are asked for.
+        max_seq_length: what they were cut to, in tokens.
+        source: where the examples come from, in words.
 
     Raises:
         UserError: a row cannot be encoded. The message names ``source`` and the row.
@@ -202,14 +217,14 @@ def _supervise(tokenizer: Tokenizer, prompt: list[int], answer: list[int], num_l
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Tokenize bare texts. ``verbose`` is off: its warning about the model's maximal length comes before our cut."""
+    """Tokenize bare texts. ``verbose`` is off: it would warn about the model's maximal length before our cut."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def _lead(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the special tokens the tokenizer puts before a text: a BOS, several (GLM) or none.
+    """Return the special tokens that the tokenizer puts before a text: a BOS, several (GLM) or none.
 
-    Those it puts behind (an EOS, a SEP) must not stand between prompt and completion, so they are left out.
+    Those that it puts behind a text (an EOS, a SEP) are left out: they must not stand between prompt and completion.
     """
     bare, special = _ids(tokenizer, [text])[0], list(tokenizer(text, verbose=False)["input_ids"])
     if not bare:  # an empty prompt: only the name of the token tells whether it stands before or behind

@@ -1,4 +1,4 @@
-"""Examples of a classification head to token ids: one or two texts, and the class or score they have."""
+"""Makes token ids of a classification head's examples: one or two texts, and their class or score."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,11 @@ from taso_ds.errors import UserError
 def encode_texts(
     tokenizer: Tokenizer, examples: Sequence[Example], *, is_regression: bool, max_seq_length: int, source: str
 ) -> list[EncodedRow]:
-    """Encode the texts of every example; of two, the longer one is cut first.
+    """Encode the texts of every example. Of two texts, the longer one is cut first.
 
     Args:
         is_regression: whether the target is a score, and not a class.
+        max_seq_length: longest row, in tokens.
         source: where the examples come from, in words.
 
     Raises:

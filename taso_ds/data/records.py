@@ -1,6 +1,6 @@
-"""Where records come from: a file, a local folder, a folder saved by ``datasets``, or the Hugging Face Hub.
+"""Reads records from a file, a local folder, a folder saved by ``datasets``, or the Hugging Face Hub.
 
-Every set of records carries its source in words, because a score says nothing without the rows it was taken on.
+Every set of records names its source in words, because a score says nothing without the rows it was taken on.
 """
 
 import gzip
@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
@@ -24,10 +23,10 @@ _SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class Records:
-    """Rows and, in words, where they come from: a path or Hub name, the split, and the part of it that was taken.
+    """Rows, and where they come from in words: a path or Hub name, the split, and the part of it that was taken.
 
     Attributes:
-        places: where each row stands in its source, counted from 1 as lines are; None for all rows in order.
+        places: where each row stands in its source, counted from 1 like lines; None for all rows in order.
     """
 
     rows: list[Record]
@@ -35,13 +34,17 @@ class Records:
     places: tuple[int, ...] | None = None
 
     def first(self, count: int) -> "Records":
-        """Return the first ``count`` rows, saying so in the source; all of them when there are no more."""
+        """Return the first ``count`` rows, and say so in the source; all rows where there are no more."""
         if count >= len(self.rows):
             return self
         return self._part(range(count), f"{self.source} (rows 0-{count - 1} of {len(self.rows)})")
 
     def hold_out(self, share: float, *, seed: int) -> tuple["Records", "Records"]:
         """Return the rows to train on and those held out, each in the order of the source.
+
+        Args:
+            share: of the rows, to hold out.
+            seed: chooses them.
 
         Raises:
             UserError: one of both parts would be empty.
@@ -66,7 +69,7 @@ class Records:
 
 
 def build_examples(task: Task, records: Records) -> list[Example]:
-    """Build every record's example; a UserError names the source and the row (counted from 1, as lines are)."""
+    """Build every record's example; a UserError names the source and the row, counted from 1 like lines."""
     examples = []
     for place, row in zip(records.places or range(1, len(records.rows) + 1), records.rows, strict=True):
         try:
@@ -179,11 +182,12 @@ def _saved_split(place: Path, name: str) -> Records | None:
     return None
 
 
-def _saved(folder: Path) -> Any:
+def _saved(folder: Path) -> datasets.Dataset:
     try:
-        return datasets.load_from_disk(str(folder))
+        saved: datasets.Dataset = datasets.load_from_disk(str(folder))
+        return saved
     except Exception as error:
-        # As with the Hub: damage shows as whatever the library and Arrow stumble over first.
+        # As with the Hub: damage shows as whatever error the library or Arrow meets first.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--data_dir: {folder} is not a readable saved data set ({first}): save it again") from error
 
@@ -197,8 +201,8 @@ def _from_hub(task: Task, names: tuple[str, ...]) -> Records:
     try:
         splits = datasets.load_dataset(path, config)
     except Exception as error:
-        # The library raises a dozen unrelated types (HTTP, cache, offline mode, moved data set): whichever it is,
-        # the user's way out is the same.
+        # The library raises a dozen unrelated types (HTTP, cache, offline mode, moved data set). The user's way out is
+        # always the same.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load {title} from the Hugging Face Hub ({first}): {remedy}") from error
     for name in names:

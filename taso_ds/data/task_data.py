@@ -1,4 +1,4 @@
-"""The rows of a run's task: which are trained on, which are evaluated on, and where they come from in words."""
+"""The rows of a run's task: those to train on, those to evaluate on, and where they come from in words."""
 
 import dataclasses
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """Examples of both splits and where they come from."""
+    """Examples of both splits, and where they come from in words."""
 
     task: Task
     train: list[Example]
@@ -27,7 +27,7 @@ class TaskData:
 
 
 def load_task_data(arguments: DataArguments, *, seed: int) -> TaskData:
-    """Read both splits; calibration rows are taken from the training split later.
+    """Read both splits. Calibration rows are taken from the training split later.
 
     Args:
         seed: chooses the rows that ``eval_fraction`` holds out.
@@ -56,7 +56,7 @@ def load_task_data(arguments: DataArguments, *, seed: int) -> TaskData:
 
 
 def check_held_out(arguments: DataArguments) -> None:
-    """Refuse to evaluate on the rows that are trained on, by one name or two."""
+    """Refuse to evaluate on the file that is trained on, by whatever names; UserError."""
     train, evaluation = arguments.train_file, arguments.eval_file
     if train is not None and evaluation is not None and os.path.realpath(train) == os.path.realpath(evaluation):
         raise UserError(

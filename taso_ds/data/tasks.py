@@ -1,8 +1,8 @@
 """What a record of each task means: the prompt, the gold continuation, the options and the headline metric.
 
-A task turns one record, in the columns of the Hugging Face Hub or of a local file, into one ``Example``, and
-nothing else: no tokenizer, no file and no model is known here, so a new task is one builder and one entry.
-Choice tasks are scored by the likelihood of their continuations, so every option carries its leading space.
+A task makes one ``Example`` of one record, which has the columns of the Hugging Face Hub or of a local file. No
+tokenizer, no file and no model is known here, so a new task is one builder and one entry. Choice tasks are scored by
+the likelihood of their continuations, so every option begins with its space.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ class Example:
         prompt: read by the model, never supervised (decoder).
         completion: the gold continuation with its leading space; supervised.
         options: choice tasks: every continuation, in label order.
-        target: gold: option index (choice), score (regression), reference text (generation, completion).
-        texts: encoder input: one or two texts; empty when the task has no classification head.
-        place: where the record stands in its source, counted from 1; 0 where it comes from none.
+        target: the gold answer: option index (choice), score (regression), reference text (generation, completion).
+        texts: one or two texts for an encoder; empty where the task has no classification head.
+        place: where the record stands in its source, counted from 1; 0 where it has none.
     """
 
     prompt: str
@@ -44,11 +44,11 @@ class Task:
     Attributes:
         name: what ``--task`` takes.
         kind: "choice", "generation" or "completion".
-        metrics: names known to ``taso_ds.objectives.metrics``; the first is the headline. Without any it is the loss.
-        build: record to example; raises UserError when the record lacks what the task needs.
+        metrics: names known to ``taso_ds.objectives.metrics``. The first is the headline; without any, the loss is.
+        build: makes an example of a record; raises UserError where the record lacks what the task needs.
         labels: label names of a classification head; empty if the task has none.
         is_regression: the head has one output; a decoder predicts the likelihood-weighted mean of the options.
-        hub: path and configuration name for ``datasets.load_dataset``; an empty path when not on the Hub.
+        hub: path and configuration name for ``datasets.load_dataset``; the path is empty where the Hub has none.
         folders: names to look for under a local data folder.
         eval_split: the split whose score the literature reports.
     """
@@ -88,7 +88,7 @@ def _require(record: Record, *names: str) -> None:
 
 
 def _text(record: Record, name: str) -> str:
-    """Return a text field without the blanks around it: copies of one data set differ in them (SST-2)."""
+    """Return a text field without the blanks around it, in which copies of one data set differ (SST-2)."""
     value = record[name]
     if not isinstance(value, str):
         raise UserError(f"field {name!r} must be text, found {_shown(value)}")
@@ -110,7 +110,7 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(shown + more) or "no field"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
@@ -134,7 +134,7 @@ def _classification(
 
 
 def _boolq(record: Record) -> Example:
-    # The Hub calls the gold "answer" (true or false), local copies "label" (1 = yes); the passage is optional
+    # The gold is "answer" (true or false) on the Hub, and "label" (1 = yes) in local copies. The passage is optional
     # because commonsense suites ask the questions alone.
     gold = "label" if "label" in record else "answer"
     _require(record, "question", gold)
@@ -332,7 +332,7 @@ _ALL = (
         labels=("entailment", "not_entailment"),
         hub=("nyu-mll/glue", "qnli"),
     ),
-    # A user's own records. Its loss is always reported; a metric, over what is generated, only when it is asked for.
+    # A user's own records. The loss is always reported. A metric, of generated answers, is reported if it is asked for.
     Task("completion", "completion", (), _completion),
 )
 

@@ -1,11 +1,11 @@
-"""What the code here uses of a tokenizer: a few names of transformers' tokenizers, which data must not import."""
+"""What is used here of a tokenizer. It is one of transformers', but rows can be made without that library."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """A tokenizer of transformers, as far as rows are made with it and answers are read with it."""
+    """What making rows and reading answers needs of a tokenizer of transformers."""
 
     name_or_path: str
     chat_template: str | None

@@ -8,7 +8,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -17,9 +16,9 @@ from taso_ds.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write to; the file becomes ``path`` when all is written, and is removed when not.
+    """Yield a temporary name to write to. The file becomes ``path`` when all is written, and is removed otherwise.
 
-    It gets the permissions the user's umask gives new files: safetensors makes its own readable by the owner alone.
+    It gets the permissions that the user's umask gives new files: safetensors makes its own readable by the owner only.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -41,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write to; it becomes ``path`` when all is written, and is removed when not.
+    """Yield a temporary folder to write to. It becomes ``path`` when all is written, and is removed otherwise.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -61,7 +60,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what a disk or a file system refuses while ``path`` is written into one line."""
+    """Turn the refusal of a disk or a file system while ``path`` is written into a ``UserError``."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -70,14 +69,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def open_to_umask(folder: Path) -> None:
-    """Give every file below a folder the permissions that the folder itself got from the umask, execution apart."""
+    """Give every file below a folder the permissions to read and write that the folder itself got from the umask."""
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write JSON, whole or not at all; UserError when it cannot be written."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

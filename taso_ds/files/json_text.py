@@ -1,7 +1,7 @@
-"""JSON that a user wrote or another program left, read strictly: what is wrong with it is one line, never a guess.
+"""A strict reader of JSON that a user wrote or another program left: one line says what is wrong, nothing is guessed.
 
-Python's own reader keeps the last of two equal keys, takes NaN for a number, and meets hostile text with errors of
-several types. Whoever reads a file of a user's reads it here.
+Python's own reader keeps the last of two equal keys, takes NaN for a number, and raises errors of several types on
+hostile text. Every file of a user's is read here.
 """
 
 import json
@@ -16,13 +16,13 @@ def parse_json(text: str, source: str, *, constants: bool = False) -> Any:
 
     Args:
         source: what to call the text in errors.
-        constants: take NaN and Infinity, which Python writes although they are not JSON.
+        constants: whether to take NaN and Infinity, which Python writes although they are not JSON.
 
     Raises:
         UserError: not JSON, a key given twice in one object, or a value that no text file or number can hold.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) != len(pairs):
             twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)

@@ -1,8 +1,8 @@
-"""Tensors of a safetensors checkpoint, read by element range, so that no rank reads what it does not keep.
+"""A reader of ranges of the tensors in a safetensors checkpoint, so that no rank reads what it does not keep.
 
-The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header with dtype,
-shape and byte range of every tensor, then the bytes, row-major. A sharded checkpoint has an index that names the file
-of every tensor.
+The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length, little-endian; a JSON header
+with dtype, shape and byte range of every tensor; then the bytes, row-major. A sharded checkpoint has an index that
+names the file of every tensor.
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,9 +34,21 @@ _DTYPES = {
 _STAGING_BYTES = 1 << 26
 
 
+class _Entry(TypedDict):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: ``start`` is its first byte in the file."""
+    """Where a tensor lies.
+
+    Attributes:
+        start: its first byte in the file.
+    """
 
     path: Path
     dtype: torch.dtype
@@ -52,7 +64,7 @@ class StoredTensor:
         return StoredTensor(self.path, torch.uint8, torch.Size((self.numel * self.dtype.itemsize,)), self.start)
 
     def ranges(self, first: int, count: int) -> Iterator[tuple["StoredTensor", int, int]]:
-        """Yield where ``count`` elements from ``first`` on lie, as ``(tensor, its first element, how many)``."""
+        """Yield where ``count`` elements from ``first`` on lie: the tensor, its first element, how many."""
         yield self, first, count
 
 
@@ -78,7 +90,7 @@ class JoinedTensor:
         )
 
     def ranges(self, first: int, count: int) -> Iterator[tuple[StoredTensor, int, int]]:
-        """Yield where ``count`` elements from ``first`` on lie, part by part."""
+        """Yield where ``count`` elements from ``first`` on lie, part by part, as ``StoredTensor.ranges`` does."""
         size = self.parts[0].numel
         while count:
             part, inside = divmod(first, size)
@@ -88,7 +100,7 @@ class JoinedTensor:
 
 
 class SafetensorsCheckpoint:
-    """The tensors of a folder's checkpoint by name; files are opened when first read."""
+    """The tensors of a folder's checkpoint by name. A file is opened when it is first read."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self.tensors: dict[str, StoredTensor | JoinedTensor] = dict(tensors)
@@ -97,7 +109,13 @@ class SafetensorsCheckpoint:
         self.bytes_read = 0
 
     def join(self, name: str, keys: Sequence[str], shape: torch.Size) -> None:
-        """Let ``name`` stand for the tensors ``keys``, end to end, which are no longer there by themselves."""
+        """Put one tensor in the place of several, end to end.
+
+        Args:
+            name: of the new tensor.
+            keys: names of the tensors that it takes the place of.
+            shape: of the new tensor.
+        """
         parts = tuple(part for part in map(self.tensors.pop, keys) if isinstance(part, StoredTensor))
         assert len(parts) == len(keys)
         assert {(part.shape, part.dtype) for part in parts} == {(parts[0].shape, parts[0].dtype)}
@@ -105,12 +123,15 @@ class SafetensorsCheckpoint:
         self.tensors[name] = JoinedTensor(parts, shape)
 
     def read_into(self, out: Tensor, name: str, *, first: int = 0, as_bytes: bool = False) -> None:
-        """Fill the flat ``out`` with the tensor's elements from ``first`` on, in the dtype and on the device it has.
+        """Fill a tensor with elements of the stored one.
 
-        With ``as_bytes`` the elements are the tensor's bytes, whatever its dtype.
+        Args:
+            out: ``(number,)``, contiguous; its dtype and device stay.
+            first: the first element to read.
+            as_bytes: whether the elements are the stored tensor's bytes, whatever its dtype.
 
         Raises:
-            UserError: when the file ends early.
+            UserError: the file ends early.
         """
         stored = self.tensors[name].as_bytes if as_bytes else self.tensors[name]
         assert out.dim() == 1
@@ -182,7 +203,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that a model is read from, whichever library reads it: no others beside them.
+    """Return the safetensors files that a model is read from, whichever library reads it, and no other files.
 
     Raises:
         UserError: an index, of pickles too, names what is not a file of its folder.
@@ -197,7 +218,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> dict[str, str]:
-    """Return the file name of every tensor; none leads out of the index's folder."""
+    """Return the file name of every tensor. No name leads out of the index's folder."""
     try:
         files = parse_json(index.read_text(encoding="utf-8"), f"model_name_or_path: {index}")["weight_map"]
         found = {str(name): str(file) for name, file in files.items()}
@@ -227,7 +248,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             pass
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            entries: dict[str, Any] = json.loads(stream.read(length))
+            entries: dict[str, _Entry] = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"model_name_or_path: {path} is damaged, copy it again ({error})") from error
     tensors = {}

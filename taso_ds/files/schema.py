@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from taso_ds.errors import UserError
 
-SCHEMA = 2  # of run.json and progress.json. 1, which they do not name: paths are as given, wherever that was
+# Of run.json and progress.json. Those of version 1 do not name it; their paths are as given, wherever that was.
+SCHEMA = 2
 
 
-def check_schema(record: Mapping[str, Any], file: Path) -> None:
-    """Refuse a record that a newer version has written in another way; UserError."""
+def check_schema(record: Mapping[str, object], file: Path) -> None:
+    """Refuse a record that a newer version has written in another way; UserError names ``file``."""
     schema = record.get("schema_version", 1)
     if not isinstance(schema, int) or schema > SCHEMA:
         raise UserError(

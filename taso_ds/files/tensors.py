@@ -1,4 +1,4 @@
-"""This package's safetensors files: whole or not at all, with a checksum, and errors a user can act on."""
+"""This package's safetensors files: whole or not at all, with a checksum, and errors that a user can act on."""
 
 import hashlib
 import json
@@ -18,8 +18,11 @@ from taso_ds.files.json_text import parse_json
 CHECKSUM = "checksum"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file, whole or not at all; metadata values are stored as JSON, with a checksum of it all.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Write a safetensors file with a checksum, whole or not at all.
+
+    Args:
+        metadata: values that JSON can hold.
 
     Raises:
         UserError: when it cannot be written.
@@ -42,7 +45,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata in order: the library writes it in another one each time, and equal files should be equal."""
+    """Sort the metadata: the library's order changes from call to call, and equal contents should make equal files."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -54,7 +57,12 @@ def _sort_metadata(path: Path) -> None:
 
 
 def stream_tensors(path: Path, shapes: Mapping[str, torch.Size], tensors: Iterable[Tensor]) -> None:
-    """Write fp32 tensors as they come, in the order of ``shapes``: a safetensors file that is never whole in memory."""
+    """Write a safetensors file of fp32 tensors that is never whole in memory.
+
+    Args:
+        shapes: of all tensors, by name.
+        tensors: as many, in the order of ``shapes``; each is written as it comes.
+    """
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * shape.numel()
@@ -69,9 +77,15 @@ def stream_tensors(path: Path, shapes: Mapping[str, torch.Size], tensors: Iterab
 
 
 def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file written by ``write_tensors`` whose metadata says ``"kind": kind``.
+    """Read a file that ``write_tensors`` wrote.
 
-    A file without a checksum is taken as it is: it was made by another program.
+    A file without a checksum is taken as it is: another program made it.
+
+    Args:
+        kind: what the metadata must say under "kind".
+
+    Returns:
+        The tensors on the CPU, and the metadata without the checksum.
 
     Raises:
         UserError: missing, unreadable, damaged or another kind of file.

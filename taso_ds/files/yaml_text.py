@@ -1,6 +1,7 @@
-"""YAML that a user wrote, read strictly: a flat mapping in which every value stands once and is what is written.
+"""A strict reader of YAML that a user wrote: a flat mapping in which every value stands once, as it is written.
 
-What a text means, its reader knows: YAML would make 8 of ``010``, 90 of ``1:30``, 1.1 of ``1.10`` and false of ``no``.
+Whoever asks for a value knows what its text means. YAML would make 8 of ``010``, 90 of ``1:30``, 1.1 of ``1.10`` and
+false of ``no``.
 """
 
 from collections import Counter
@@ -15,7 +16,7 @@ _DEEPEST = 8  # a list of values stands 2 deep; PyYAML's time grows with the squ
 
 
 class _Texts(yaml.SafeLoader):
-    """Takes every value for the text that stands there, but for ``null``."""
+    """Takes every value but ``null`` for the text that stands there."""
 
 
 _Texts.yaml_implicit_resolvers = {
@@ -24,8 +25,8 @@ _Texts.yaml_implicit_resolvers = {
 }
 
 
-def parse_yaml(text: str, source: str) -> dict[Any, Any]:
-    """Return the mapping a YAML text holds, with texts, lists and None as its values.
+def parse_yaml(text: str, source: str) -> dict[Any, object]:
+    """Return the mapping that a YAML text holds, with texts, lists and None as its values.
 
     Args:
         source: what to call the text in errors.
@@ -49,14 +50,14 @@ def parse_yaml(text: str, source: str) -> dict[Any, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Return what is wrong, after the place where it is."""
+    """Return the place in the text, and what is wrong there."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
     return " ".join(str(error).split())
 
 
 def _check_plain(text: str, source: str) -> None:
-    """Refuse what costs more than it says, nested brackets and aliases, and a key given twice: YAML keeps the last."""
+    """Refuse nested brackets and aliases, which cost more than they say, and a key given twice: YAML keeps the last."""
     depth = 0
     for event in yaml.parse(text):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -1,7 +1,7 @@
 """What a flag is: a field of a frozen dataclass, with what it means beside its value.
 
-Every room has its group of flags. What the fields mean, and which values work, is the groups' own business; how flags
-are read stands in ``taso_ds.flags.command_line``. No library is needed, so that a script can say what it takes at once.
+Every room has its group of flags, which says what the fields mean and which values work. The flags are read in
+``taso_ds.flags.command_line``. No library is needed, so that a script can say at once what it takes.
 """
 
 import dataclasses
@@ -10,16 +10,29 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from taso_ds.errors import UserError, dangling, nearest
+
+
+class Arguments(Protocol):
+    """The values of a group of flags: an object of the group's dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+
+
+Group: TypeAlias = type[Arguments]  # the flags of a room
+Scalar: TypeAlias = bool | int | float | str
+Value: TypeAlias = Scalar | list[Scalar] | None
+Parsed = TypeVar("Parsed", bound=Arguments)
+Default = TypeVar("Default")
 
 # What becomes of a run when a flag is changed.
 RESULT = "result"  # it is another run
 LENGTH = "length"  # it is the same run, longer: one that has finished can be extended
 SCHEDULE = "schedule"  # its work is cut up, shown or saved in another way; what it learns stays the same
-START = "start"  # nothing: it is started in another way, which is not recorded
-CALL = "call"  # nothing: this one call is made in another way, whose flags no other call needs
+START = "start"  # nothing: it is started in another way, and that is not recorded
+CALL = "call"  # nothing: only this call of the script is different
 
 
 @dataclass(frozen=True)
@@ -30,17 +43,17 @@ class Flag:
         help: what it does, for ``--help``.
         effect: what becomes of a run when the flag is changed.
         before: what runs had that were recorded before the flag came.
-        is_path: whether values are, or may be, paths on this machine.
-        words: values of a path flag that are no paths.
+        is_path: whether its values are, or may be, paths on this machine.
+        words: values of a path flag that are not paths.
         unit: what its numbers count, or what its words name.
         is_first: whether most runs set it.
-        is_hidden: whether it is there only to be refused or ignored.
+        is_hidden: whether it exists only to be refused or ignored.
         is_planned: whether the plan decides it unless the user does.
     """
 
     help: str
     effect: str
-    before: Any
+    before: object
     is_path: bool
     words: tuple[str, ...]
     unit: str | None
@@ -57,60 +70,97 @@ _AS_DEFAULT = object()
 
 
 def arg(
-    default: Any,
+    default: Default,
     help: str,
     *,
     effect: str = RESULT,
-    before: Any = _AS_DEFAULT,
+    before: object = _AS_DEFAULT,
     path: bool = False,
     words: tuple[str, ...] = (),
     unit: str | None = None,
     first: bool = False,
     hidden: bool = False,
     planned: bool = False,
-) -> Any:
+) -> Default:
     """Return a dataclass field that is a flag.
 
     Args:
+        default: its value where it is not given.
         help: what it does, in a sentence or two.
         effect: ``RESULT``, ``LENGTH``, ``SCHEDULE``, ``START`` or ``CALL``.
-        before: what older runs had, where that is not the default: a record without the flag is read with this value,
-            so that a new flag does not make them other runs.
-        path: values are, or may be, paths on this machine: ``~`` is expanded, relative ones are resolved.
-        words: values that are no paths all the same.
+        before: what older runs had, where that is not the default. A record without the flag is read with this value,
+            so that a new flag does not turn older runs into other ones.
+        path: its values are, or may be, paths on this machine: ``~`` is expanded, relative paths are resolved.
+        words: values of a path flag that are not paths.
         unit: what its numbers count, or what its words name, where the type says too little.
-        first: ``--help`` shows it; all others, only ``--help_all`` does.
-        hidden: no help shows it: it is there only to be refused or ignored.
-        planned: the plan decides it, unless the user does.
+        first: ``--help`` shows it. Without this, only ``--help_all`` does.
+        hidden: no help shows it. It exists only to be refused or ignored.
+        planned: the plan decides it unless the user does.
+
+    Returns:
+        A field of a dataclass; the type is that of its values, as ``dataclasses.field`` has it.
     """
     then = default if before is _AS_DEFAULT else before
     flag = Flag(help, effect, then, path, words, unit, first, hidden, planned)
     return dataclasses.field(default=default, metadata={"flag": flag})
 
 
-def flags_of(groups: Sequence[Any]) -> dict[str, Flag]:
-    """Return what each flag of these dataclasses means, by name."""
+@dataclass(frozen=True)
+class Kind:
+    """The type of a flag's values.
+
+    Attributes:
+        item: the type of one value.
+        is_list: whether it takes several of them.
+        is_optional: whether it may be None.
+    """
+
+    item: type[bool] | type[int] | type[float] | type[str]
+    is_list: bool = False
+    is_optional: bool = False
+
+
+def flags_of(groups: Sequence[Arguments | Group]) -> dict[str, Flag]:
+    """Return what each flag of these dataclasses, or of their objects, means, by name."""
     return {entry.name: entry.metadata["flag"] for group in groups for entry in dataclasses.fields(group)}
 
 
-def hints_of(groups: Sequence[Any]) -> dict[str, Any]:
-    """Return the type hint of each flag of these dataclasses, by name."""
-    return {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+def kinds_of(groups: Sequence[Group]) -> dict[str, Kind]:
+    """Return the type of each flag of these dataclasses, by name."""
+    return {name: _kind(hint) for group in groups for name, hint in get_type_hints(group).items()}
 
 
-def kind_of(hint: Any) -> Any:
-    """Return the type of a flag's values from its hint: ``int`` of ``int | None``, a list as it is."""
-    return hint if get_origin(hint) is list else next(iter(get_args(hint)), hint)
+def _kind(hint: Any) -> Kind:
+    """Return the type of values from a type hint: ``int | None``, ``list[str]``."""
+    is_optional = type(None) in get_args(hint)
+    inner = get_args(hint)[0] if is_optional else hint
+    is_list = get_origin(inner) is list
+    return Kind(get_args(inner)[0] if is_list else inner, is_list, is_optional)
 
 
-def require(condition: bool, name: str, value: Any, valid: str) -> None:
-    """Refuse a value: ``UserError`` with what would be valid."""
+def require(condition: bool, name: str, value: object, valid: str) -> None:
+    """Refuse a value unless ``condition`` holds.
+
+    Args:
+        name: of the flag.
+        valid: what would be valid, in words that follow "is not".
+
+    Raises:
+        UserError: the condition does not hold.
+    """
     if not condition:
         raise UserError(f"{name}: {value!r} is not {valid}")
 
 
 def require_one_of(name: str, value: str, valid: Sequence[str]) -> None:
-    """Refuse a value that is none of the valid words; UserError names the nearest."""
+    """Refuse a value that is none of the valid words.
+
+    Args:
+        name: of the flag.
+
+    Raises:
+        UserError: it is none of them; the message names the nearest.
+    """
     if value not in valid:
         raise UserError(f"{name}: {value!r} is not one of {', '.join(valid)}{nearest(str(value), list(valid))}")
 
@@ -126,8 +176,8 @@ def check_new_file(name: str, path: str | None) -> None:
         raise UserError(f"{name}: {path} exists already; move it away, or choose another name")
 
 
-def expanded(group: Any) -> Any:
-    """Return the dataclass with ``~`` expanded in every path flag: no shell does it in ``--name=~/x`` or in a file."""
+def expanded(group: Parsed) -> Parsed:
+    """Return the group with ``~`` expanded in every path flag: no shell does that in ``--name=~/x`` or in a file."""
     flags = flags_of([group])
     paths = {name: getattr(group, name) for name, flag in flags.items() if flag.is_path}
     changed = {name: os.path.expanduser(value) for name, value in paths.items() if value and value.startswith("~")}
@@ -139,8 +189,8 @@ _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")  # of a shell
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
 
 
-def check_values(group: Any) -> None:
-    """Refuse what no flag can be, whichever it is: numbers out of range, empty texts, links that lead nowhere."""
+def check_values(group: Arguments) -> None:
+    """Refuse what no flag of a group can be: numbers out of range, empty texts, links that lead nowhere; UserError."""
     for name, flag in flags_of([group]).items():
         value = getattr(group, name)
         _check_representable(name, value)
@@ -150,7 +200,7 @@ def check_values(group: Any) -> None:
             raise UserError(f"{name}: no shell has replaced {named[0]} in {value!r}: write the path as it is")
 
 
-def _check_representable(name: str, value: Any) -> None:
+def _check_representable(name: str, value: object) -> None:
     """Refuse numbers that no tensor and texts that no file system can hold, before a library meets them."""
     if isinstance(value, float):
         require(not math.isfinite(value) or abs(value) <= _LARGEST_FLOAT, name, value, "within the range of fp32")
@@ -164,6 +214,7 @@ def _check_representable(name: str, value: Any) -> None:
 
 
 def check_text(name: str, value: str) -> None:
+    """Refuse a text that no file system can hold, and an empty one; UserError."""
     if not value.strip():
         raise UserError(f"{name}: {value!r} is empty: write what it is, or leave {name} out")
     whole = "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)

@@ -1,12 +1,12 @@
 """Names that people bring along from other trainers, and what does the same here.
 
-Hugging Face's Trainer, PEFT, axolotl, LLaMA-Factory and DeepSpeed name one thing in many ways. An unknown flag with
-such a name is answered with ours, which helps more than the name that happens to be spelt alike.
+Hugging Face's Trainer, PEFT, axolotl, LLaMA-Factory and DeepSpeed name one thing in many ways. The answer to an unknown
+flag with such a name is our name, which helps more than a name that happens to be spelt alike.
 """
 
 from taso_ds.flags.verbs import as_started
 
-# Their names by ours.
+# Our name, and theirs.
 _SAME: dict[str, tuple[str, ...]] = {
     "model_name_or_path": ("model", "model_name", "model_path", "base_model", "pretrained_model_name_or_path"),
     "tokenizer_name": ("tokenizer", "tokenizer_path", "tokenizer_name_or_path"),
@@ -44,7 +44,7 @@ _SAME: dict[str, tuple[str, ...]] = {
     "model_revision": ("revision",),
     "debug": ("verbose", "log_level", "logging_level"),
 }
-# Names of what is done in another way here, or not at all.
+# What to do, and their names for what is done in another way here, or not at all.
 _INSTEAD: dict[str, tuple[str, ...]] = {
     "pass --task NAME, or --task completion with --train_file and --eval_file": ("dataset", "dataset_name", "datasets"),
     "pass --warmup_ratio, a share of the steps": ("warmup_steps", "num_warmup_steps", "warmup"),

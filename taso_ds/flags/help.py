@@ -5,42 +5,36 @@ import shutil
 import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
 
-from taso_ds.flags.flag import Flag, hints_of, kind_of
+from taso_ds.flags.flag import Flag, Group, Kind, Scalar, kinds_of
 from taso_ds.flags.verbs import as_started, program
 
 _FIRST = "What most runs set"
 _NOTE = "--config run.yaml reads flags of the run from a file; the command line goes before it."
-_TYPES: dict[Any, str] = {int: "number", float: "number", str: "name"}
+_TYPES: dict[type[Scalar], str] = {int: "number", float: "number", str: "name"}
 _INDENT, _WIDEST = 36, 110
 
 
 @dataclass(frozen=True)
 class Line:
-    """One flag, as it is shown.
-
-    Attributes:
-        kind: type of its values.
-    """
+    """One flag, as it is shown."""
 
     name: str
-    kind: Any
-    default: Any
+    kind: Kind
+    default: object
     flag: Flag
 
     @property
     def value(self) -> str:
         """What stands behind the flag: what its number counts, what its word names; nothing behind a switch."""
-        if self.kind is bool:
+        if self.kind.item is bool:
             return ""
-        item = get_args(self.kind)[0] if get_origin(self.kind) is list else self.kind
-        word = self.flag.unit or ("path" if self.flag.is_path else _TYPES[item])
-        return word if item is self.kind else f"{word} ..."
+        word = self.flag.unit or ("path" if self.flag.is_path else _TYPES[self.kind.item])
+        return f"{word} ..." if self.kind.is_list else word
 
     @property
     def spelled(self) -> str:
-        if self.kind is bool:
+        if self.kind.item is bool:
             return f"--{self.name}, --no_{self.name}" if self.default else f"--{self.name}"
         return f"--{self.name} {self.value.upper() if self.value.islower() else self.value}"
 
@@ -60,15 +54,15 @@ class Section:
     lines: list[Line]
 
 
-def section_of(group: Any, acting: Collection[str] | None = None) -> Section:
-    """Return all flags of a group under the first sentence of its docstring, without the hidden ones.
+def section_of(group: Group, acting: Collection[str] | None = None) -> Section:
+    """Return the flags of a group that are not hidden, under the first sentence of its docstring.
 
     Args:
         acting: names of the flags to show; default: all.
     """
-    hints = hints_of([group])
+    kinds = kinds_of([group])
     lines = [
-        Line(entry.name, kind_of(hints[entry.name]), entry.default, entry.metadata["flag"])
+        Line(entry.name, kinds[entry.name], entry.default, entry.metadata["flag"])
         for entry in dataclasses.fields(group)
         if acting is None or entry.name in acting
     ]
@@ -76,9 +70,15 @@ def section_of(group: Any, acting: Collection[str] | None = None) -> Section:
 
 
 def sections(
-    groups: Sequence[Any], *, own: Any = None, acting: Collection[str] | None = None, whole: bool
+    groups: Sequence[Group], *, own: Group | None = None, acting: Collection[str] | None = None, whole: bool
 ) -> list[Section]:
-    """Return the program's own flags, those that most runs set and, if ``whole``, all others group by group."""
+    """Return the program's own flags, then those that most runs set, then all others group by group.
+
+    Args:
+        own: the group that belongs to the program alone.
+        acting: names of the flags to show; default: all.
+        whole: whether to show the others.
+    """
     shared = [section_of(group, acting) for group in groups if group is not own]
     first = Section(_FIRST, [line for section in shared for line in section.lines if line.flag.is_first])
     others = [Section(section.title, [line for line in section.lines if not line.flag.is_first]) for section in shared]
@@ -86,8 +86,17 @@ def sections(
     return [section for section in found if section.lines]
 
 
-def help_text(groups: Sequence[Any], *, description: str, own: Any, acting: Collection[str] | None, whole: bool) -> str:
-    """Return the help of a program; see ``command_line.parse_groups``."""
+def help_text(
+    groups: Sequence[Group], *, description: str, own: Group | None, acting: Collection[str] | None, whole: bool
+) -> str:
+    """Return the help of a program, as wide as the terminal.
+
+    Args:
+        description: what it says first.
+        own: the group that belongs to the program alone; all of it is shown.
+        acting: names of the flags that do something here; None: all.
+        whole: whether to show the flags that few runs set.
+    """
     width = min(shutil.get_terminal_size().columns, _WIDEST) - 2
     parts = [f"usage: {program()} [flags]", as_started(description).strip()]
     for section in sections(groups, own=own, acting=acting, whole=whole):

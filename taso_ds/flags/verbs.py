@@ -1,7 +1,7 @@
 """What ``taso`` does, and how this user starts it: as a script of a checkout, or as an installed command.
 
-A command in a message is one that can be pasted: who runs ``launch/plan.py`` reads of its neighbours, anyone else,
-who may have no checkout, of ``taso plan``.
+A command in a message can be pasted. A user of ``launch/plan.py`` is told of the scripts beside it. The others, who may
+have no checkout, are told of ``taso plan``.
 """
 
 import re
@@ -14,7 +14,7 @@ _COMMAND = re.compile(r"(python |deepspeed )?launch/(\w+)\.py")
 
 
 def _script() -> Path | None:
-    """Return the launch script of a checkout that runs, as it was typed."""
+    """Return the checkout's launch script that runs, as it was typed; None where an installed command runs."""
     path = Path(sys.argv[0])
     folder = path.resolve().parent
     is_installed = folder.parent == Path(__file__).resolve().parent
@@ -38,7 +38,7 @@ def launched(verb: str) -> str:
 
 
 def as_started(text: str) -> str:
-    """Return a text that names launch scripts with the commands that this user has."""
+    """Return a text in which the names of launch scripts are replaced by the commands that this user has."""
 
     def _own(found: re.Match[str]) -> str:
         starter, verb = found.groups(default="")

@@ -1,4 +1,4 @@
-"""Batches of rows for a rank: collated, dealt out, on the device."""
+"""Batches of a rank: rows collated, dealt to the ranks, and brought to the device."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from taso_ds.data.encode import EncodedRow
 from taso_ds.distributed import comm
 
 Batch = dict[str, Tensor]
-Collate = Callable[[Sequence[EncodedRow]], Batch]  # without rows, a batch that counts nothing
+Collate = Callable[[Sequence[EncodedRow]], Batch]  # of no rows it makes a batch that counts nothing
 
 
 def on_device(batch: Batch) -> Batch:
@@ -17,10 +17,13 @@ def on_device(batch: Batch) -> Batch:
 
 
 def dealt_batches(rows: Sequence[EncodedRow], *, batch_size: int, collate: Collate) -> list[tuple[list[int], Batch]]:
-    """Deal fixed batches of rows of similar length to the ranks in turn; each row counts exactly once.
+    """Deal batches of rows of similar length to the ranks in turn; each row counts exactly once.
 
-    The batches are the same at every world size, so results are too. Every rank gets the same number, some without
-    rows.
+    The batches are the same at every world size, so the results are too. Every rank gets the same number of batches;
+    some have no rows.
+
+    Args:
+        batch_size: rows of a batch.
 
     Returns:
         This rank's batches on the CPU, each with the numbers of its rows.

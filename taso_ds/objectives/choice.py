@@ -19,7 +19,11 @@ def log_likelihoods(
 ) -> list[list[float]]:
     """Return the log-likelihood of every option of every example. A collective.
 
-    Options that are one token after the same prompt are read off one forward; others take one each.
+    Options that are one token after the same prompt are read off one row. Each of the others takes a row of its own.
+
+    Args:
+        options: the encoded options of every example.
+        batch_size: rows of one forward.
     """
     rows, readings = _share_rows(options)
     wanted: dict[int, list[int | None]] = {}
@@ -45,7 +49,7 @@ def most_likely(values: Sequence[float]) -> int:
 
 
 def rating(values: Sequence[float]) -> float:
-    """Return the likelihood-weighted mean of the options' positions: the rating of a decoder that answers 0 to 5."""
+    """Return the mean position of the options, weighted by likelihood: the rating of a decoder that answers 0 to 5."""
     weights = torch.tensor(values).softmax(0)
     return float((weights * torch.arange(len(values))).sum())
 

@@ -1,9 +1,9 @@
-"""The language model's loss without the logits of a whole micro-batch: a vocabulary of 150k makes 0.6 MB of each one.
+"""The language model's loss without the logits of a whole micro-batch: at a vocabulary of 150k, one takes 0.6 MB.
 
 With hidden states ``h (positions, hidden_size)``, logits ``z = logits_of(h)`` and targets ``t``, the loss is
-``Σ_n logsumexp(z_n) − z_n[t_n]`` in fp32 and its gradient ``(softmax(z_n) − onehot(t_n)) · ∂z_n/∂h_n``. The output
-layer is frozen, so ``∂loss/∂h``, no larger than ``h``, is all that backward needs: both are computed in the forward,
-chunk by chunk, and no logits are kept or computed again.
+``Σ_n logsumexp(z_n) − z_n[t_n]`` in fp32, and its gradient is ``(softmax(z_n) − onehot(t_n)) · ∂z_n/∂h_n``. The output
+layer is frozen, so backward needs only ``∂loss/∂h``, which is no larger than ``h``. The forward computes both, chunk by
+chunk. No logits are kept or computed again.
 
 The chunks run inside the one call of the output layer that a forward makes anyway. ZeRO-3 gathers the weight for that
 call, once on every rank, whatever number of chunks the rank's data make. Backward does not gather it.
@@ -11,7 +11,7 @@ call, once on every rank, whatever number of chunks the rank's data make. Backwa
 
 import logging
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,9 @@ CHUNK_BYTES = 64 << 20
 
 
 class LanguageModelLoss:
-    """The loss summed over supervised tokens and their number: in chunks, or at once where the model does not allow it.
+    """The loss summed over supervised tokens, and their number: in chunks where the model allows it, else at once.
 
-    Which of the two is decided on the first batch, alike on every rank.
+    The first batch decides which of the two it is, alike on every rank.
 
     Args:
         adapted: names of the matrices that an adapter or scoring hooks into.
@@ -61,6 +61,7 @@ def chunked_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """
     module = getattr(model, "module", model)
     layer, config = output_layer(module), text_config(module)
+    assert isinstance(layer, nn.Linear)
     assert not any(parameter.requires_grad for parameter in layer.parameters()), "its gradient would be lost"
     rows = max(1, CHUNK_BYTES // (4 * layer.out_features))
     targets = batch["labels"][:, 1:]
@@ -79,7 +80,7 @@ def chunked_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         )
         return (hidden[:, :0].detach(),)  # nothing is left for the layer's own forward
 
-    # The loss becomes the model's output, in front of DeepSpeed's hooks: they expect backward to start there.
+    # The loss becomes the model's output before DeepSpeed's hooks see it: they expect backward to start there.
     handles = [
         layer.register_forward_pre_hook(compute),
         module.register_forward_hook(lambda *_: losses[0], prepend=True),
@@ -93,11 +94,22 @@ def chunked_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return loss, int(supervised.sum())
 
 
+class _Context(Protocol):
+    """What torch hands from a function's forward to its backward."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """Cross-entropy summed over positions, whose gradient is ready when the loss is."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor], rows: int) -> Tensor:
+    def forward(
+        ctx: _Context, hidden: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor], rows: int
+    ) -> Tensor:
         differentiated = ctx.needs_input_grad[0]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden if differentiated else hidden[:0])
@@ -112,7 +124,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _Context, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output, None, None, None
 

@@ -1,4 +1,4 @@
-"""A classification head learns the class or score of one or two texts, and is taken at its word."""
+"""A classification head learns the class or the score of one or two texts. Its output is the answer."""
 
 import math
 from collections.abc import Iterator, Sequence

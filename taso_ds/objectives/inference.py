@@ -1,6 +1,6 @@
-"""Forwards of an evaluation: its rows shared out over the ranks, and what they gave brought together again.
+"""Forwards of an evaluation: its rows are shared out over the ranks, and the results are brought together again.
 
-Batches are formed before they are dealt to ranks, so the numbers do not depend on the world size.
+Batches are formed before they are dealt to the ranks, so the numbers do not depend on the world size.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Let the model run without gradients and dropout."""
+    """Run the model without gradients and dropout."""
     training = model.training
     model.eval()
     try:
@@ -34,7 +34,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 def evaluation_batches(
     rows: Sequence[EncodedRow], *, batch_size: int, collate: Collate
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Yield this rank's batches on the device, each with the numbers of its rows; a batch that fills up has none."""
+    """Yield this rank's batches on the device, each with the numbers of its rows; a batch without rows has none."""
     batches = dealt_batches(rows, batch_size=batch_size, collate=collate)
     for ids, batch in Bar(batches, desc="evaluating", unit="batch", leave=False):
         yield ids, on_device(batch)

@@ -1,7 +1,7 @@
 """A language model learns the completion behind a prompt, token by token.
 
-It is evaluated as its task asks: a choice task takes the option with the highest likelihood, GSM8K generates greedily
-and compares the final number. A user's own completions are generated and compared when a metric is asked for.
+It is evaluated as its task asks. A choice task takes the option with the highest likelihood. GSM8K generates greedily
+and compares the final number. A user's own completions are generated and compared if a metric is asked for.
 """
 
 import math

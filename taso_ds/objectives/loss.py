@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from taso_ds.data.encode import IGNORED
 from taso_ds.objectives.batches import Batch
 
-LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]  # of a model or an engine on a batch
+LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]  # of a model, or an engine around it, on a batch
 
 
 def keeps_logits(model: nn.Module) -> bool:
@@ -23,10 +23,13 @@ def keeps_logits(model: nn.Module) -> bool:
 
 
 def supervised_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return logits ``(batch, kept, vocabulary)`` and targets ``(batch, kept)`` at the positions that are supervised.
+    """Return the logits and the targets of the columns that are supervised in some row.
 
-    Only columns where some row predicts a supervised token are kept: most of a prompt never meets the vocabulary. The
-    output layer runs once for every batch, an empty one too, so ranks issue the same collectives.
+    Most of a prompt never meets the vocabulary. The output layer runs once for every batch, an empty one too, so that
+    all ranks issue the same collectives.
+
+    Returns:
+        ``(batch, kept, vocabulary)`` and ``(batch, kept)``.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     targets = batch["labels"][:, 1:]

@@ -1,19 +1,20 @@
-"""The metrics by name: each a class of the ``evaluate`` library that needs no network.
+"""The metrics by name. Each is a class of the ``evaluate`` library that needs no network.
 
-``evaluate.load("accuracy")`` downloads the metric's source from the Hub, which a compute node may not reach; the
-same few numbers from scikit-learn and scipy are defined here as metrics of our own. Importing the libraries takes two
-seconds, so this module is loaded only when the first score is computed.
+``evaluate.load("accuracy")`` downloads the metric's source from the Hub, which a compute node may not reach. So the
+same few numbers, from scikit-learn and scipy, are defined here as metrics of our own. Importing the libraries takes two
+seconds: this module is loaded only when the first score is computed.
 """
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol
 
 import datasets
 import evaluate
 from scipy import stats
 from sklearn import metrics as sk
 
+from taso_ds.objectives.metrics import Answer
 from taso_ds.objectives.rouge import rouge_l
 
 
@@ -31,10 +32,13 @@ class OfflineMetric(evaluate.Metric):
             features=datasets.Features({"predictions": value, "references": value}),
         )
 
-    def values(self, column: Sequence[Any]) -> list[Any]:
-        """Return plain Python numbers: columns arrive as lists, arrays or tensors."""
-        cast = float if self.value_type == "float64" else int
-        return [cast(value) for value in column]
+    def values(self, column: Sequence[Answer]) -> Sequence[int | float | str]:
+        """Return plain Python numbers, of numpy or torch too."""
+        return [self._number(value) for value in column]
+
+    def _number(self, value: Answer) -> int | float:
+        assert value is not None, "only a text can be unreadable"
+        return float(value) if self.value_type == "float64" else int(value)
 
 
 class Accuracy(OfflineMetric):
@@ -83,7 +87,7 @@ class ExactMatch(OfflineMetric):
 
     value_type = "string"
 
-    def values(self, column: Sequence[Any]) -> list[str]:
+    def values(self, column: Sequence[Answer]) -> list[str]:
         return ["" if value is None else str(value).strip() for value in column]
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
@@ -96,7 +100,7 @@ class RougeL(OfflineMetric):
 
     value_type = "string"
 
-    def values(self, column: Sequence[Any]) -> list[str]:
+    def values(self, column: Sequence[Answer]) -> list[str]:
         return ["" if value is None else str(value) for value in column]
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
@@ -104,7 +108,17 @@ class RougeL(OfflineMetric):
         return {"rouge": sum(scores) / len(scores)}
 
 
-def _correlation(function: Any, predictions: list[float], references: list[float]) -> float:
+class _Correlation(Protocol):
+    """What scipy returns."""
+
+    statistic: float
+
+
+def _correlation(
+    function: Callable[[Sequence[float], Sequence[float]], _Correlation],
+    predictions: list[float],
+    references: list[float],
+) -> float:
     # A model that has not learnt yet may answer the same everywhere; the correlation is then 0/0, and a nan would
     # break the choice of the best checkpoint. Other nans (a diverged model's predictions) are let through.
     if _is_constant(predictions) or _is_constant(references):

@@ -1,4 +1,4 @@
-"""Scores of predictions, by the names of metrics; the metrics themselves are in ``metric_classes``."""
+"""Scores of predictions by the names of metrics. The metrics themselves are in ``metric_classes``."""
 
 import re
 import tempfile
@@ -12,15 +12,15 @@ Answer = int | float | str | None  # a class, a score or a text; None where none
 def compute_metrics(
     names: Sequence[str], predictions: Sequence[Answer], references: Sequence[Answer]
 ) -> dict[str, float]:
-    """Return the named scores of predictions against references, in the order of ``names``.
+    """Return the scores of predictions against references, in the order of ``names``.
 
     Args:
         names: keys of ``METRICS``.
-        predictions: class indices, scores, or texts (exact_match; None for an answer that could not be read).
+        predictions: class indices, scores or texts; None for a text that could not be read.
         references: the gold values, as many.
 
     Raises:
-        UserError: a name is unknown or there is nothing to score.
+        UserError: a name is unknown, or there is nothing to score.
     """
     from taso_ds.objectives.metric_classes import METRICS
 

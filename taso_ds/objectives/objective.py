@@ -1,4 +1,4 @@
-"""What a model is trained for: one object that leads from examples to rows, batches, a loss and scores.
+"""What a model is trained for: one object that makes rows of examples, batches of rows, then a loss and scores.
 
 Scoring, training and evaluation know a task through this protocol alone. A new objective is one file beside
 ``language_model`` and ``classification``.
@@ -43,7 +43,7 @@ class Objective(Protocol):
     def collate(self, rows: Sequence[EncodedRow]) -> Batch:
         """Return rows as one batch on the CPU.
 
-        Without rows, it is a batch that takes part in every collective and counts nothing.
+        A batch of no rows takes part in every collective and counts nothing.
         """
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -55,7 +55,7 @@ class Objective(Protocol):
         """
 
     def check(self, positions: int | None) -> None:
-        """Encode those evaluation rows that can be ill-formed.
+        """Look for evaluation rows that are ill-formed.
 
         Args:
             positions: how many the model has; None for no limit.
@@ -65,7 +65,7 @@ class Objective(Protocol):
         """
 
     def rows(self) -> Iterator[EncodedRow]:
-        """Yield every row that the model sees in an evaluation, of prompts and options too."""
+        """Yield every row that the model sees in an evaluation: prompts and options too."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return ``loss`` (mean over the supervised units), the task's metrics and ``num_examples``. A collective.

@@ -1,21 +1,31 @@
 """A language model's output layer, and what the model does to its result before calling it logits.
 
-The loss in chunks applies the output layer itself. It may do so where the logits are a function of that layer's result
-alone and this function is known here. A forward with a made-up result tells, whatever model it is and wherever its code
-comes from.
+The loss in chunks applies the output layer itself. It may do so if the logits depend on nothing but that layer's
+result, in a way that is known here. A forward with a made-up result shows whether that is so, for any model.
 """
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def output_layer(model: nn.Module) -> Any:
+
+@runtime_checkable
+class _Configured(Protocol):
+    """A model of transformers."""
+
+    config: "PretrainedConfig"
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
     """Return the module from hidden states to the vocabulary, or None where the model names none."""
     find = getattr(model, "get_output_embeddings", None)
-    return find() if find is not None else None
+    layer: nn.Module | None = find() if find is not None else None
+    return layer
 
 
 def finish_logits(raw: Tensor, config: object) -> Tensor:
@@ -32,8 +42,9 @@ def finish_logits(raw: Tensor, config: object) -> Tensor:
     return raw
 
 
-def text_config(model: Any) -> object:
-    """Return the configuration of the model's decoder of text."""
+def text_config(model: nn.Module) -> object:
+    """Return the configuration of the model's text decoder."""
+    assert isinstance(model, _Configured)
     return model.config.get_text_config()
 
 
@@ -43,9 +54,9 @@ def _number(config: object, name: str) -> float | None:
 
 
 def why_not_in_chunks(model: nn.Module, adapted: Collection[str], *, device: torch.device) -> str | None:
-    """Return why the loss cannot apply the output layer to chunks of positions, or None when it can.
+    """Return why the loss cannot apply the output layer to chunks of positions, or None if it can.
 
-    Runs a forward, so at ZeRO-3 it is a collective; the answer depends on no data and is the same on every rank.
+    It runs a forward, so at ZeRO-3 it is a collective. The answer depends on no data and is the same on every rank.
 
     Args:
         model: the model itself, with ZeRO's hooks where it is partitioned.

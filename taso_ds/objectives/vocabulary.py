@@ -1,7 +1,7 @@
-"""Tokens that the base has no embedding for, seen before it is loaded.
+"""Finds tokens that the base has no embedding for before it is loaded.
 
-A tokenizer may well hold more tokens than its base has embeddings (Gemma 3 1B has a token for images that it cannot
-read). Only those that occur matter: the one to pad with, and those of the rows.
+A tokenizer may hold more tokens than its base has embeddings: Gemma 3 1B has a token for images that it cannot read.
+Only tokens that occur matter: the one to pad with, and those of the rows.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from taso_ds.models.spec import BaseSpec
 
 
 def check_padding(base: BaseSpec) -> None:
-    """Refuse a token to pad with that the base does not know; every batch may hold it."""
+    """Refuse a padding token that the base does not know; every batch may hold it. UserError."""
     pad_id, number = pad_token_id(base.tokenizer), _num_embeddings(base)
     if number is not None and pad_id >= number:
         raise UserError(
@@ -25,7 +25,10 @@ def check_tokens(base: BaseSpec, rows: Mapping[str, Iterable[EncodedRow]]) -> No
     """Refuse rows with tokens that the base does not know.
 
     Args:
-        rows: what the model will see, by where it comes from. Read only if the tokenizer holds such tokens at all.
+        rows: what the model will see, by where it comes from. They are read only if the tokenizer holds such tokens.
+
+    Raises:
+        UserError: a row holds one.
     """
     number = _num_embeddings(base)
     if number is None or max(base.tokenizer.get_vocab().values()) < number:
