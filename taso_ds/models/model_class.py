@@ -4,18 +4,20 @@ There are two: a causal language model, or a model with a classification head. t
 configuration which of them it has.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from taso_ds.errors import UserError
 from taso_ds.models.arguments import ModelArguments
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+AutoClass: TypeAlias = "type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]"
 
 _LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def model_class(*, head: bool) -> Any:
+def model_class(*, head: bool) -> AutoClass:
     """Return the ``Auto`` class of transformers, which finds the class of a configuration."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

@@ -7,6 +7,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.functional import QuantState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -80,12 +81,14 @@ def test_ranges_cut_anywhere_are_the_whole(format: Format, rows: int, cols: int,
     packed = fill(module, weight, borders)
     assert torch.equal(packed, theirs.weight.data.flatten().view(torch.uint8))
     if isinstance(format, NF4):
-        state = theirs.weight.quant_state
-        assert torch.equal(module.statistics.absmax, state.absmax)
-        assert torch.equal(module.statistics.state2.absmax, state.state2.absmax)
-        assert torch.equal(module.statistics.offset, state.offset)
-        assert module.statistics == state
+        found, state = module.statistics, theirs.weight.quant_state
+        assert isinstance(found, QuantState)
+        assert torch.equal(found.absmax, state.absmax)
+        assert torch.equal(found.state2.absmax, state.state2.absmax)
+        assert torch.equal(found.offset, state.offset)
+        assert found == state
     else:
+        assert isinstance(module.statistics, Tensor)
         assert torch.equal(module.statistics, theirs.weight.SCB)
 
 
