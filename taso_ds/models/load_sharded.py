@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from taso_ds.errors import UserError
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint, has_checkpoint
 from taso_ds.models import transformers_fixes
 from taso_ds.models.load_quantized import QuantizedLoad
-from taso_ds.models.model_class import AutoClass
 from taso_ds.models.stored_names import converted_keys, open_for, stored_keys
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def why_not_sharded(source: str, model: "PreTrainedModel") -> str | None:
     return f"transformers merges or splits {converted[0]} as it loads it" if converted else None
 
 
-def build_without_memory(auto_class: AutoClass, config: "PretrainedConfig", **options: object) -> "PreTrainedModel":
+def build_without_memory(auto_class: Any, config: "PretrainedConfig", **options: object) -> "PreTrainedModel":
     """Return a model whose parameters are on the meta device and whose buffers are real; no weight is initialized.
 
     Args:

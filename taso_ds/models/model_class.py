@@ -4,20 +4,18 @@ There are two: a causal language model, or a model with a classification head. t
 configuration which of them it has.
 """
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from taso_ds.errors import UserError
 from taso_ds.models.arguments import ModelArguments
 
 if TYPE_CHECKING:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
-
-AutoClass: TypeAlias = "type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]"
+    from transformers import PretrainedConfig
 
 _LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def model_class(*, head: bool) -> AutoClass:
+def model_class(*, head: bool) -> Any:  # transformers types hold neither the pair it may return nor its table
     """Return the ``Auto`` class of transformers, which finds the class of a configuration."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

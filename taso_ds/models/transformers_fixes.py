@@ -52,7 +52,7 @@ def initial_value(model: "PreTrainedModel", name: str) -> Tensor:
     """
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)
-    without_memory = module._parameters[attribute]
+    without_memory = module.get_parameter(attribute)
     value = nn.Parameter(torch.zeros_like(without_memory, device="cpu"), requires_grad=False)
     module._parameters[attribute] = value
     model._init_weights(module)
@@ -86,7 +86,8 @@ def converted_names(model: "PreTrainedModel", names: Iterable[str], skipped: lis
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = HfQuantizer.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules)
+    in_fp32 = None if model._keep_in_fp32_modules is None else list(model._keep_in_fp32_modules)
+    kept = HfQuantizer.get_modules_to_not_convert(model, skipped, in_fp32)
     return [name for name in names if should_convert_module(name, kept)]
 
 
