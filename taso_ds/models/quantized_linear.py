@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taso_ds.distributed import comm
@@ -86,6 +87,7 @@ class NF4(Format):
         return self.block
 
     def quantize(self, weights: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+        # bitsandbytes launches this on a GPU's default stream, so nothing loads on another one
         packed, state = _bitsandbytes().functional.quantize_4bit(weights, blocksize=self.block, quant_type="nf4")
         return packed.flatten(), state.absmax
 
@@ -117,6 +119,10 @@ class NF4(Format):
 class Int8(Format):
     """LLM.int8(): 8 bits a weight, one maximum per row; inputs with outliers are multiplied in 16 bits.
 
+    In training the weight is dequantized and multiplied on every device, as bitsandbytes does on a CPU. On a GPU it
+    would take the inputs to float16, quantize them and wait for each product's outliers. Scoring and evaluations use
+    LLM.int8() itself, as whoever opens the export does.
+
     Args:
         threshold: from which size on an input is an outlier.
     """
@@ -142,9 +148,11 @@ class Int8(Format):
         return self._rows(packed, module).to(module.compute_dtype).mul_(self._maxima(module)[:, None] * (1.0 / 127.0))
 
     def product(self, inputs: Tensor, packed: Tensor, module: "QuantizedLinear") -> Tensor:
+        if module.training:
+            return F.linear(inputs, self.dequantize(packed, module), module.bias)
         state = _bitsandbytes().MatmulLtState()
         state.CB, state.SCB = self._rows(packed, module), self._maxima(module)
-        state.threshold, state.has_fp16_weights, state.is_training = self.threshold, False, module.training
+        state.threshold, state.has_fp16_weights, state.is_training = self.threshold, False, False
         out: Tensor = _bitsandbytes().matmul(inputs, state.CB, bias=module.bias, state=state)
         return out
 

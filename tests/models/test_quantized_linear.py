@@ -124,6 +124,32 @@ def test_the_dequantized_weight_is_near_the_original(format: Format) -> None:
     assert weight_of(module, module.weight).shape == weight.shape
 
 
+def test_8_bits_train_without_the_products_of_llm_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These take inputs to float16, where 70,000 is infinite, and quantize them: on a GPU only, if training asks."""
+
+    def matmul(*_: Any, **__: Any) -> None:
+        raise AssertionError("LLM.int8()")
+
+    monkeypatch.setattr(bnb, "matmul", matmul)
+    weight, bias = torch.randn(16, 64), torch.randn(16)
+    module = linear(Int8(6.0), 16, 64)
+    module.bias = nn.Parameter(bias, requires_grad=False)
+    fill(module, weight, [])
+    given = torch.randn(2, 5, 64)
+    given[0, 0, 3] = 70_000.0
+    inputs, plain = given.clone().requires_grad_(True), given.clone().requires_grad_(True)
+    expected = nn.functional.linear(plain, weight_of(module, module.weight), bias)
+    found = module.train()(inputs)
+    assert torch.equal(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    assert inputs.grad is not None
+    assert plain.grad is not None
+    torch.testing.assert_close(inputs.grad, plain.grad)
+    with pytest.raises(AssertionError, match="LLM"):  # an evaluation is what a user's own code would compute
+        module.eval()(given)
+
+
 # The trap -------------------------------------------------------------------------------------------------------------
 
 
