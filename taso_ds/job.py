@@ -1,6 +1,7 @@
 """A job: what a run is made of before any weight is loaded, or one line on why it cannot be run.
 
-A dry run, a plan, the doctor and the run itself ask the same ``preflight``, so they refuse the same things.
+A dry run, a plan, the doctor and the run itself ask the same ``preflight``, so they refuse the same things. What a flag
+may be by itself stands in its group, ``<room>/arguments.py``; what it may be beside others, or a base, stands here.
 """
 
 import hashlib

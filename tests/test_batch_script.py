@@ -1,5 +1,6 @@
 """Batch scripts from flags: the shipped ones are what taso-slurm writes, and shellcheck finds nothing in any."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,23 @@ def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
     site.write_text(SITE_SCRIPT)
     quoted.write_text(written(["--output_dir", "runs/it's mine", "--tokenizer_name", "a;b"]))
     shellcheck(*SHIPPED.iterdir(), site, quoted)
+
+
+def test_each_job_of_a_chain_names_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script names some run folder of its own, and an evaluation refuses any but its run's."""
+    sbatch, log = tmp_path / "sbatch", tmp_path / "log"
+    sbatch.write_text(f'#!/bin/bash\necho "${{PROGRAM:-taso-train}} $*" >> {log}\necho 7\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run = [*("bash", str(SHIPPED / "chain.sh"), "few.sbatch", "many.sbatch", "runs/chain"), "--task", "sst2"]
+    assert subprocess.run(run, check=True, capture_output=True, text=True).stdout.startswith("queued: 7 calibrates")
+    calibrate, train, evaluate = log.read_text().splitlines()
+    assert calibrate.startswith("taso-calibrate ")
+    assert "--output_dir runs/chain/regions --task sst2" in calibrate
+    assert train.startswith("taso-train ")
+    assert "--output_dir runs/chain/train --task sst2" in train
+    assert evaluate.startswith("taso-evaluate ")
+    assert evaluate.endswith("few.sbatch --run runs/chain/train --output_dir runs/chain/train")
 
 
 def test_the_script_is_written_where_it_should_be(tmp_path: Path) -> None:

@@ -19,5 +19,6 @@ after() {
 calibrate=$(PROGRAM=taso-calibrate sbatch --parsable "${options[@]}" "$few" --output_dir "$run/regions" "$@")
 train=$(after "$calibrate" "$many" \
     --core_regions "$run/regions/core_regions.safetensors" --output_dir "$run/train" "$@")
-evaluate=$(PROGRAM=taso-evaluate after "$train" "$few" --run "$run/train")
+# A script of taso-slurm names some run folder, and an evaluation takes no other than its run's.
+evaluate=$(PROGRAM=taso-evaluate after "$train" "$few" --run "$run/train" --output_dir "$run/train")
 echo "queued: $calibrate calibrates, $train trains, $evaluate evaluates"

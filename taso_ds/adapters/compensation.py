@@ -1,4 +1,7 @@
-"""Learning-rate compensation for the pruned share ρ: ``lr = lr_base · √(1 / (1 − ρ))`` (method section 4)."""
+"""Learning-rate compensation for the pruned share ρ: ``lr = lr_base · √(1 / (1 − ρ))`` (method section 4).
+
+``methods.method`` gives the rate to the adapter's parameter group; the schedule then scales every group alike.
+"""
 
 import math
 

@@ -1,4 +1,13 @@
-"""Parameters that may be partitioned by ZeRO-3: shapes, gathering, shards. Ordinary parameters pass through."""
+"""Parameters that may be partitioned by ZeRO-3: shapes, gathering, shards. Ordinary parameters pass through.
+
+When whole parameters come together at stage 3, and how:
+
+- forward and backward of training, scoring and evaluation: DeepSpeed's hooks gather each module's weights just before
+  they are used, in buckets, and free them behind it. An adapter is one flat parameter, gathered once per direction;
+- after a scoring pass: each adapted weight travels to the one rank that scores it (``gathered_on``);
+- a checkpoint or an export: what is trained, on rank 0; the frozen base never;
+- loading: nothing, each rank reads its own part (``sharded``). A fingerprint is a sum over shards (``checksum``).
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

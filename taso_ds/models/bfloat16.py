@@ -1,7 +1,7 @@
-"""Whether a model computes in bfloat16: one forward says it, on tensors that have shapes and dtypes but no values.
+"""Whether a model computes in bfloat16. One forward tells, on tensors that have shapes and dtypes but no values.
 
-Most families do. Some code of transformers mixes dtypes or asks for a transform that exists in float32 only, and would
-end within the first forward, long after the weights were loaded.
+Most families do. Some code of transformers mixes dtypes, or asks for a transform that exists only in float32. A run
+would learn that in its first forward, long after the weights were loaded.
 """
 
 import copy
@@ -23,7 +23,7 @@ _TOKENS = 16  # enough for models that shorten sequences on the way (Funnel)
 def check_bfloat16(base: BaseSpec) -> None:
     """Refuse bfloat16 for a model whose forward runs in float32 only.
 
-    One that runs in neither, because values decide what it computes, is given the benefit of the doubt.
+    A model that runs in neither dtype passes: its forward asks for values, which these tensors do not have.
     """
     if not base.arguments.bf16:
         return
@@ -44,14 +44,14 @@ def _what_ends_it(base: BaseSpec, dtype: torch.dtype) -> Exception | None:
                 copy.deepcopy(base.config), dtype=dtype, trust_remote_code=base.arguments.trust_remote_code
             )
             model.eval()(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64))
-        except Exception as error:  # whatever a forward meets; float32 tells what is the dtype's
+        except Exception as error:  # a forward may raise anything; float32 tells whether the dtype is why
             return error
     return None
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep what torch and transformers log and warn of such a model to ourselves: it is not the one that is used."""
+    """Show nothing of what torch and transformers log and warn meanwhile: this model is not the one that is used."""
     before = logging.root.manager.disable
     logging.disable()
     try:

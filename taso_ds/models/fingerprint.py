@@ -1,4 +1,4 @@
-"""A digest by which a run and a region file recognize their base: of the weights that are adapted, not of a folder."""
+"""A digest by which a run and a region file recognize their base. It covers the adapted weights, not a folder."""
 
 import hashlib
 
@@ -12,7 +12,7 @@ from taso_ds.models.stored_weights import StoredWeights, stored_weights
 
 
 def base_fingerprint(base: BaseModel, targets: Targets) -> str:
-    """Return the digest of a loaded base; a quantized one's checkpoint is opened for it. A collective."""
+    """Return the digest of a loaded base. The checkpoint of a quantized base is opened for it. A collective."""
     with stored_weights(base, targets) as stored:
         return fingerprint(targets, stored)
 
@@ -24,8 +24,8 @@ def fingerprint(targets: Targets, stored: StoredWeights | None = None) -> str:
 
     Args:
         targets: of the loaded model.
-        stored: the checkpoint of a quantized base. The digest is then that of what is stored there: the same whether a
-            run quantizes the base or not.
+        stored: the open checkpoint of a quantized base. The digest is then of the weights in it, so it is the same
+            whether a run quantizes the base or not.
     """
     if stored is None:
         weights = _weights(targets)
@@ -39,7 +39,7 @@ def fingerprint(targets: Targets, stored: StoredWeights | None = None) -> str:
 
 
 def _weights(targets: Targets) -> dict[str, nn.Parameter]:
-    """Return the parameters the targets lie in, a fused one once and by its own name."""
+    """Return the parameters that hold the targets. A fused one comes once, by its own name."""
     return {
         name.rpartition(".")[0] if isinstance(target.matrix, ExpertMatrix) else name: target.parameter
         for name, target in targets.items()

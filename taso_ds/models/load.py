@@ -2,11 +2,11 @@
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -62,14 +62,14 @@ def load_base_model(spec: BaseSpec, *, seed: int, zero: ZeroConfig) -> BaseModel
 
     Args:
         spec: which base.
-        seed: a new head starts from it, the same at every world size and stage.
+        seed: of a new head, which starts alike at every world size and stage.
         zero: the resolved DeepSpeed configuration.
 
     Raises:
         UserError: when the checkpoint cannot be read.
     """
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"dtype": spec.dtype, "trust_remote_code": spec.arguments.trust_remote_code}
+    options: dict[str, object] = {"dtype": spec.dtype, "trust_remote_code": spec.arguments.trust_remote_code}
     if spec.arguments.attn_implementation is not None:
         options["attn_implementation"] = spec.arguments.attn_implementation
     if zero.stage == 3:
@@ -95,7 +95,7 @@ def _say_what_is_quantized(model: "PreTrainedModel", bits: int) -> None:
     log.info("%.0f %% of the weights in %d bits, the others stay as they are", 100 * small / (small + large), bits)
 
 
-def _load_whole(spec: BaseSpec, options: dict[str, Any]) -> tuple["PreTrainedModel", LoadReport]:
+def _load_whole(spec: BaseSpec, options: dict[str, object]) -> tuple["PreTrainedModel", LoadReport]:
     """Load a whole model on every rank's device, through transformers."""
     if spec.quantization is not None:
         options = options | spec.quantization.options(spec.meta)
@@ -110,7 +110,7 @@ def _load_whole(spec: BaseSpec, options: dict[str, Any]) -> tuple["PreTrainedMod
 def _leave_files(model: "PreTrainedModel") -> None:
     """Copy the parameters that are still pages of the checkpoint.
 
-    A single one keeps the whole file in memory, and after quantization nobody needs most of its 16-bit weights.
+    One of them keeps the whole file in memory, although most of its 16-bit weights have been quantized by now.
     """
     if comm.device().type != "cpu":  # parameters are copied to other devices anyway
         return
@@ -120,9 +120,11 @@ def _leave_files(model: "PreTrainedModel") -> None:
             parameter.data = parameter.data.clone()
 
 
-def _from_pretrained(spec: BaseSpec, options: dict[str, Any], *, whole: bool) -> tuple["PreTrainedModel", LoadReport]:
-    def load() -> tuple["PreTrainedModel", Mapping[str, Any]]:
-        loaded: tuple[PreTrainedModel, Mapping[str, Any]] = model_class(head=spec.head).from_pretrained(
+def _from_pretrained(
+    spec: BaseSpec, options: dict[str, object], *, whole: bool
+) -> tuple["PreTrainedModel", LoadReport]:
+    def load() -> tuple["PreTrainedModel", LoadReport]:
+        model, found = model_class(head=spec.head).from_pretrained(
             spec.source,
             config=spec.config,
             revision=spec.arguments.model_revision,
@@ -130,16 +132,15 @@ def _from_pretrained(spec: BaseSpec, options: dict[str, Any], *, whole: bool) ->
             ignore_mismatched_sizes=whole,  # reported by name afterwards; ZeRO-3 loading cannot
             **options,
         )
-        return loaded
+        return model, LoadReport(found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
 
-    model, found = loading(spec.source, load)
-    return model, LoadReport(found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
+    return loading(spec.source, load)
 
 
 def _load_partitioned(
-    spec: BaseSpec, options: dict[str, Any], *, zero: ZeroConfig
+    spec: BaseSpec, options: dict[str, object], *, zero: ZeroConfig
 ) -> tuple["PreTrainedModel", LoadReport]:
-    """Load into ZeRO-3 partitions: each rank its own where the checkpoint allows it, otherwise through transformers."""
+    """Load into ZeRO-3 partitions: each rank reads its own where the checkpoint allows it, transformers otherwise."""
     source = spec.source
     model = loading(
         source, lambda: build_without_memory(model_class(head=spec.head), copy.deepcopy(spec.config), **options)
@@ -164,7 +165,7 @@ def _load_partitioned(
 
 
 def _read_generation_config(model: "PreTrainedModel", source: str) -> None:
-    """Read how the model generates, its end tokens among it, as ``from_pretrained`` would have done."""
+    """Read the settings of generation, such as end tokens, as ``from_pretrained`` would have done."""
     from transformers import GenerationConfig
 
     if not model.can_generate():
@@ -181,7 +182,7 @@ def _read_generation_config(model: "PreTrainedModel", source: str) -> None:
 def _said_by_each_rank(load: Callable[[], Loaded]) -> Loaded:
     """Run ``load`` and log its error on the rank that fails.
 
-    ``load`` is full of collectives, so that rank cannot tell the others: it tells the user.
+    ``load`` is full of collectives, so that rank cannot tell the other ranks. It tells the user.
     """
     try:
         return load()
@@ -192,10 +193,10 @@ def _said_by_each_rank(load: Callable[[], Loaded]) -> Loaded:
 
 
 def _check_complete(model: "PreTrainedModel", report: LoadReport, spec: BaseSpec) -> frozenset[str]:
-    """Refuse a checkpoint that leaves weights of the body at random values; only a head may start there.
+    """Refuse a checkpoint that leaves weights of the body at random values. Only a head may start from these.
 
     Returns:
-        The parameters of the pooler where the checkpoint lacks it, as encoders are often published. They start at
+        The parameters of the pooler if the checkpoint lacks it: encoders are often published without. They start at
         random values and train with the head.
     """
     source = spec.source

@@ -1,12 +1,14 @@
-"""Fill quantized linears from a checkpoint, each rank its own range: quantized on the way, or quantized already.
+"""Fill quantized linears from a checkpoint, each rank its own range of bytes.
+
+What is stored in 16 bits is quantized on the way; what is quantized already is copied.
 
 A range of bytes stands for whole units of weights (64 consecutive ones in 4 bits, rows in 8), which are quantized
-without regard to their neighbours. So every rank reads the units its range touches, and the ranks' bytes together are
-those of the matrix quantized whole. The statistics of the units are put together once all ranks have loaded.
+without regard to their neighbours. So each rank reads the units that its range touches, and the bytes of all ranks
+together equal those of the matrix quantized whole. Once all ranks have loaded, they exchange the units' statistics.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from taso_ds.distributed import comm
 from taso_ds.distributed.sharded import Fill
 from taso_ds.files.safetensors_ranges import SafetensorsCheckpoint
 from taso_ds.models.quantization import Quantization, replace_linears
-from taso_ds.models.quantized_linear import quantize_range, share_statistics
+from taso_ds.models.quantized_linear import Statistics, quantize_range, share_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +99,7 @@ class QuantizedLoad:
             share_statistics(replaced.module, self._parts.pop(parameter), parameter.dtype)
 
 
-def _stored_statistics(checkpoint: SafetensorsCheckpoint, key: str, *, bits: int) -> Any:
+def _stored_statistics(checkpoint: SafetensorsCheckpoint, key: str, *, bits: int) -> Statistics:
     if bits == 8:
         return checkpoint.read(key.removesuffix("weight") + "SCB").to(comm.device())
     from bitsandbytes.functional import QuantState

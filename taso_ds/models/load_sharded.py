@@ -1,8 +1,8 @@
 """Load a pretrained model straight into ZeRO-3 partitions: each rank reads only its own byte ranges.
 
-transformers' own ZeRO-3 path has rank 0 hold the merged checkpoint and broadcast it tensor by tensor. Here the model is
-built without parameter memory and each rank fills its partitions from the safetensors files. A checkpoint whose tensors
-must be rearranged on their way is left to transformers.
+In transformers' own ZeRO-3 path, rank 0 holds the merged checkpoint and broadcasts it tensor by tensor. Here the model
+is built without parameter memory, and each rank fills its partitions from the safetensors files. transformers still
+loads a checkpoint whose tensors must be rearranged on the way.
 """
 
 import logging
@@ -46,7 +46,7 @@ def some_of(names: Iterable[str]) -> str:
 
 
 def why_not_sharded(source: str, model: "PreTrainedModel") -> str | None:
-    """Return why this checkpoint must be loaded by transformers; None when it can be loaded in shards."""
+    """Return why transformers must load this checkpoint; None when each rank can read its own part."""
     if not has_checkpoint(Path(source)):
         return "it is not a folder with safetensors files"
     with open_for(model, source) as checkpoint:
@@ -54,10 +54,16 @@ def why_not_sharded(source: str, model: "PreTrainedModel") -> str | None:
     return f"transformers merges or splits {converted[0]} as it loads it" if converted else None
 
 
-def build_without_memory(model_class: Any, config: "PretrainedConfig", **options: Any) -> "PreTrainedModel":
-    """Return the model with meta parameters and real buffers; its weights are not initialized."""
+def build_without_memory(auto_class: Any, config: "PretrainedConfig", **options: object) -> "PreTrainedModel":
+    """Return a model whose parameters are on the meta device and whose buffers are real; no weight is initialized.
+
+    Args:
+        auto_class: finds the class of the configuration.
+        config: of the base; the model keeps it.
+        options: of ``from_config``: dtype, attention kernel, remote code.
+    """
     with transformers_fixes.skip_initialization(), parameters_without_memory():
-        model: PreTrainedModel = model_class.from_config(config, **options)
+        model: PreTrainedModel = auto_class.from_config(config, **options)
     transformers_fixes.compute_buffers(model)
     return model
 
@@ -77,7 +83,7 @@ def tie_weights(model: "PreTrainedModel", source: str) -> None:
 def load_sharded(model: "PreTrainedModel", source: str, zero: ZeroConfig, loads: QuantizedLoad) -> LoadReport:
     """Fill a model of ``build_without_memory`` from its checkpoint, every parameter as a ZeRO-3 partition.
 
-    The report names each parameter that the checkpoint lacks or has in another shape. The model initializes these from
+    The report names each parameter that the checkpoint lacks or holds in another shape. The model draws these from
     torch's seed, alike on every rank.
 
     Args:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def model_class(*, head: bool) -> Any:
+def model_class(*, head: bool) -> Any:  # transformers types hold neither the pair it may return nor its table
     """Return the ``Auto`` class of transformers, which finds the class of a configuration."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

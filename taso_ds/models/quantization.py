@@ -1,11 +1,10 @@
 """Which linears of a base are quantized and how: ``--load_in_4bit``, ``--load_in_8bit``, or as a checkpoint has them.
 
-A run quantizes the linears inside the blocks; embeddings, output head and whatever else stands outside them stay as
-they are. A checkpoint that bitsandbytes has quantized says itself what it quantized.
+A run quantizes the linears inside the blocks. Embeddings, output head and whatever else stands outside the blocks stay
+as they are. A checkpoint that bitsandbytes has quantized names what is quantized in it.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,23 @@ from taso_ds.models.transformers_fixes import converted_names
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_THRESHOLD = 6.0  # bitsandbytes' own: from which size on an input is an outlier to LLM.int8()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the ``quantization_config`` of a checkpoint that is quantized already says beyond the number of bits.
+
+    Attributes:
+        threshold: from which size on an input is an outlier to LLM.int8().
+        skipped: modules that are not quantized; None leaves the choice to transformers.
+        double_quantized: whether the maxima of NF4 are quantized too.
+    """
+
+    threshold: float
+    skipped: list[str] | None
+    double_quantized: bool
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -30,12 +46,12 @@ class Quantization:
     Attributes:
         bits: 4 or 8.
         dtype: the engine's; weights are rounded to it first, and their bytes are stored in it.
-        stored: the ``quantization_config`` of a checkpoint that is quantized already.
+        stored: None unless the checkpoint is quantized already.
     """
 
     bits: int
     dtype: torch.dtype
-    stored: Mapping[str, Any] | None = None
+    stored: Stored | None = None
 
     @property
     def flag(self) -> str:
@@ -43,7 +59,9 @@ class Quantization:
 
     @property
     def format(self) -> Format:
-        return NF4() if self.bits == 4 else Int8(float((self.stored or {}).get("llm_int8_threshold", 6.0)))
+        if self.bits == 4:
+            return NF4()
+        return Int8(_THRESHOLD if self.stored is None else self.stored.threshold)
 
     def names(self, model: "PreTrainedModel") -> list[str]:
         """Return the linears of a model without weights that are quantized.
@@ -61,7 +79,7 @@ class Quantization:
                     " own for them; drop the flag"
                 )
         else:
-            found = converted_names(model, plain, self.stored.get("llm_int8_skip_modules"))
+            found = converted_names(model, plain, self.stored.skipped)
         for name in found:
             shape = matrix_shape(model.get_submodule(name))
             assert shape is not None
@@ -72,7 +90,7 @@ class Quantization:
                 )
         return found
 
-    def settings(self, model: nn.Module) -> dict[str, Any] | None:
+    def settings(self, model: nn.Module) -> dict[str, object] | None:
         """Return the ``BitsAndBytesConfig`` that transformers needs to quantize alike; None when the checkpoint has it.
 
         Args:
@@ -81,7 +99,7 @@ class Quantization:
         if self.stored is not None:
             return None
         inside = find_targets(model)
-        found: dict[str, Any] = {
+        found: dict[str, object] = {
             self.flag: True,
             "llm_int8_skip_modules": [name for name in _linears(model) if name not in inside],
         }
@@ -95,12 +113,12 @@ class Quantization:
             }
         return found
 
-    def options(self, model: "PreTrainedModel") -> dict[str, Any]:
+    def options(self, model: "PreTrainedModel") -> dict[str, object]:
         """Return what ``from_pretrained`` needs to quantize as it loads, onto this rank's device."""
         from transformers import BitsAndBytesConfig
 
         settings = self.settings(model)
-        found: dict[str, Any] = {"device_map": {"": str(comm.device())}}
+        found: dict[str, object] = {"device_map": {"": str(comm.device())}}
         return found if settings is None else found | {"quantization_config": BitsAndBytesConfig(**settings)}
 
 
@@ -126,7 +144,13 @@ def quantization_of(arguments: ModelArguments, config: "PretrainedConfig") -> Qu
             f"model_name_or_path: {arguments.model_name_or_path} is quantized by {method}, which is not supported;"
             " bitsandbytes is, and so is the checkpoint it was made from"
         )
-    return Quantization(4 if stored.get("load_in_4bit") else 8, dtype, stored)
+    threshold = stored.get("llm_int8_threshold")
+    said = Stored(
+        threshold=_THRESHOLD if threshold is None else float(threshold),
+        skipped=stored.get("llm_int8_skip_modules"),
+        double_quantized=bool(stored.get("bnb_4bit_use_double_quant")),
+    )
+    return Quantization(4 if stored.get("load_in_4bit") else 8, dtype, said)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,16 +162,16 @@ class Replaced:
 
 
 def replace_linears(model: "PreTrainedModel", quantization: Quantization) -> dict[nn.Parameter, Replaced]:
-    """Replace the linears to be quantized by quantized ones without weights, and return these by weight parameter."""
+    """Replace the linears to be quantized by quantized ones without weights. Return these, each by its weight."""
     found: dict[nn.Parameter, Replaced] = {}
     for name in quantization.names(model):
-        module: Any = model.get_submodule(name)
+        module = model.get_submodule(name)
         shape = matrix_shape(module)
         assert shape is not None
         replacement = QuantizedLinear(
             shape.in_features,
             shape.out_features,
-            bias=module.bias,
+            bias=dict(module.named_parameters()).get("bias"),
             format=quantization.format,
             storage=quantization.dtype,
         )
@@ -163,7 +187,7 @@ def adopt_linears(model: nn.Module, quantization: Quantization) -> None:
         kind = type(module).__name__
         if kind not in ("Linear4bit", "Linear8bitLt"):
             continue
-        theirs: Any = module
+        theirs: Any = module  # bitsandbytes' types do not name what it puts on its weights
         replacement = QuantizedLinear(
             theirs.in_features,
             theirs.out_features,

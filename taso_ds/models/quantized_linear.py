@@ -12,13 +12,21 @@ stand the statistics, whole on every rank: about 1/64 byte per weight in 4 bits,
 import functools
 import logging
 from abc import ABC, abstractmethod
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taso_ds.distributed import comm
 from taso_ds.distributed.sharded import Fill
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+# What a format needs to read a whole matrix of bytes: NF4 a ``QuantState``, 8 bits one maximum per row.
+Statistics: TypeAlias = "QuantState | Tensor"
 
 # Weights quantized at once; bitsandbytes needs up to 20 bytes for each of them meanwhile.
 QUANTIZING_CHUNK = 1 << 22
@@ -30,7 +38,7 @@ def quiet_bitsandbytes() -> None:
 
 
 @functools.cache
-def _bitsandbytes() -> Any:
+def _bitsandbytes() -> ModuleType:
     quiet_bitsandbytes()
     import bitsandbytes
 
@@ -48,11 +56,17 @@ class Format(ABC):
 
     @abstractmethod
     def quantize(self, weights: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-        """Return the bytes of the flat ``weights``, which start at a unit, and one fp32 statistic per unit."""
+        """Return the bytes of the flat ``weights``, which begin with a unit, and one fp32 statistic per unit."""
 
     @abstractmethod
-    def statistics(self, units: Tensor, shape: torch.Size, dtype: torch.dtype) -> Any:
-        """Return what ``dequantize`` needs, from the statistic of every unit of the matrix."""
+    def statistics(self, units: Tensor, shape: torch.Size, dtype: torch.dtype) -> Statistics:
+        """Return what ``dequantize`` needs.
+
+        Args:
+            units: the fp32 statistic of every unit of the matrix, ``(units,)``.
+            shape: of the matrix, ``(out_features, in_features)``.
+            dtype: what ``dequantize`` returns.
+        """
 
     @abstractmethod
     def dequantize(self, packed: Tensor, module: "QuantizedLinear") -> Tensor:
@@ -60,7 +74,7 @@ class Format(ABC):
 
     @abstractmethod
     def product(self, inputs: Tensor, packed: Tensor, module: "QuantizedLinear") -> Tensor:
-        """Return the module's output; records nothing for backward."""
+        """Return the module's output, ``(..., out_features)``; nothing is recorded for backward."""
 
 
 class NF4(Format):
@@ -73,6 +87,7 @@ class NF4(Format):
         return self.block
 
     def quantize(self, weights: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+        # bitsandbytes launches this on a GPU's default stream, so nothing loads on another one
         packed, state = _bitsandbytes().functional.quantize_4bit(weights, blocksize=self.block, quant_type="nf4")
         return packed.flatten(), state.absmax
 
@@ -104,6 +119,10 @@ class NF4(Format):
 class Int8(Format):
     """LLM.int8(): 8 bits a weight, one maximum per row; inputs with outliers are multiplied in 16 bits.
 
+    In training the weight is dequantized and multiplied on every device, as bitsandbytes does on a CPU. On a GPU it
+    would take the inputs to float16, quantize them and wait for each product's outliers. Scoring and evaluations use
+    LLM.int8() itself, as whoever opens the export does.
+
     Args:
         threshold: from which size on an input is an outlier.
     """
@@ -126,18 +145,25 @@ class Int8(Format):
 
     def dequantize(self, packed: Tensor, module: "QuantizedLinear") -> Tensor:
         # As bitsandbytes does in its backward: rounded once, to the dtype it computes in.
-        return self._rows(packed, module).to(module.compute_dtype).mul_(module.statistics[:, None] * (1.0 / 127.0))
+        return self._rows(packed, module).to(module.compute_dtype).mul_(self._maxima(module)[:, None] * (1.0 / 127.0))
 
     def product(self, inputs: Tensor, packed: Tensor, module: "QuantizedLinear") -> Tensor:
+        if module.training:
+            return F.linear(inputs, self.dequantize(packed, module), module.bias)
         state = _bitsandbytes().MatmulLtState()
-        state.CB, state.SCB = self._rows(packed, module), module.statistics
-        state.threshold, state.has_fp16_weights, state.is_training = self.threshold, False, module.training
+        state.CB, state.SCB = self._rows(packed, module), self._maxima(module)
+        state.threshold, state.has_fp16_weights, state.is_training = self.threshold, False, False
         out: Tensor = _bitsandbytes().matmul(inputs, state.CB, bias=module.bias, state=state)
         return out
 
     @staticmethod
     def _rows(packed: Tensor, module: "QuantizedLinear") -> Tensor:
         return packed.view(torch.int8).view(module.out_features, module.in_features)
+
+    @staticmethod
+    def _maxima(module: "QuantizedLinear") -> Tensor:
+        assert isinstance(module.statistics, Tensor)
+        return module.statistics  # (out_features,)
 
 
 class _Product(torch.autograd.Function):
@@ -169,6 +195,8 @@ class QuantizedLinear(nn.Linear):
     """A frozen linear with a quantized weight.
 
     Args:
+        in_features: of the matrix that the bytes stand for.
+        out_features: of the same.
         bias: kept as it is.
         format: how the weight is quantized.
         storage: the dtype its bytes are kept in, the engine's.
@@ -191,7 +219,7 @@ class QuantizedLinear(nn.Linear):
         assert self.num_bytes % storage.itemsize == 0
         packed = torch.empty(self.num_bytes // storage.itemsize, 1, dtype=storage, device="meta")
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.statistics: Any = None
+        self.statistics: Statistics | None = None
 
     @property
     def matrix(self) -> torch.Size:
@@ -218,8 +246,11 @@ def quantize_range(
     """Fill ``out`` with the bytes of the quantized matrix from byte ``first`` on, as if it had been quantized whole.
 
     Args:
-        read: fills a flat tensor with weights; asked for whole units only, a few at a time.
+        out: flat ``uint8``, on this rank's device.
+        first: where ``out`` begins among the bytes of the matrix.
+        module: whose weight is filled.
         dtype: what the weights are rounded to first.
+        read: fills a flat tensor with weights. It is asked for whole units, a few at a time.
 
     Returns:
         The first unit that ``out`` touches, and the statistics of all it touches.
@@ -245,7 +276,12 @@ def quantize_range(
 def share_statistics(module: QuantizedLinear, parts: list[tuple[int, Tensor]], dtype: torch.dtype) -> None:
     """Complete the statistics of one matrix from what the ranks found on their ranges. A collective.
 
-    Units that straddle ranks are found by several of them, alike; none is negative, so the largest is the one.
+    Ranks that share a unit found the same statistic for it. None is negative, so the largest of all ranks is the one.
+
+    Args:
+        module: its ``statistics`` are set.
+        parts: of this rank, as ``quantize_range`` returned them.
+        dtype: what the weights were rounded to.
     """
     unit = module.format.unit(module.in_features)
     units = torch.zeros(-(-module.matrix.numel() // unit), device=comm.device())

@@ -1,4 +1,4 @@
-"""Where the base is loaded from: always a folder on this node. A Hub id and a GGUF file become one first."""
+"""Where the base is loaded from: always a folder on this node. A Hub id or a GGUF file becomes one first."""
 
 import hashlib
 import logging
@@ -20,18 +20,18 @@ from taso_ds.models.arguments import ModelArguments
 log = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
-# What a model is read from; the weights besides.
+# What a model is read from, beside its weights.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-# The same weights once more, for Mistral's own software.
+# A second copy of the weights, for Mistral's own software.
 OTHER_FILES = "consolidated*"
 
 
 def model_source(arguments: ModelArguments) -> str:
     """Return the folder to load from. A Hub id is downloaded first, and a GGUF file dequantized into the cache.
 
-    The first rank of a node to come does that. The others wait on a file lock, not in a collective that could time
-    out; so this is called before the ranks join.
+    The first rank to arrive on a node does this. The others wait for a file lock, and not in a collective, which could
+    time out; so this is called before the ranks join.
 
     Raises:
         UserError: the Hub cannot be reached or does not have the model, or the GGUF file cannot be read.
@@ -54,12 +54,12 @@ def model_source(arguments: ModelArguments) -> str:
 
 
 def check_no_gguf(name: str) -> None:
-    """Refuse a GGUF file, or a folder with nothing else, where no ``--gguf_file`` is named; UserError says how."""
+    """Refuse a GGUF file, or a folder that holds nothing else, when no ``--gguf_file`` names it."""
     path = Path(name)
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if files and files[0].suffix == ".gguf" and not (path / "config.json").exists():
         raise UserError(
-            f"model_name_or_path: {name}: of a GGUF file the folder and the name are asked for: pass"
+            f"model_name_or_path: {name}: a GGUF file is named by its folder and its name: pass"
             f" --model_name_or_path {files[0].parent} --gguf_file {files[0].name}"
         )
 
@@ -113,11 +113,20 @@ def _convert_gguf(arguments: ModelArguments, folder: Path) -> None:
 
 
 def loading(what: str, load: Callable[[], Loaded], *, flag: str = "model_name_or_path") -> Loaded:
-    """Turn the many ways a checkpoint can be unreadable into one line."""
+    """Return what ``load`` returns, and turn the many errors of an unreadable checkpoint into one line.
+
+    Args:
+        what: is loaded, for the message.
+        load: calls a library.
+        flag: names what is loaded.
+
+    Raises:
+        UserError: ``load`` failed.
+    """
     try:
         return load()
     except Exception as error:
-        # transformers, tokenizers, safetensors and gguf raise a dozen unrelated types; --debug shows which and where.
+        # transformers, tokenizers, safetensors and gguf raise a dozen unrelated types; --debug shows the traceback.
         first = " ".join(reason(error).split())[:300] or type(error).__name__
         if "trust_remote_code" in str(error):
             first = "code comes with it: read that code, then pass --trust_remote_code to run it"

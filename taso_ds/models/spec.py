@@ -1,6 +1,6 @@
 """A base before its weights are loaded: what its folder says about it, and its model without weights.
 
-Everything that a run decides or refuses before it loads is asked here, so each answer is worked out once.
+A run asks here for everything that it decides or refuses before it loads, so each answer is worked out once.
 """
 
 import copy
@@ -38,7 +38,7 @@ class BaseSpec:
 
     Attributes:
         arguments: the flags that name it.
-        source: the folder it is loaded from, as ``model_source`` returned it, or the name of one that is not here.
+        source: the folder it is loaded from, as ``model_source`` returned it, or the name of a model that is not here.
         config: its transformers configuration. It knows the number of labels.
         head: whether the model ends in a classification head, which trains in full.
     """
@@ -146,7 +146,7 @@ class BaseSpec:
         return find_targets(self.meta, target_modules, experts=experts)
 
     def pad_with(self, token_id: int) -> None:
-        """Let the model know which token pads, before anything is built from the configuration."""
+        """Tell the model which token pads, before anything is built from the configuration."""
         assert "meta" not in vars(self), "the model without weights does not know the padding"
         self.config.pad_token_id = token_id
 
@@ -157,8 +157,8 @@ def read_spec(arguments: ModelArguments, source: str | None = None, *, num_label
     Args:
         arguments: the flags that name it.
         source: the folder that ``model_source`` returned. None when it has not been called: the checkpoint is then
-            read as it is, and of a GGUF file only the header.
-        num_labels: outputs of a classification head, if the base gets one; none leaves the number to ``config.json``.
+            read as it is, a GGUF file by its header only.
+        num_labels: outputs of a classification head, if the base gets one. None leaves the number to ``config.json``.
 
     Raises:
         UserError: when the configuration cannot be read, or transformers has no such model.
@@ -191,7 +191,7 @@ def load_config(arguments: ModelArguments, source: str) -> "PretrainedConfig":
 
 
 def _read_config(arguments: ModelArguments) -> "PretrainedConfig":
-    """Return the configuration from the checkpoint as it is: of a GGUF file only the header is read."""
+    """Return the configuration from the checkpoint as it is. Only the header of a GGUF file is read."""
     name, file = str(arguments.model_name_or_path), arguments.gguf_file
     if file is None:
         check_no_gguf(name)

@@ -1,7 +1,7 @@
 """What a checkpoint's tensors are called in the model, by transformers' own rules.
 
-Mixtures of experts are published expert by expert, and a model holds all experts of a block in one parameter: their
-matrices end to end, which is how they are read. Other tensors that transformers splits or merges are left to it.
+Mixtures of experts are published expert by expert, but a model holds all experts of a block in one parameter: their
+matrices end to end. They are read as that one tensor. transformers itself loads others that it splits or merges.
 """
 
 import re
@@ -40,12 +40,12 @@ def converted_keys(model: "PreTrainedModel", checkpoint: SafetensorsCheckpoint) 
 def merged_names(model: "PreTrainedModel", source: Path, *, experts: bool = True) -> list[str]:
     """Return the parameters that transformers merges or splits as it loads them.
 
-    The tensors of the checkpoint tell them; where ``source`` has none yet, the rules for the architecture do.
+    The names in the checkpoint tell which. If ``source`` has no checkpoint yet, the rules for the architecture do.
 
     Args:
         model: on the meta device, or loaded.
         source: the checkpoint's folder.
-        experts: count the parameters whose experts are put end to end, which loading in shards does by itself.
+        experts: count also parameters whose experts are put end to end; each rank can read its part of these.
     """
     own = [name for name, _ in model.named_parameters()]
     if has_checkpoint(source):
@@ -60,6 +60,7 @@ def merged_names(model: "PreTrainedModel", source: Path, *, experts: bool = True
 
 
 def _join_experts(model: "PreTrainedModel", checkpoint: SafetensorsCheckpoint) -> None:
+    """Let the experts of one block, stored one by one in equal shapes, be read as one tensor by the model's name."""
     by_pattern = {
         pattern: converter
         for converter in converters_of(model)

@@ -1,7 +1,7 @@
 """The weights of a quantized base as its checkpoint holds them.
 
 The fingerprint recognizes the base by them, and scoring may use them in place of the quantized ones. Neither needs the
-whole model in 16 bits: a fingerprint is a sum over ranges, and scoring wants one matrix at a time.
+whole model in 16 bits at once: a fingerprint is a sum over ranges, and scoring takes one matrix at a time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,6 +24,7 @@ class StoredWeights:
     """Target weights in an open checkpoint.
 
     Args:
+        checkpoint: open as long as this is used.
         keys: the checkpoint's key of each target.
         shapes: of the targets before they were quantized, which is how the checkpoint stores them.
     """
@@ -64,7 +65,7 @@ class StoredWeights:
 
 @contextmanager
 def stored_weights(base: BaseModel, targets: Targets) -> Iterator[StoredWeights | None]:
-    """Open the checkpoint of a quantized base; the weights of any other are all in the model.
+    """Open the checkpoint of a quantized base. The model itself holds all weights of any other base.
 
     Yields:
         None when the base is not quantized, or its files do not hold the targets one by one.

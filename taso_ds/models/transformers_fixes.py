@@ -9,10 +9,14 @@ checkpoint on rank 0 and sends every weight (huggingface/transformers#12273, ope
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter, WeightTransform
 
 
 def skip_initialization() -> AbstractContextManager[None]:
@@ -27,7 +31,7 @@ def skip_initialization() -> AbstractContextManager[None]:
     return skipping
 
 
-def compute_buffers(model: Any) -> None:
+def compute_buffers(model: Any) -> None:  # its parts are marked with an attribute that no type of torch names
     """Compute the buffers again, as ``from_pretrained`` does: ``from_config`` in bf16 computes its tables in bf16.
 
     Seen in: transformers 5.23.0.
@@ -40,7 +44,7 @@ def compute_buffers(model: Any) -> None:
     model.initialize_weights()
 
 
-def initial_value(model: Any, name: str) -> Tensor:
+def initial_value(model: "PreTrainedModel", name: str) -> Tensor:
     """Return the flat value that the model gives one of its meta parameters at its start, from torch's seed.
 
     Seen in: transformers 5.23.0.
@@ -48,7 +52,7 @@ def initial_value(model: Any, name: str) -> Tensor:
     """
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)
-    without_memory = module._parameters[attribute]
+    without_memory = module.get_parameter(attribute)
     value = nn.Parameter(torch.zeros_like(without_memory, device="cpu"), requires_grad=False)
     module._parameters[attribute] = value
     model._init_weights(module)
@@ -56,7 +60,7 @@ def initial_value(model: Any, name: str) -> Tensor:
     return value.detach().flatten()
 
 
-def forgive_known_differences(model: Any, report: Any) -> None:
+def forgive_known_differences(model: "PreTrainedModel", report: Any) -> None:
     """Strike from a load report what the model's class says may be missing or be too much.
 
     Args:
@@ -68,10 +72,12 @@ def forgive_known_differences(model: Any, report: Any) -> None:
     model._adjust_missing_and_unexpected_keys(report)
 
 
-def converted_names(model: Any, names: Iterable[str], skipped: list[str] | None) -> list[str]:
+def converted_names(model: "PreTrainedModel", names: Iterable[str], skipped: list[str] | None) -> list[str]:
     """Return those of ``names`` that transformers quantizes.
 
     Args:
+        model: not quantized yet; it may be on the meta device.
+        names: of linears.
         skipped: ``llm_int8_skip_modules`` of the checkpoint; None where it has none.
 
     Seen in: transformers 5.23.0.
@@ -80,11 +86,12 @@ def converted_names(model: Any, names: Iterable[str], skipped: list[str] | None)
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = HfQuantizer.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules)
+    in_fp32 = None if model._keep_in_fp32_modules is None else list(model._keep_in_fp32_modules)
+    kept = HfQuantizer.get_modules_to_not_convert(model, skipped, in_fp32)
     return [name for name in names if should_convert_module(name, kept)]
 
 
-def converters_of(model: Any) -> list[Any]:
+def converters_of(model: "PreTrainedModel") -> list["WeightConverter"]:
     """Return the rules by which transformers splits and merges this model's stored tensors.
 
     Seen in: transformers 5.23.0.
@@ -96,7 +103,7 @@ def converters_of(model: Any) -> list[Any]:
     return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
 
 
-def rearrangements(model: Any) -> list[Any]:
+def rearrangements(model: "PreTrainedModel") -> list["WeightTransform"]:
     """Return transformers' rules for this type of model, by which PEFT decides too; none for most types.
 
     Seen in: transformers 5.23.0.
@@ -107,7 +114,7 @@ def rearrangements(model: Any) -> list[Any]:
     return list(get_checkpoint_conversion_mapping(model.config.model_type) or [])
 
 
-def stacks_modules(rule: Any) -> bool:
+def stacks_modules(rule: object) -> bool:
     """Say whether a rule puts modules that are stored one by one, experts, into one parameter.
 
     Seen in: transformers 5.23.0.
@@ -118,7 +125,7 @@ def stacks_modules(rule: Any) -> bool:
     return any(isinstance(step, MergeModulelist) for step in getattr(rule, "operations", ()))
 
 
-def puts_experts_end_to_end(converter: Any) -> bool:
+def puts_experts_end_to_end(converter: "WeightConverter") -> bool:
     """Say whether a rule stacks experts, of which each is one matrix or several above one another.
 
     Seen in: transformers 5.23.0.
@@ -134,7 +141,7 @@ def puts_experts_end_to_end(converter: Any) -> bool:
     return len(more) == 1 and type(more[0]) is Concatenate and more[0].dim == 1
 
 
-def translated_keys(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+def translated_keys(model: "PreTrainedModel", keys: Iterable[str]) -> dict[str, tuple[str, str | None]]:
     """Return each stored key's name in the model, and the pattern by which transformers splits or merges the tensor.
 
     Seen in: transformers 5.23.0.

@@ -1,7 +1,9 @@
 """Losses as sums over supervised units, so that any split of a batch over micro-batches and ranks gives the same mean.
 
-A unit is a supervised token for a language model and a row for a classification head. The caller divides by the units
-of the whole global batch.
+A unit is a supervised token for a language model and a row for a classification head. The trainer divides by the units
+of the whole global batch. A classification head learns by ``head_loss_sum``. A language model learns by
+``chunked_loss``, which never holds the logits of a whole micro-batch; where the output layer does not allow that, it
+calls ``lm_loss_sum``.
 """
 
 import inspect

@@ -51,7 +51,7 @@ def _count(config: RunConfig, base: BaseSpec, targets: Targets) -> ModelShape:
         found,
         trains_base=method.trains_base,
         reads_whole=_is_read_whole(base),
-        double_quantized=stored is None or bool(stored.get("bnb_4bit_use_double_quant")),
+        double_quantized=stored is None or stored.double_quantized,
     )
 
 

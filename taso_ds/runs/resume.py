@@ -1,7 +1,8 @@
 """Where a run begins: anew, with the regions of an interrupted run, or at one of its checkpoints.
 
-Decided on rank 0, before anything heavy loads. A run goes on only if it is the same run: what differs in the
-configuration is listed, and anything that would change the result is refused.
+Rank 0 decides before anything heavy loads. A run goes on only if it is the same run: what differs in the configuration
+is listed, and anything that would change the result is refused. Its place is the ``step`` in the checkpoint's
+``progress.json``, and nothing more: rows, learning rate and random numbers are functions of the step's number.
 """
 
 import dataclasses

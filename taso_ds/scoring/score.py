@@ -3,7 +3,8 @@
 Each target matrix has one owner rank. Every micro-batch's gradient of a matrix is summed to its owner the moment
 backward produces it, so besides the owners' fp32 accumulators (parameters / ranks) one gradient is alive at a time.
 After the last micro-batch each weight is gathered to its owner, which turns the accumulator into importance and
-selects, all owners in parallel; then the row and column scores, a few numbers per row, are broadcast.
+selects, all owners in parallel; then the row and column scores, a few numbers per row, are broadcast. Rows, activations
+and accumulators never travel.
 
 Less memory: ``passes`` scores that many groups of matrices one after the other, with the accumulators of one group at a
 time; a backward ends at its group's lowest matrix. With one micro-batch per rank nothing has to be summed over time:

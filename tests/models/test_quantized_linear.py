@@ -7,6 +7,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.functional import QuantState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -80,12 +81,14 @@ def test_ranges_cut_anywhere_are_the_whole(format: Format, rows: int, cols: int,
     packed = fill(module, weight, borders)
     assert torch.equal(packed, theirs.weight.data.flatten().view(torch.uint8))
     if isinstance(format, NF4):
-        state = theirs.weight.quant_state
-        assert torch.equal(module.statistics.absmax, state.absmax)
-        assert torch.equal(module.statistics.state2.absmax, state.state2.absmax)
-        assert torch.equal(module.statistics.offset, state.offset)
-        assert module.statistics == state
+        found, state = module.statistics, theirs.weight.quant_state
+        assert isinstance(found, QuantState)
+        assert torch.equal(found.absmax, state.absmax)
+        assert torch.equal(found.state2.absmax, state.state2.absmax)
+        assert torch.equal(found.offset, state.offset)
+        assert found == state
     else:
+        assert isinstance(module.statistics, Tensor)
         assert torch.equal(module.statistics, theirs.weight.SCB)
 
 
@@ -119,6 +122,32 @@ def test_the_dequantized_weight_is_near_the_original(format: Format) -> None:
     error = float((weight_of(module, module.weight) - weight).norm() / weight.norm())
     assert error < (0.12 if isinstance(format, NF4) else 0.01)
     assert weight_of(module, module.weight).shape == weight.shape
+
+
+def test_8_bits_train_without_the_products_of_llm_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These take inputs to float16, where 70,000 is infinite, and quantize them: on a GPU only, if training asks."""
+
+    def matmul(*_: Any, **__: Any) -> None:
+        raise AssertionError("LLM.int8()")
+
+    monkeypatch.setattr(bnb, "matmul", matmul)
+    weight, bias = torch.randn(16, 64), torch.randn(16)
+    module = linear(Int8(6.0), 16, 64)
+    module.bias = nn.Parameter(bias, requires_grad=False)
+    fill(module, weight, [])
+    given = torch.randn(2, 5, 64)
+    given[0, 0, 3] = 70_000.0
+    inputs, plain = given.clone().requires_grad_(True), given.clone().requires_grad_(True)
+    expected = nn.functional.linear(plain, weight_of(module, module.weight), bias)
+    found = module.train()(inputs)
+    assert torch.equal(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    assert inputs.grad is not None
+    assert plain.grad is not None
+    torch.testing.assert_close(inputs.grad, plain.grad)
+    with pytest.raises(AssertionError, match="LLM"):  # an evaluation is what a user's own code would compute
+        module.eval()(given)
 
 
 # The trap -------------------------------------------------------------------------------------------------------------

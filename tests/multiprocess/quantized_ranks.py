@@ -65,6 +65,7 @@ def digests(model: nn.Module) -> dict[str, list[str]]:
     found = {}
     for name, module in quantized(model).items():
         packed, state = full_copy(module.get_parameter("weight")), module.statistics
+        assert state is not None
         tensors = [state] if isinstance(state, Tensor) else [state.absmax, state.offset, state.state2.absmax]
         found[name] = [digest(packed.flatten().view(torch.uint8)), *map(digest, tensors)]
     return found
@@ -136,6 +137,8 @@ def kept_for_backward(folder: str, *flags: str) -> list[int]:
 
 def memory_of_load(folder: str) -> dict[str, int]:
     """Return the peak of an NF4 load at stage 3 on the worst rank, and what it is made of, in bytes of tensors."""
+    from bitsandbytes.functional import QuantState
+
     loaded: list[nn.Module] = []
     load(folder, 3, "--load_in_4bit", bf16=True)  # imports, and tables that stay
     peak = peak_bytes(lambda: loaded.append(load(folder, 3, "--load_in_4bit", bf16=True)[0].model))
@@ -145,6 +148,7 @@ def memory_of_load(folder: str) -> dict[str, int]:
         whole += full_numel(parameter) * parameter.dtype.itemsize
     for module in quantized(loaded[0]).values():
         state = module.statistics
+        assert isinstance(state, QuantState)
         statistics += sum(tensor.nbytes for tensor in (state.absmax, state.offset, state.code))
         statistics += state.state2.absmax.nbytes + state.state2.code.nbytes
     return {"peak": max(comm.gather_objects(peak)), "shard": shard, "statistics": statistics, "whole": whole}
