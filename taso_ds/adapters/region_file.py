@@ -8,7 +8,6 @@ Per module: ``<module>.rows`` and ``<module>.cols`` (int64 indices of the region
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ class RegionFile:
     """Row and column scores per module, the settings that made them, and the fingerprint of the scored base."""
 
     scores: dict[str, RegionScores]
-    settings: dict[str, Any]
+    settings: dict[str, object]
     fingerprint: str
 
     def cut(self, *, element_fraction: float, core_fraction: float, source: str) -> dict[str, CoreRegion]:
