@@ -1,4 +1,4 @@
-"""What a run trains, one file for each ``--method``: what it counts, attaches to the base, saves and opens again.
+"""What a run trains, one file for each ``--method``: what it counts, adds to the base, saves and opens again.
 
-It knows no run folder and no configuration: a method is made from numbers and handed a base.
+Nothing here knows a run folder or the configuration of a run: a method is made from numbers and gets a base.
 """

@@ -1,4 +1,4 @@
-"""Tensors kept in files: what a whole model is assembled in, where no process should hold a whole model."""
+"""Tensors kept in files: a whole model is put together there, because no process should hold one in memory."""
 
 import os
 import tempfile
@@ -12,9 +12,9 @@ from taso_ds.errors import UserError
 
 
 class DiskTensors:
-    """Copies of tensors, mapped from temporary files in ``folder``: under pressure the system drops them from memory.
+    """Copies of tensors, mapped from temporary files in ``folder``; the system drops them from memory when it runs low.
 
-    The files are removed on exit; the tensors must not be used afterwards. Nothing is created before the first one.
+    The files are removed on exit, and the tensors must not be used afterwards. No file exists before the first tensor.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -23,10 +23,10 @@ class DiskTensors:
         self._number = 0
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Return a copy in a file.
+        """Return a copy that lies in a file. Its room on the disk is reserved before anything is written.
 
         Raises:
-            UserError: when the disk has no room; it is reserved before anything is written.
+            UserError: the disk has no room.
         """
         size = tensor.numel() * tensor.element_size()
         try:

@@ -58,7 +58,7 @@ class Full:
         return [group for group in groups if group.parameters]
 
     def save(self, folder: Path, base: BaseModel) -> None:
-        """Write a plain Hugging Face model; weights go one by one through rank 0 to its disk."""
+        """Write a plain Hugging Face model. The weights go through rank 0 to its disk one by one."""
         model = base.model
         with DiskTensors(folder.parent) as disk:
             kept: dict[nn.Parameter, Tensor] = {}
@@ -88,12 +88,22 @@ class SavableTokenizer(Protocol):
 
 
 def save_model(folder: Path, model: "PreTrainedModel", state: dict[str, Tensor], tokenizer: SavableTokenizer) -> None:
-    """Write a Hugging Face model from ``state``, one file's tensors in memory at a time."""
+    """Write a Hugging Face model, with the tensors of one file in memory at a time.
+
+    Args:
+        folder: replaced whole, or not at all.
+        model: gives the configuration and the names.
+        state: the tensors by name, which may lie on disk.
+        tokenizer: saved beside the model.
+
+    Raises:
+        UserError: the tokenizer has chat templates whose names would lead out of the folder.
+    """
     with replacing_folder(folder) as path:
         model.save_pretrained(path, state_dict=state, max_shard_size=_FILE_SIZE)
         try:
             tokenizer.save_pretrained(path)
-        except ValueError as error:  # chat templates whose names would lead out of the folder
+        except ValueError as error:
             raise UserError(f"{folder.name}: cannot save the tokenizer: {error}") from error
 
 

@@ -92,9 +92,12 @@ class Lora:
 
 
 def attach_lora(model: nn.Module, targets: Sequence[str], *, rank: int, scaling: float, transposed: bool) -> None:
-    """Put PEFT's LoRA on the targets, in place, in the model's dtype.
+    """Put PEFT's LoRA on the targets, in place and in the model's dtype. A head that was trainable stays trainable.
 
-    What was trainable, a head, stays so.
+    Args:
+        targets: names of the linears.
+        scaling: ``lora_alpha / r``.
+        transposed: whether the linears store ``(in_features, out_features)``, as GPT-2's do.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -107,9 +110,9 @@ def attach_lora(model: nn.Module, targets: Sequence[str], *, rank: int, scaling:
         fan_in_fan_out=transposed,
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Which freezes whatever is not its own. In a module of no type: of some types PEFT takes other targets than these.
+    # PEFT freezes what is not its own. For models of some types it takes other targets, so it sees a module of no type.
     inject_adapter_in_model(config, nn.ModuleDict({"model": model}), adapter_name=_ADAPTER)
-    model.peft_config = {_ADAPTER: config}  # type: ignore[assignment]  # where PEFT has it in a model of its own
+    model.peft_config = {_ADAPTER: config}  # type: ignore[assignment]  # PEFT keeps it there in its own models
     for parameter in trainable:
         parameter.requires_grad_(True)
     for parameter in lora_parameters(model).values():
@@ -117,7 +120,7 @@ def attach_lora(model: nn.Module, targets: Sequence[str], *, rank: int, scaling:
 
 
 def _config_of(model: nn.Module) -> "LoraConfig":
-    """Return PEFT's configuration of what ``attach_lora`` put into the model."""
+    """Return the PEFT configuration that ``attach_lora`` used."""
     configs = cast("Mapping[str, LoraConfig]", model.peft_config)
     return configs[_ADAPTER]
 

@@ -20,7 +20,8 @@ from taso_ds.models.spec import BaseSpec
 from taso_ds.training.arguments import TrainArguments
 from taso_ds.training.optim import Group, make_group
 
-Deltas = Mapping[str, Callable[[], Tensor]]  # what gives the ΔW of a matrix, (out_features, in_features), in fp32
+# By matrix, a function that returns its ΔW: (out_features, in_features), in fp32.
+Deltas = Mapping[str, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Count:
 
     Attributes:
         groups: the groups as ``attach`` returns them, in its order; parameters may lie on the meta device.
-        dense: numbers that the adapter is expanded to in each forward; 0 where nothing is expanded.
+        dense: how many numbers each forward expands the adapter to; 0 where it expands nothing.
     """
 
     groups: list[Group]
@@ -102,18 +103,19 @@ class Method(Protocol):
         """
 
     def attach(self, base: BaseModel, targets: Targets, regions: Mapping[str, CoreRegion]) -> list[Group]:
-        """Make the method's parameters part of the frozen base, trainable beside its head; returns what trains.
+        """Add the method's trainable parameters to the frozen base; returns the groups that train, its head among them.
 
         Args:
+            base: frozen but for its head; changed.
             targets: the matrices to adapt.
             regions: their core regions; empty where the method needs none.
         """
 
     def save(self, folder: Path, base: BaseModel) -> None:
-        """Write what ``attach`` put into the base to ``folder``, whole or not at all. A collective; rank 0 writes.
+        """Write what ``attach`` added to ``folder``, whole or not at all. A collective; rank 0 writes.
 
         Raises:
-            UserError: on every rank, when it cannot be written or was never trained.
+            UserError: on every rank, when it was never trained or cannot be written.
         """
 
     @staticmethod
@@ -133,7 +135,13 @@ def folder_name(method: type[Method] | Method) -> str:
 def adapter_groups(
     training: TrainArguments, base: BaseModel | BaseSpec, parameters: Sequence[nn.Parameter], *, rho: float = 0.0
 ) -> list[Group]:
-    """Return the groups of an adapter at the compensated rate, and of the base's head, if any, at the base rate."""
+    """Return the group of an adapter at the compensated rate and, if the base has a head, its group at the base rate.
+
+    Args:
+        training: the base rate and the weight decay.
+        parameters: of the adapter.
+        rho: the pruned share that the rate makes up for.
+    """
     groups = [
         make_group(training, "adapter", parameters, rho=rho),
         make_group(training, "head", list(base.head_parameters.values())),
@@ -142,10 +150,10 @@ def adapter_groups(
 
 
 def counted(number: int, *, rank: int) -> nn.Parameter:
-    """Return a parameter of so many numbers, without memory for them.
+    """Return a parameter of ``number`` elements that takes no memory.
 
     Raises:
-        UserError: they are more than a tensor can have.
+        UserError: a tensor cannot have so many elements.
     """
     if number >= 2**63:
         raise UserError(f"rank: {rank} makes {number:,} parameters, more than a tensor can have: lower it")

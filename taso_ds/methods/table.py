@@ -1,4 +1,4 @@
-"""The methods by the name that ``--method`` gives them. Each is loaded when it is asked for: flags need the names."""
+"""The methods by their names for ``--method``. A method loads when it is asked for: flags need the names only."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

@@ -15,7 +15,8 @@ def task_type(*, head: bool) -> str:
 def head_modules(model: nn.Module, head_parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """Return PEFT's ``modules_to_save`` for the head: top modules (``score``, ``classifier``), and a pooler below.
 
-    PEFT takes every module whose path ends so. Where that would be one more, the name is the whole path within PEFT's.
+    PEFT takes every module whose path ends in such a name. Where that would take another module too, the name is the
+    whole path within PEFT's model.
     """
     parts = {name: name.partition(".pooler.") for name in head_parameters}
     tops = {f"{body}.pooler" if pooler else name.split(".", 1)[0] for name, (body, pooler, _) in parts.items()}

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from taso_ds.data.encode import pad_token_id
 from taso_ds.distributed import comm
 from taso_ds.job import Job
-from taso_ds.methods.export import probe_rows
+from taso_ds.methods.fresh_process import Export
 from taso_ds.methods.method import folder_name
-from taso_ds.methods.prove import Export, Proof, probe_logits, prove_export
+from taso_ds.methods.probe import probe_logits, probe_rows
+from taso_ds.methods.prove import Proof, prove_export
 from taso_ds.methods.saved import saved_folder
 from taso_ds.models.load import BaseModel
 from taso_ds.runs.stages import Stages

@@ -14,12 +14,12 @@ from taso_ds.distributed import comm
 from taso_ds.distributed.engine import scoring_engine
 from taso_ds.errors import UserError
 from taso_ds.job import Job
-from taso_ds.methods import export
 from taso_ds.methods.disk_tensors import DiskTensors
 from taso_ds.methods.folders import MODEL
 from taso_ds.methods.full import save_model
+from taso_ds.methods.merge import check_merged, describe_merged, merge_adapter
 from taso_ds.methods.method import SavedAdapter
-from taso_ds.methods.prove import probe_logits, relative_distance
+from taso_ds.methods.probe import probe_logits, probe_rows, relative_distance
 from taso_ds.methods.saved import read_adapter, saved_folder
 from taso_ds.methods.task_head import load_head
 from taso_ds.models.load import BaseModel
@@ -118,7 +118,7 @@ def _prove(config: RunConfig, run: str, path: Path) -> Path:
     base = _load(job, _read(job, run))
     stages.done("loading", str(config.model.model_name_or_path), next_is="a fresh process opens the export")
     base.model.eval()
-    rows = export.probe_rows(job.rows)
+    rows = probe_rows(job.rows)
     prove(job, Path(run), base, rows, probe_logits(base.model, rows))
     stages.done("proof", "passed")
     return path
@@ -138,15 +138,15 @@ def _merge(config: RunConfig, run: str) -> Path:
     base = _load(job, saved)
     stages.done("loading", str(config.model.model_name_or_path))
     base.model.eval()
-    rows = export.probe_rows(job.rows)
+    rows = probe_rows(job.rows)
     live = probe_logits(base.model, rows)
     with DiskTensors(path.parent) as disk:
         deltas = saved.detach(base.model)
         effect = relative_distance(probe_logits(base.model, rows), live)
-        export.merge_adapter(base.model, deltas, disk)
+        merge_adapter(base.model, deltas, disk)
         dtype = base.model.dtype
-        error = export.check_merged(probe_logits(base.model, rows), live, dtype=dtype)
-        log.info(export.describe_merged(error, effect, dtype=dtype))
+        error = check_merged(probe_logits(base.model, rows), live, dtype=dtype)
+        log.info(describe_merged(error, effect, dtype=dtype))
         save_model(path, base.model, base.model.state_dict(), job.base.tokenizer)
     stages.done("merging", str(path))
     return path

@@ -1,4 +1,4 @@
-"""Calibration over ranks: rows through the frozen base, each matrix scored on its owner, core regions for all.
+"""Scores the frozen base over all ranks: calibration rows go through it, and each matrix is scored on its owner.
 
-No adapter is trained here, and no folder of a run or configuration of one may be imported.
+Nothing here trains an adapter, opens a run folder, or imports the configuration of a run.
 """

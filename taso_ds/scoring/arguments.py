@@ -49,7 +49,7 @@ class CalibrationArguments:
         require(size is None or size > 0, "calibration_batch_size", size, "a positive number of rows")
 
 
-# How core regions are scored: with --core_regions it is the file that says so, not these.
+# Flags that say how core regions are scored. With --core_regions the file says it, and these do not.
 SCORING = (
     "calibration_samples",
     "calibration_batch_size",

@@ -13,8 +13,14 @@ from taso_ds.distributed import comm
 class GradientSum:
     """Sums each matrix's gradient on its owner, in fp32, as backward delivers it.
 
-    ``signed_mean``: the token-weighted sum of signed gradients (loss summed over tokens). ``per_batch_abs``: the sum
-    over micro-batches of the absolute gradient of that micro-batch's mean loss.
+    ``signed_mean`` sums the signed gradients of a loss that is summed over tokens. ``per_batch_abs`` sums over
+    micro-batches the absolute gradient of that micro-batch's mean loss.
+
+    Args:
+        shapes: of the matrices, by name.
+        owners: the rank that sums each of them.
+        absolute: ``per_batch_abs``.
+        offload: keep the sums in host memory.
     """
 
     def __init__(
@@ -24,14 +30,19 @@ class GradientSum:
         self._owners = owners
         self._absolute = absolute
         self._device = torch.device("cpu") if offload else comm.device()
-        # The two matrices beside the sums, reused for every gradient: thousands of new ones would fragment memory.
         self._largest = max(shape.numel for shape in shapes.values())
-        # By dtype: a router may compute in fp32 amid a model in bf16.
+        # Two matrices beside the sums, reused for every gradient: thousands of new ones would fragment memory. There
+        # are two for each dtype, because a router may compute in fp32 within a model in bf16.
         self._buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, inputs: Tensor, grad_output: Tensor) -> None:
-        """Add one micro-batch's gradient of one matrix, a collective."""
+        """Add one micro-batch's gradient of one matrix. A collective.
+
+        Args:
+            inputs: ``(tokens, in_features)``.
+            grad_output: ``(tokens, out_features)``.
+        """
         shape = self._shapes[name]
         if grad_output.dtype not in self._buffers:
             made = torch.empty(self._largest, dtype=grad_output.dtype, device=grad_output.device)
@@ -46,10 +57,10 @@ class GradientSum:
         comm.add_on_owner(self._sums.get(name), gradient, self._owners[name], buffer=travelling)
 
     def take(self, name: str) -> Tensor | None:
-        """Hand the sum over to its owner, who forgets it; None on other ranks and where nothing was delivered."""
+        """Return a matrix's sum and forget it; None where this rank is not its owner, or nothing was delivered."""
         total = self._sums.pop(name, None)
         return None if total is None else total.to(comm.device())
 
     def free_buffers(self) -> None:
-        """Give back what only ``add`` needs; a later ``add`` makes it anew."""
+        """Free the memory that only ``add`` needs; a later ``add`` allocates it again."""
         self._buffers.clear()

@@ -1,8 +1,8 @@
 """Matrices that one forward uses several times (ALBERT has one block for all its layers, Zamba a shared one).
 
-The gradient of such a matrix is the sum over its uses, and only of that sum may an absolute value or a selection be
-taken. So what backward brings from one use waits for the others: inputs and output gradients of all of them, one
-after the other, give the whole gradient at once.
+The gradient of such a matrix is the sum over its uses. An absolute value or a selection may be taken of that sum only.
+So what backward brings from one use waits for the other uses. Put end to end, the inputs and the output gradients of
+all uses give the whole gradient in one product.
 """
 
 from collections import Counter
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from taso_ds.adapters.targets import Targets
 
-# What backward brings: module name, inputs (tokens, in), output gradient (tokens, out).
-Deliver = Callable[[str, Tensor, Tensor], None]
+# Takes what backward brings: module name, inputs (tokens, in), output gradient (tokens, out).
+DeliverNamed = Callable[[str, Tensor, Tensor], None]
 
 
 class JoinedCalls:
     """Delivers every matrix once per backward, however often the forward called it."""
 
-    def __init__(self, targets: Targets, deliver: Deliver) -> None:
+    def __init__(self, targets: Targets, deliver: DeliverNamed) -> None:
         self._modules = targets.linears | {name: matrix.experts for name, matrix in targets.experts.items()}
         self._deliver = deliver
         self._calls: Counter[nn.Module] = Counter()
@@ -44,14 +44,19 @@ class JoinedCalls:
                 handle.remove()
 
     def add(self, name: str, inputs: Tensor, grad_output: Tensor) -> None:
-        """Take what backward brings from one call; the last one delivers."""
+        """Take what backward brings from one call of a matrix; its last call delivers.
+
+        Args:
+            inputs: ``(tokens, in_features)``.
+            grad_output: ``(tokens, out_features)``.
+        """
         waiting = self._waiting.setdefault(name, [])
         waiting.append((inputs, grad_output))
         if len(waiting) == self._calls[self._modules[name]]:
             self._deliver_joined(name)
 
     def finish(self) -> None:
-        """Deliver what still waits for a call that the loss does not depend on; after every backward."""
+        """Deliver what still waits for a call that the loss does not depend on. Called after every backward."""
         for name in list(self._waiting):
             self._deliver_joined(name)
 

@@ -1,4 +1,4 @@
-"""The scores of finished passes, so that an interrupted scoring goes on after them."""
+"""The scores of finished passes in a file: an interrupted scoring goes on after them."""
 
 import dataclasses
 import logging
@@ -16,14 +16,19 @@ class PartialScores:
     """A file of scores; written only where there is more than one pass.
 
     Args:
-        empty: what the file says beside the scores: a file that says otherwise is another scoring's.
+        empty: a region file without scores; a file with other settings or another base belongs to another scoring.
+        several: whether there is more than one pass.
     """
 
     def __init__(self, path: Path, empty: RegionFile, *, several: bool) -> None:
         self._path, self._empty, self._several = path, empty, several
 
     def read(self) -> dict[str, RegionScores]:
-        """Return what an interrupted run of the same settings on the same base has scored, on every rank."""
+        """Return, on every rank, what an interrupted run has scored.
+
+        Raises:
+            UserError: the file belongs to other settings or to another base.
+        """
         return comm.on_main(self._read) if self._several else {}
 
     def _read(self) -> dict[str, RegionScores]:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,13 @@ class Scored(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """What scoring found, the regions in use, and the rows it was found on (none when read from a file)."""
+    """The core regions of a run.
+
+    Attributes:
+        file: the scores, and what they depend on.
+        cut: the region in use of every matrix.
+        rows: the calibration rows; none when the scores were read from a file.
+    """
 
     file: RegionFile
     cut: dict[str, CoreRegion]
@@ -57,12 +63,12 @@ class Regions:
 
     @property
     def out_of_reach(self) -> list[str]:
-        """Matrices whose importance is zero everywhere: often experts that no calibration token was sent to."""
-        found = [name for name, scores in self.file.scores.items() if not scores.row_importance.any()]
-        return found if len(found) < len(self.cut) else []
+        """The matrices whose importance is zero everywhere, often experts that no calibration token was sent to."""
+        without = [name for name, scores in self.file.scores.items() if not scores.row_importance.any()]
+        return without if len(without) < len(self.cut) else []
 
     def mean_concentration(self, element_fraction: float) -> dict[str, float]:
-        """Return the mean shares of core elements inside the core rows and columns, experts out of reach left out."""
+        """Return the mean shares of core elements inside the core rows and columns, over all matrices within reach."""
         scores, left_out = self.file.scores, set(self.out_of_reach)
         shares = [
             concentration(scores[name], region, element_fraction)
@@ -76,7 +82,7 @@ class Regions:
 
 
 def calibration_rows(rows: Sequence[EncodedRow], *, number: int, seed: int) -> list[EncodedRow]:
-    """Return the calibration set: rows of the training split, drawn by seed, in split order."""
+    """Return ``number`` rows of the training split, drawn by seed, in the order of the split."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return [rows[index] for index in sorted(order[:number].tolist())]
 
@@ -87,8 +93,12 @@ def read_regions(
     """Read ``--core_regions`` before anything heavy loads; None when regions are to be scored.
 
     Args:
+        calibration: the flags.
         shapes: of the matrices to adapt.
-        given: names of the flags that the user gave; those that would have scored otherwise are refused.
+        given: names of the flags that the user gave.
+
+    Raises:
+        UserError: the file is damaged, belongs to another model, or was not scored as a given flag says.
     """
     path = calibration.core_regions
     if path is None:
@@ -101,12 +111,12 @@ def read_regions(
 
 
 def _check_agrees(calibration: CalibrationArguments, file: RegionFile, path: str, given: Collection[str]) -> None:
-    """Refuse flags that would have scored otherwise than the file was; what it does not say cannot contradict it."""
+    """Refuse given flags that the file contradicts. What the file does not say cannot contradict a flag."""
     for name in SCORING:
         asked, made = getattr(calibration, name), file.settings.get(name)
         if name not in given or asked in (None, made) or made is None:
             continue
-        if name == "calibration_samples" and asked > made:
+        if name == "calibration_samples" and isinstance(made, (int, float)) and asked > made:
             continue  # all rows there were
         raise UserError(
             f"{name}: {path} was scored with {made}, not {asked}; drop --{name}, or --core_regions to score again"
@@ -125,7 +135,15 @@ def reuse_regions(
     """Check that a region file belongs to this base and cut it at this run's fractions.
 
     Args:
-        rows: what it was scored on, where that is known.
+        calibration: the fractions.
+        file: the scores, as read.
+        targets: the matrices to adapt, within the loaded base.
+        source: what to call the file in messages.
+        rows: the rows it was scored on, where they are known.
+        stored: the checkpoint's weights, when the base is quantized.
+
+    Raises:
+        UserError: on every rank, when the file was scored on another base.
     """
     digest = fingerprint(targets, stored)
     comm.together(lambda: check_region_file(file, targets.shapes, fingerprint=digest, source=source))
@@ -142,7 +160,7 @@ def score_base(
     objective: Scored,
     batch_size: int,
     seed: int,
-    made_of: Mapping[str, Any],
+    made_of: Mapping[str, object],
     partial_scores: Path,
     zero: ZeroConfig,
     stored: StoredWeights | None = None,
@@ -150,14 +168,20 @@ def score_base(
     """Score the frozen base on the calibration rows and cut the core regions. The base stays loaded.
 
     Args:
-        calibration: how to score; in several passes, those that an interrupted run has finished are not done again.
+        calibration: how to score. Passes that an interrupted run has finished are not repeated.
+        base: loaded and frozen.
+        targets: the matrices to adapt, within that base.
+        rows: the calibration rows of all ranks.
+        objective: makes batches and their loss.
         batch_size: rows of one forward.
+        seed: of ``--importance random``.
         made_of: what the scores depend on beside the base, for the region file.
-        partial_scores: where the scores of finished passes are kept, if there are several.
+        partial_scores: the file that keeps the scores of finished passes, if there are several.
+        zero: the DeepSpeed configuration.
         stored: the checkpoint's weights, when the base is quantized.
 
     Raises:
-        UserError: when ``--importance_weights original`` asks for weights that the checkpoint does not hold.
+        UserError: ``--importance_weights original`` asks for weights that the checkpoint does not hold.
     """
     settings = ScoringSettings(
         score=calibration.importance,
@@ -187,8 +211,16 @@ def score_base(
 
 def describe_scoring(
     calibration: CalibrationArguments, base: ModelArguments, rows: Sequence[EncodedRow], *, task: str | None, seed: int
-) -> dict[str, Any]:
-    """Return what the scores depend on beside the base's weights, as a region file records it."""
+) -> dict[str, object]:
+    """Return what the scores depend on beside the base's weights, as a region file records it.
+
+    Args:
+        calibration: how the base is scored.
+        base: which base it is.
+        rows: the calibration rows.
+        task: the name of their task.
+        seed: the run's.
+    """
     tokens = json.dumps([[row.input_ids, row.labels, row.target] for row in rows])
     return {
         "importance": calibration.importance,
@@ -229,11 +261,11 @@ def _cut(calibration: CalibrationArguments, file: RegionFile, source: str) -> di
 
 def describe_regions(regions: Regions, calibration: CalibrationArguments) -> str:
     """Return one line that lets a user see whether importance concentrated."""
-    found = regions.mean_concentration(calibration.element_fraction)
+    shares = regions.mean_concentration(calibration.element_fraction)
     p = calibration.core_fraction
     line = (
-        f"core regions: {len(regions.cut)} matrices; the top {p:.0%} of rows hold {found['rows']:.0%} and the top"
-        f" {p:.0%} of columns {found['cols']:.0%} of the core elements (a random region: {p:.0%})"
+        f"core regions: {len(regions.cut)} matrices; the top {p:.0%} of rows hold {shares['rows']:.0%} and the top"
+        f" {p:.0%} of columns {shares['cols']:.0%} of the core elements (a random region: {p:.0%})"
     )
     if out_of_reach := regions.out_of_reach:
         line += (

@@ -1,22 +1,23 @@
 """Importance scoring of the frozen base over all ranks (method sections 1 and 2).
 
-Each target matrix has one owner rank. Every micro-batch's gradient of a matrix is summed to its owner the moment
-backward produces it, so besides the owners' fp32 accumulators (parameters / ranks) one gradient is alive at a time.
-After the last micro-batch each weight is gathered to its owner, which turns the accumulator into importance and
-selects, all owners in parallel; then the row and column scores, a few numbers per row, are broadcast. Rows, activations
-and accumulators never travel.
+Each target matrix has one owner rank. When backward produces a micro-batch's gradient of a matrix, the gradient is
+added to the sum at the matrix's owner. So one gradient is alive at a time besides the owners' fp32 accumulators
+(parameters / ranks). After the last micro-batch each weight is gathered to its owner. The owner turns the accumulator
+into importance and selects from it; all owners do so in parallel. Then each owner broadcasts its row and column scores,
+a few numbers per row.
+Rows, activations and accumulators never travel.
 
-Less memory: ``passes`` scores that many groups of matrices one after the other, with the accumulators of one group at a
-time; a backward ends at its group's lowest matrix. With one micro-batch per rank nothing has to be summed over time:
-each matrix is selected from as soon as every owner has one, or one owner would have two, and no accumulator exists.
+``passes`` saves memory: it scores that many groups of matrices one after the other, with the accumulators of one group
+at a time, and each backward ends at the lowest matrix of its group. With one micro-batch per rank nothing has to be
+summed over time and no accumulator exists: matrices are selected from as soon as every owner has one, or one owner
+would have two.
 """
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from taso_ds.distributed import comm
 from taso_ds.errors import UserError
 from taso_ds.objectives.batches import Batch
 from taso_ds.objectives.loss import LossSum
-from taso_ds.scoring.joined_calls import Deliver, JoinedCalls
+from taso_ds.scoring.joined_calls import DeliverNamed, JoinedCalls
 from taso_ds.scoring.scoring_pass import ScoringPass, ScoringSettings
 
 log = logging.getLogger(__name__)
@@ -49,13 +50,13 @@ def split_passes(targets: Targets, passes: int) -> list[Targets]:
 
 @contextmanager
 def scoring_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off, checkpointed blocks still checkpointed."""
+    """Switch dropout off, and keep the checkpointing of blocks on."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     rates: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) is True:
-            # A block checkpoints only in training mode; then the dropouts it applies itself must be silenced too.
+            # A block checkpoints only in training mode. Then the dropouts that it applies itself must be off too.
             module.training = True
             for attribute, value in list(vars(module).items()):
                 if "dropout" in attribute and isinstance(value, float):
@@ -71,21 +72,19 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _tapped(model: nn.Module, targets: Targets, deliver: Deliver) -> Iterator[None]:
+def _tapped(model: nn.Module, targets: Targets, deliver: DeliverNamed) -> Iterator[None]:
     """Deliver the inputs and output gradients of the targets, in ``scoring_mode``; no weight wants a gradient."""
-    handles: list[Any] = [tap_gradient(module, partial(deliver, name)) for name, module in targets.linears.items()]
-    handles += tap_expert_gradients(targets.experts, deliver)
-    heads = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in heads:  # a task head: its gradients are not asked for here
-        parameter.requires_grad_(False)
-    try:
-        with scoring_mode(model):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in heads:
-            parameter.requires_grad_(True)
+    with ExitStack() as undo:
+        for name, module in targets.linears.items():
+            undo.callback(tap_gradient(module, partial(deliver, name)).remove)
+        for hooked in tap_expert_gradients(targets.experts, deliver):
+            undo.callback(hooked.remove)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # it belongs to a task head, whose gradients nobody wants here
+                parameter.requires_grad_(False)
+                undo.callback(parameter.requires_grad_, True)
+        undo.enter_context(scoring_mode(model))
+        yield
 
 
 def score_regions(
@@ -102,14 +101,16 @@ def score_regions(
 
     Args:
         model: the frozen base, able to run backward (a ``scoring_engine``).
-        batches: this rank's micro-batches, on this rank's device; every rank has the same number of them, some perhaps
+        targets: the matrices to score.
+        batches: this rank's micro-batches, on this rank's device. Every rank has the same number of them; some may be
             fully masked.
-        loss_sum: the loss summed over supervised units, and their number.
-        done: scores of an interrupted call with the same arguments, which are not computed again.
-        on_pass: called after every pass with all scores so far, on every rank.
+        loss_sum: returns the loss summed over supervised units, and their number.
+        settings: how importance is computed and reduced.
+        done: the scores of an interrupted call with the same arguments; they are not computed again.
+        on_pass: called on every rank after every pass, with all scores so far.
 
     Raises:
-        UserError: when the ranks disagree on the result, or a score is not finite; names the matrix.
+        UserError: the ranks disagree on the result, or a score is not finite; the message names the rank or the matrix.
     """
     known = dict(done or {})
     passes = [group for group in split_passes(targets, settings.passes) if not known.keys() >= group.keys()]
@@ -130,7 +131,7 @@ def score_regions(
 def _run_backward(
     model: nn.Module, scorer: ScoringPass, batches: Sequence[Batch], *, loss_sum: LossSum, title: str
 ) -> None:
-    """Send every micro-batch's gradients to the scorer; a single one is selected from as it arrives."""
+    """Send every micro-batch's gradients to the scorer, which selects at once when there is only one micro-batch."""
     at_once = len(batches) == 1
     total, unit = (len(scorer.targets), "matrix") if at_once else (len(batches), "batch")
     with Bar(total=total, desc=title, unit=unit) as bar:
@@ -149,7 +150,7 @@ def _run_backward(
                     scorer.sum_counts()
                 (loss / max(1, units) if scorer.per_batch else loss).backward()
                 calls.finish()
-                # Memory peaks at the next batch's loss: this one's graph and the buffers are gone by then.
+                # Memory peaks at the next batch's loss, so the graph and the buffers of this one go before it.
                 del loss
                 scorer.free_buffers()
                 if not at_once:

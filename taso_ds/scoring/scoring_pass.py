@@ -1,7 +1,7 @@
 """One group of matrices on its way from gradients to row and column scores, over all ranks.
 
-A matrix is scored on its owner. What that takes, its gradient and its weight, travels there; selecting, the long part,
-happens on all owners at the same time.
+A matrix is scored on its owner. Its gradient and its weight travel there. Selecting is the long part; all owners do it
+at the same time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +26,11 @@ class ScoringSettings:
     """How importance is computed and reduced.
 
     Attributes:
+        score: a name of ``adapters.choices.SCORES``.
+        reduction: a name of ``adapters.choices.REDUCTIONS``.
+        ladder: the element fractions for which core elements are counted.
+        seed: of the score ``random``.
+        passes: how many groups of matrices are scored one after the other.
         offload: keep accumulators in host memory.
         original_weight: returns the weight of a target before it was quantized; None to score with the model's own.
     """
@@ -40,7 +45,7 @@ class ScoringSettings:
 
 
 def assign_owners(shapes: Mapping[str, MatrixShape], world_size: int) -> dict[str, int]:
-    """Give each matrix an owner rank, balanced by size: largest first, to the rank that owns least."""
+    """Give each matrix an owner rank: the largest matrix first, always to the rank that owns least."""
     owned = [0] * world_size
     owners = {}
     for name, shape in sorted(shapes.items(), key=lambda item: -item[1].numel):
@@ -59,50 +64,59 @@ class ScoringPass:
         self._settings, self._seeds = settings, seeds
         self._gradients = GradientSum(targets.shapes, self.owners, absolute=self.per_batch, offload=settings.offload)
         self._units = torch.zeros(1, dtype=torch.float64, device=comm.device())
-        # At the owners, with the weight as it is stored; at most one matrix of each, and known to all ranks.
+        # The matrices that wait at their owners, one at each, with the weight as it is stored. All ranks know them.
         self._waiting: dict[str, Tensor | None] = {}
         self._taken: set[str] = set()
         self._scores: dict[str, RegionScores] = {}
         self._not_finite: list[str] = []
 
     def count(self, units: int) -> None:
-        """Count what a micro-batch weighs: its supervised units, or itself if it has any."""
+        """Count a micro-batch: its supervised units, or with ``per_batch_abs`` 1 if it has any."""
         self._units += float(units > 0) if self.per_batch else units
 
     def sum_counts(self) -> None:
-        """Add the counts of all ranks; before anything is selected."""
+        """Add up the counts of all ranks. A collective, called before anything is selected."""
         comm.sum_everywhere(self._units)
 
     def add(self, name: str, inputs: Tensor, grad_output: Tensor) -> None:
-        """Add one micro-batch's gradient of one matrix to its owner's sum."""
+        """Add one micro-batch's gradient of one matrix to its owner's sum. A collective.
+
+        Args:
+            inputs: ``(tokens, in_features)``.
+            grad_output: ``(tokens, out_features)``.
+        """
         self._gradients.add(name, inputs, grad_output)
 
     def select_from(self, name: str, inputs: Tensor, grad_output: Tensor) -> None:
-        """Select from the only gradient there is."""
+        """Select from a matrix's only gradient, as ``add`` gets it. A collective."""
         assert name not in self._taken, name
         self._make_room(name)
         self.add(name, inputs, grad_output)
         self._take_weight(name)
 
     def free_buffers(self) -> None:
-        """Keep nothing but sums between two micro-batches."""
+        """Free everything but the sums, between two micro-batches."""
         self._gradients.free_buffers()
 
     def finish(self) -> dict[str, RegionScores]:
-        """Select what is not selected yet and return this rank's scores."""
+        """Select from the matrices that are left, and return this rank's scores. A collective.
+
+        Raises:
+            UserError: on every rank, when the importance of a matrix is not finite.
+        """
         for name in _by_turns([name for name in self.targets if name not in self._taken], self.owners):
             self._make_room(name)
             self._take_weight(name)
         self._select_waiting()
-        found = [name for names in comm.gather_objects(self._not_finite) for name in names]
-        if found:
+        not_finite = [name for names in comm.gather_objects(self._not_finite) for name in names]
+        if not_finite:
             raise UserError(
-                f"scoring: the importance of {found[0]} is not finite; check the base and the calibration rows"
+                f"scoring: the importance of {not_finite[0]} is not finite; check the base and the calibration rows"
             )
         return self._scores
 
     def _make_room(self, name: str) -> None:
-        """Select from what waits once an owner's turn comes again: all owners work at the same time."""
+        """Select from what waits when the owner's turn comes again, so that all owners work at the same time."""
         if self.owners[name] in {self.owners[other] for other in self._waiting}:
             self._select_waiting()
 
@@ -144,7 +158,7 @@ class ScoringPass:
 
 
 def _by_turns(names: Sequence[str], owners: Mapping[str, int]) -> list[str]:
-    """Return the names so that one of each owner comes before the second of any."""
+    """Return the names in turns: the first of every owner, then the second of every owner, and so on."""
     turns = zip_longest(*([name for name in names if owners[name] == owner] for owner in sorted(set(owners.values()))))
     return [name for turn in turns for name in turn if name is not None]
 

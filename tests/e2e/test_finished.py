@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from sample_rows import write_rows, write_sentences
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
-from taso_ds.methods import prove
+from taso_ds.methods import fresh_process, prove
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -62,7 +62,7 @@ def _proved_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: Sequence[str], **_options: Any) -> Any:
         out = io.StringIO()
         with redirect_stdout(out):
-            prove._main(command[-1])
+            fresh_process.main(command[-1])
         return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
 
     monkeypatch.setattr(prove, "subprocess", SimpleNamespace(run=run))

@@ -22,7 +22,7 @@ POINTS = {
 OVER_RUNS = {
     "evaluate": "taso_ds.runs.finished.load_base",
     "export": "taso_ds.runs.finished.load_base",
-    "export --merge": "taso_ds.runs.finished.export.merge_adapter",
+    "export --merge": "taso_ds.runs.finished.merge_adapter",
 }
 
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from taso_ds.methods.prove import Comparison, what_was_raised
+from taso_ds.methods.fresh_process import Comparison
+from taso_ds.methods.prove import what_was_raised
 
 TRACEBACK = """loading: 100%
 Traceback (most recent call last):

@@ -40,12 +40,12 @@ def prove_in_fork() -> None:
 
 def _prove(spec: str) -> dict[str, Any]:
     """Return what a process of its own would leave."""
-    from taso_ds.methods import prove
+    from taso_ds.methods import fresh_process
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            prove._main(spec)
+            fresh_process.main(spec)
         except Exception as error:
             code = 1
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -14,8 +14,8 @@ from taso_ds.adapters.adapter import TasoAdapter
 from taso_ds.adapters.selection import CoreRegion
 from taso_ds.errors import UserError
 from taso_ds.methods.disk_tensors import DiskTensors
-from taso_ds.methods.export import describe_merged, merge_adapter
 from taso_ds.methods.full import Full
+from taso_ds.methods.merge import describe_merged, merge_adapter
 from taso_ds.models.load import BaseModel
 
 
