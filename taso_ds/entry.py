@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from taso_ds import crash_report
+from taso_ds import crash_report, slurm_ranks
 from taso_ds.console import screen as console
-from taso_ds.distributed import slurm
 from taso_ds.errors import Interrupted, LibraryError, Unforeseen, UserError, no_permission, speaks_for_all
 from taso_ds.interrupts import Interrupts
 
@@ -75,7 +74,7 @@ def _prepare(libraries_to_log: bool) -> bool:
     """Set up environment and console; says whether ``--debug`` was given."""
     from taso_ds.flags.command_line import debug_is_on
 
-    slurm.adopt_ranks(os.environ)
+    slurm_ranks.adopt_ranks(os.environ)
     _check_current_folder()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -7,7 +7,7 @@ and one reduction per step, for a 135M and for a 70B model alike.
 
 The base is not touched: no module is swapped, no name changes. A forward hook on each target adds ``s · (x Aᵀ) Bᵀ`` to
 its output (on each module of fused experts: to the rows of each of its experts). The flat parameter is expanded at the
-start of each forward of the whole model: the only module that every architecture calls, once and outside any
+start of each forward of the whole model, because every architecture calls that module, once and outside any
 checkpointed block.
 """
 
@@ -15,7 +15,6 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,12 @@ class Factors:
 
 
 def low_rank_update(output: Tensor, inputs: Tensor, factors: Factors, scaling: float) -> Tensor:
-    """Return ``output + scaling · (inputs Aᵀ) Bᵀ``; shapes ``(..., out)`` and ``(..., in)``."""
+    """Return ``output + scaling · (inputs Aᵀ) Bᵀ``.
+
+    Args:
+        output: of the frozen linear, ``(..., out_features)``.
+        inputs: of the frozen linear, ``(..., in_features)``.
+    """
     hidden = inputs.to(factors.A.dtype).flatten(0, -2) @ factors.A.t()
     flat = torch.addmm(output.flatten(0, -2), hidden, factors.B.t(), alpha=scaling)
     return flat.view_as(output)
@@ -53,18 +57,18 @@ class _BeforeForward:
 
     def __init__(self, model: nn.Module, action: Callable[[], None]) -> None:
         assert "forward" not in vars(model), "replaced already"
-        self._model: Any = model
+        self._model = model
         forward = model.forward
 
         @functools.wraps(forward)  # with its signature, which says what the model can be asked for
-        def prepared(*args: Any, **kwargs: Any) -> Any:
+        def prepared(*args: object, **kwargs: object) -> object:
             action()
             return forward(*args, **kwargs)
 
-        self._model.forward = prepared
+        vars(model)["forward"] = prepared
 
     def remove(self) -> None:
-        del self._model.forward
+        del vars(self._model)["forward"]
 
 
 class TasoAdapter(nn.Module):
@@ -202,5 +206,10 @@ class TasoAdapter(nn.Module):
 
 
 def merge_into(weight: Tensor, delta: Tensor, *, transposed: bool) -> Tensor:
-    """Return ``weight + delta`` rounded once to the weight's dtype; ``delta`` is fp32 ``(out, in)``."""
+    """Return ``weight + delta``, rounded once to the weight's dtype.
+
+    Args:
+        delta: fp32, ``(out_features, in_features)``.
+        transposed: whether the weight is stored as ``(in_features, out_features)``.
+    """
     return (weight.float() + (delta.t() if transposed else delta)).to(weight.dtype)

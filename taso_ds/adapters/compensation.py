@@ -30,6 +30,12 @@ def pruned_share(rho: str | float, *, core_fraction: float, num_trainable: int, 
     ``mask`` (our default; the paper does not say which ρ it uses) is the share of rows and columns outside the region,
     ``1 − p``. ``parameters`` is the share of the dense branches' entries that is pruned.
 
+    Args:
+        rho: what ``parse_rho`` returned.
+        core_fraction: ``p``.
+        num_trainable: parameters of the adapter.
+        num_dense: entries of its dense pairs.
+
     Raises:
         UserError: p is so small that ρ is 1, and the learning rate infinite.
     """

@@ -1,9 +1,9 @@
-"""Mixture-of-experts weights: which a model has, and the blocks they stand in. What is not adapted of them is named.
+"""Mixture-of-experts weights: which ones a model has, the blocks they stand in, and a line on those not adapted.
 
-Current transformers keep the experts of a block as fused parameters ``(num_experts, ·, ·)``; models with code of their
-own keep a list of modules called ``experts``. Which expert runs depends on a rank's tokens, so whatever the ranks do
-together must not hang on it: ZeRO-3 gathers whole blocks, scoring stays outside such lists, and the experts in fused
-parameters are left alone too unless they are asked for (see ``fused_experts``).
+Current transformers keep the experts of a block as fused parameters ``(num_experts, ·, ·)``. Models with code of their
+own keep a list of modules called ``experts``. Which expert runs depends on a rank's tokens, so nothing that the ranks
+do together may depend on it. Therefore ZeRO-3 gathers whole blocks, and scoring stays outside such lists. The experts
+in fused parameters are left alone too, unless the user asks for them (see ``fused_experts``).
 """
 
 import re
@@ -61,7 +61,7 @@ def find_experts(
 ) -> Experts:
     """Find expert weights by structure: 3-D parameters of no convolution inside the block lists, and expert lists.
 
-    What rows of text never pass (see ``towers``) has none.
+    Experts in a module that text never goes through (see ``towers``) do not count.
 
     Args:
         model: any model, on the meta device too.

@@ -11,7 +11,7 @@ backward delivers; an expert without a token has no rows there.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,36 @@ ExpertHook = Callable[[Sequence[int], Tensor, Tensor], Tensor]
 _DESCRIPTION = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
 
 
+class FusedExperts(Protocol):
+    """What transformers' modules of fused experts say about themselves."""
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+    _apply_gate: Callable[[Tensor], Tensor]
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+
+
+def has_fused_experts(module: object) -> TypeGuard[FusedExperts]:
+    """Say whether a module holds experts as slices of its parameters."""
+    return all(hasattr(module, name) for name in _DESCRIPTION)
+
+
 @dataclass(frozen=True)
 class ExpertMatrix:
     """The matrix of one expert in a fused parameter, a target like a linear."""
 
-    experts: Any
+    experts: nn.Module
     attribute: str
     index: int
 
     @property
     def parameter(self) -> nn.Parameter:
         """The fused parameter, which may be partitioned."""
-        parameter: nn.Parameter = getattr(self.experts, self.attribute)
-        return parameter
+        return self.experts.get_parameter(self.attribute)
 
     @property
     def weight(self) -> Tensor:
@@ -48,20 +65,20 @@ class ExpertMatrix:
 
 def fused_parameters(module: nn.Module) -> list[str]:
     """Return the attributes of a module that hold experts as slices, in the order it registered them; often none."""
-    experts: Any = module
-    if not all(hasattr(experts, name) for name in _DESCRIPTION):
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    if not has_fused_experts(module):
         return []
-    wanted = (_first_projection(experts), "down_proj")
-    return [name for name, _ in module.named_parameters(recurse=False) if name in wanted]
+    wanted = (_first_projection(module), "down_proj")
+    return [name for name in names if name in wanted]
 
 
 def expert_matrices(module: nn.Module) -> dict[str, ExpertMatrix]:
     """Return every expert matrix of one module as ``<attribute>.<index>``; none of a module of another kind."""
-    experts: Any = module
+    attributes = fused_parameters(module)
     return {
         f"{attribute}.{index}": ExpertMatrix(module, attribute, index)
-        for attribute in fused_parameters(module)
-        for index in range(experts.num_experts)
+        for attribute in attributes
+        for index in range(_num_experts(module))
     }
 
 
@@ -78,7 +95,12 @@ def get_expert_matrix(model: nn.Module, name: str) -> ExpertMatrix | None:
 def fused_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """Return the number of experts of every fused parameter that holds one of the named matrices, by parameter name."""
     found = {name.rpartition(".")[0]: get_expert_matrix(model, name) for name in names}
-    return {name: int(matrix.experts.num_experts) for name, matrix in found.items() if matrix is not None}
+    return {name: _num_experts(matrix.experts) for name, matrix in found.items() if matrix is not None}
+
+
+def _num_experts(module: nn.Module) -> int:
+    assert has_fused_experts(module)
+    return module.num_experts
 
 
 class HookedExperts:
@@ -86,11 +108,12 @@ class HookedExperts:
 
     def __init__(self, experts: nn.Module, hooks: Mapping[str, ExpertHook]) -> None:
         assert "forward" not in vars(experts), "hooked already"
-        self._experts: Any = experts
-        self._experts.forward = partial(_forward, experts, hooks)
+        self._own_attributes = vars(experts)
+        assert has_fused_experts(experts)
+        self._own_attributes["forward"] = partial(_forward, experts, hooks)
 
     def remove(self) -> None:
-        del self._experts.forward
+        del self._own_attributes["forward"]
 
 
 def hook_experts(
@@ -110,12 +133,12 @@ def hook_experts(
     ]
 
 
-def _first_projection(experts: Any) -> str:
+def _first_projection(experts: FusedExperts) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def _forward(
-    experts: Any, hooks: Mapping[str, ExpertHook], hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    experts: FusedExperts, hooks: Mapping[str, ExpertHook], hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Return what ``experts.forward`` does; ``hidden (tokens, h)``, the others ``(tokens, experts per token)``."""
     chosen = top_k_index.flatten()
@@ -137,6 +160,15 @@ def _forward(
     return rows[order.argsort()].view(*top_k_index.shape, -1).sum(1).to(hidden.dtype)
 
 
+class _SortedContext(Protocol):
+    """What ``_SortedLinear`` keeps for its backward."""
+
+    needs_input_grad: tuple[bool, ...]
+    weight: Tensor
+    counts: Sequence[int]
+    transposed: bool
+
+
 class _SortedLinear(torch.autograd.Function):
     """``y = x W_eᵀ`` (``x W_e`` where transposed) for rows sorted by expert; only ``x`` gets a gradient.
 
@@ -145,13 +177,13 @@ class _SortedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, counts: Sequence[int], transposed: bool) -> Tensor:
+    def forward(ctx: _SortedContext, inputs: Tensor, weight: Tensor, counts: Sequence[int], transposed: bool) -> Tensor:
         assert not ctx.needs_input_grad[1], "its gradient would be lost"
         ctx.weight, ctx.counts, ctx.transposed = weight, counts, transposed
         return _multiply(inputs, weight if transposed else weight.mT, counts)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _SortedContext, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         matrices = ctx.weight.mT if ctx.transposed else ctx.weight
         return _multiply(grad_output, matrices, ctx.counts), None, None, None
 

@@ -7,7 +7,7 @@ gradient can be consumed before the next one exists.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,15 @@ from taso_ds.adapters.fused_experts import ExpertHook, ExpertMatrix, HookedExper
 Deliver = Callable[[Tensor, Tensor], None]
 
 
+class _TapContext(Protocol):
+    """What ``_OutputTap`` keeps for its backward."""
+
+    deliver: Deliver
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _OutputTap(torch.autograd.Function):
     """Identity on a linear's output that hands ``(input, output gradient)`` to a callback in backward.
 
@@ -26,14 +35,14 @@ class _OutputTap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, deliver: Deliver) -> Tensor:
+    def forward(ctx: _TapContext, output: Tensor, inputs: Tensor, deliver: Deliver) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.deliver = deliver
         # Not a view, which autograd would let nobody change in place: Falcon adds to the results of its linears.
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _TapContext, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (inputs,) = ctx.saved_tensors
         ctx.deliver(inputs.flatten(0, -2), grad_output.flatten(0, -2))
         return grad_output, None, None
@@ -80,7 +89,13 @@ def _tapped(output: Tensor, inputs: Tensor, deliver: Deliver) -> Tensor:
 
 
 def weight_gradient(inputs: Tensor, grad_output: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return ``∂L/∂W`` of shape ``(out_features, in_features)`` in the dtype of the output gradient."""
+    """Return ``∂L/∂W``, ``(out_features, in_features)``, in the dtype of the output gradient.
+
+    Args:
+        inputs: of the linear, ``(tokens, in_features)``.
+        grad_output: gradient of its output, ``(tokens, out_features)``.
+        out: memory for the result.
+    """
     return torch.mm(grad_output.t(), inputs.to(grad_output.dtype), out=out)
 
 
@@ -104,8 +119,13 @@ def score_matrix(
 ) -> Tensor:
     """Return the non-negative fp32 score of every element, ``(out_features, in_features)``.
 
-    ``magnitude``, ``gradient`` and ``random`` are ablations of the paper's ``importance``. ``grad`` is overwritten,
-    because it is the accumulator of one matrix and the largest tensor around.
+    ``magnitude``, ``gradient`` and ``random`` are ablations of the paper's ``importance``.
+
+    Args:
+        weight: where the score looks at the weight (``needs_weight``).
+        grad: fp32, where the score is made from it (``needs_gradient``). It is overwritten, because it is the
+            accumulator of one matrix and the largest tensor around.
+        seed: of ``random``.
     """
     if score == "random":
         return torch.rand(shape, generator=torch.Generator().manual_seed(seed))

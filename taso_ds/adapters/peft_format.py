@@ -9,7 +9,7 @@ and columns only, from which the adapter is built again.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -26,10 +26,32 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 KIND = "taso_adapter"
 _PREFIX = "base_model.model."
-# What experts were called before transformers fused them. For a type of model whose experts it fuses, PEFT takes these
-# names among the target modules for the fused parameters, also where they are a dense layer's or a shared expert's.
+# What experts were called before transformers fused them. In a model of a type whose experts it fuses, PEFT takes these
+# names in ``target_modules`` for fused parameters, even where a linear of a dense layer or a shared expert has them.
 _NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-_MOST_FEATURES = 1 << 24  # far wider than any matrix: what is damaged must not ask for the memory of a wider one
+_MOST_FEATURES = 1 << 24  # far wider than any matrix: a damaged file must not ask for the memory of a wider one
+
+
+class PeftTargets(TypedDict):
+    """The adapted matrices in ``adapter_config.json``."""
+
+    target_modules: list[str]
+    target_parameters: list[str] | None
+
+
+class PeftConfig(PeftTargets):
+    """What is written to ``adapter_config.json``."""
+
+    peft_type: str
+    task_type: str
+    base_model_name_or_path: str
+    r: int
+    lora_alpha: int
+    lora_dropout: float
+    bias: str
+    fan_in_fan_out: bool
+    modules_to_save: list[str] | None
+    inference_mode: bool
 
 
 def peft_tensors(adapter: TasoAdapter, flat: Tensor, *, experts: Mapping[str, int] | None = None) -> dict[str, Tensor]:
@@ -61,7 +83,8 @@ def _wrapper_of(parameter: str, parameters: Sequence[str]) -> str:
 def _stacked(pairs: Sequence[Factors | None], scaling: float) -> dict[str, Tensor]:
     """Return the pairs of all experts as PEFT stores them, zero where an expert has none.
 
-    ``A (E · R, in)`` goes through one expert's rows after the other, ``B (out, R · E)`` through one rank's columns.
+    ``A (E · R, in)`` holds the rows of one expert after the other, ``B (out, R · E)`` the columns of one rank after the
+    other.
     """
     empty = next(Factors(torch.zeros_like(pair.A), torch.zeros_like(pair.B)) for pair in pairs if pair is not None)
     A = torch.stack([(pair or empty).A for pair in pairs])
@@ -79,7 +102,7 @@ def peft_config(
     modules_to_save: Sequence[str],
     experts: Sequence[str] = (),
     fuses_experts: bool = False,
-) -> dict[str, Any]:
+) -> PeftConfig:
     """Return ``adapter_config.json``.
 
     Args:
@@ -105,7 +128,7 @@ def peft_config(
 
 def peft_targets(
     adapted: Sequence[str], module_names: Sequence[str], *, experts: Sequence[str] = (), fuses_experts: bool = False
-) -> dict[str, list[str] | None]:
+) -> PeftTargets:
     """Return what PEFT's configuration says of the adapted matrices: ``target_modules``, ``target_parameters``.
 
     Args:
@@ -137,7 +160,7 @@ def save_adapter(
     adapter: TasoAdapter,
     flat: Tensor,
     *,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     head: Mapping[str, Tensor],
     experts: Mapping[str, int] | None = None,
 ) -> None:
@@ -182,7 +205,11 @@ def save_adapter(
 
 
 def _region(rows: Tensor, cols: Tensor, out_features: int, in_features: int) -> CoreRegion:
-    """Return the region; ValueError when the indices are not what selection gives: ascending and inside the matrix."""
+    """Return the region.
+
+    Raises:
+        ValueError: the indices are not what selection gives, ascending and inside the matrix.
+    """
     for indices, size in ((rows, out_features), (cols, in_features)):
         if not isinstance(size, int) or not 0 < size < _MOST_FEATURES:
             raise ValueError(f"{size!r} features")

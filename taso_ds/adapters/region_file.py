@@ -8,7 +8,6 @@ Per module: ``<module>.rows`` and ``<module>.cols`` (int64 indices of the region
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +26,18 @@ class RegionFile:
     """Row and column scores per module, the settings that made them, and the fingerprint of the scored base."""
 
     scores: dict[str, RegionScores]
-    settings: dict[str, Any]
+    settings: dict[str, object]
     fingerprint: str
 
     def cut(self, *, element_fraction: float, core_fraction: float, source: str) -> dict[str, CoreRegion]:
-        """Cut every module's region; UserError when the element fraction is not on the saved ladder."""
+        """Cut every module's region.
+
+        Args:
+            source: the file, for the message.
+
+        Raises:
+            UserError: the element fraction is not on the saved ladder.
+        """
         ladder = next(iter(self.scores.values())).ladder
         if element_fraction not in ladder:
             known = ", ".join(map(str, ladder))
@@ -43,7 +49,14 @@ class RegionFile:
 
 
 def save_region_file(path: Path, file: RegionFile, regions: Mapping[str, CoreRegion] | None = None) -> None:
-    """Write scores and, once they are cut, the regions in use."""
+    """Write the scores of every module.
+
+    Args:
+        regions: those in use, once they are cut.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     for name, scores in file.scores.items():
         if regions is not None:
@@ -61,7 +74,11 @@ def save_region_file(path: Path, file: RegionFile, regions: Mapping[str, CoreReg
 
 
 def load_region_file(path: Path) -> RegionFile:
-    """Read a region file; UserError when it is missing, damaged or inconsistent."""
+    """Read a region file.
+
+    Raises:
+        UserError: missing, damaged or inconsistent.
+    """
     tensors, metadata = read_tensors(path, kind=KIND)
     try:
         ladder = tuple(float(fraction) for fraction in metadata["element_fraction_ladder"])
@@ -99,6 +116,10 @@ def _check_scores(scores: RegionScores, where: str) -> None:
 def check_region_shapes(file: RegionFile, shapes: Mapping[str, MatrixShape], *, source: str) -> None:
     """Refuse regions of other modules or shapes, before any weight is loaded.
 
+    Args:
+        shapes: of the matrices to adapt.
+        source: the file, for the message.
+
     Raises:
         UserError: naming the first difference.
     """
@@ -116,6 +137,11 @@ def check_region_shapes(file: RegionFile, shapes: Mapping[str, MatrixShape], *, 
 
 def check_region_file(file: RegionFile, shapes: Mapping[str, MatrixShape], *, fingerprint: str, source: str) -> None:
     """Refuse regions of another model: other module names, other shapes, or other weights.
+
+    Args:
+        shapes: of the matrices to adapt.
+        fingerprint: of this base's weights.
+        source: the file, for the message.
 
     Raises:
         UserError: naming the first difference.

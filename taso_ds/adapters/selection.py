@@ -195,6 +195,10 @@ def _top(counts: Tensor, importance: Tensor, number: int) -> Tensor:
 def cut_region(scores: RegionScores, *, element_fraction: float, core_fraction: float) -> CoreRegion:
     """Cut the core region out of the row and column scores.
 
+    Args:
+        element_fraction: ``k``, the share of elements that count as core, one of the ladder.
+        core_fraction: ``p``, the share of rows and of columns to keep.
+
     Raises:
         KeyError: when ``element_fraction`` is not on the ladder the scores were made for.
     """
@@ -214,6 +218,9 @@ def concentration(scores: RegionScores, region: CoreRegion, element_fraction: fl
     """Return the shares of the core elements that lie in the core rows and in the core columns.
 
     Importance that does not concentrate leaves both near ``core_fraction``, a failure sign of the method (section 2).
+
+    Args:
+        element_fraction: ``k``, as the region was cut with.
     """
     step = scores.ladder.index(element_fraction)
     rows, cols = scores.row_counts[step], scores.col_counts[step]

@@ -19,7 +19,12 @@ def dense_rank(structure: str, rank: int) -> int:
 
 
 def count_parameters(structure: str, *, out_features: int, in_features: int, rank: int, core_fraction: float) -> int:
-    """Return the trainable parameters of one matrix; needs shapes only, no region."""
+    """Return the trainable parameters of one matrix; needs shapes only, no region.
+
+    Args:
+        rank: of each branch.
+        core_fraction: ``p``, the share of rows and of columns in the core region.
+    """
     rows, cols = share(core_fraction, out_features), share(core_fraction, in_features)
     return rank * sum(
         (rows if branch.core_rows else out_features) + (cols if branch.core_cols else in_features)
@@ -28,7 +33,11 @@ def count_parameters(structure: str, *, out_features: int, in_features: int, ran
 
 
 def count_dense(structure: str, *, out_features: int, in_features: int, rank: int) -> int:
-    """Return the entries of the dense pair, pruned ones included."""
+    """Return the entries of the dense pair, pruned ones included.
+
+    Args:
+        rank: of each branch.
+    """
     return dense_rank(structure, rank) * (out_features + in_features)
 
 
@@ -36,6 +45,9 @@ def dense_positions(structure: str, region: CoreRegion, rank: int) -> Tensor:
     """Return the int64 positions of the compact parameters in the flattened dense pair ``[A (R, in), B (out, R)]``.
 
     Compact order: for each branch its ``A`` (rank × kept columns), then its ``B`` (kept rows × rank).
+
+    Args:
+        rank: of each branch.
     """
     total_rank = dense_rank(structure, rank)
     start_of_b = total_rank * region.in_features

@@ -1,19 +1,21 @@
 """Which matrices of a model are adapted, and their shape as ``(out_features, in_features)``.
 
-By default every linear of the transformer blocks: ``nn.Linear`` and its subclasses (quantized ones too) and GPT-2's
-``Conv1D``, whose weight is stored transposed. Embeddings, the output head, norms and biases are left alone, and so are
-experts (see ``experts``), unless those in fused parameters are asked for: then each of their slices is a target too.
-A subclass that does not compute ``x Wᵀ + b`` is no target, as some routers, which return the experts they chose; nor is
-what rows of text never pass (see ``towers``).
-Linears whose weights a model takes past the module, as the kernels of Mamba's blocks do, are left alone as well: an
-adapter would have no effect there; and so is what chooses tokens for sparse attention, which no gradient reaches.
+By default these are all linears of the transformer blocks: ``nn.Linear``, its subclasses (quantized ones too) and
+GPT-2's ``Conv1D``, whose weight is stored transposed. Embeddings, the output head, norms and biases are left alone.
+Experts are left alone too (see ``experts``), unless the user asks for those in fused parameters: each of their slices
+is a target then. There is no target
+
+- in a module that text never goes through (see ``towers``);
+- in a subclass that does not compute ``x Wᵀ + b``, such as a router that returns the experts it chose;
+- in a linear whose weight the model uses without calling the module, as the kernels of Mamba's blocks do: an adapter
+  would have no effect;
+- in what chooses tokens for sparse attention: no gradient reaches it.
 """
 
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -104,7 +106,12 @@ class Targets(Mapping[str, Target]):
         return any(target.shape.transposed for target in self.values())
 
     def count(self, structure: str, *, rank: int, core_fraction: float) -> int:
-        """Return the trainable parameters of an adapter on all matrices."""
+        """Return the trainable parameters of an adapter on all matrices.
+
+        Args:
+            rank: of each branch.
+            core_fraction: ``p``, the share of rows and of columns in the core region.
+        """
         return sum(
             count_parameters(
                 structure,
@@ -147,7 +154,8 @@ def _target(matrix: Matrix, shape_of: ShapeOf) -> Target:
 
 # What chooses the tokens that sparse attention looks at: a choice passes no gradient.
 _CHOOSER = ".indexer."
-# By model type, the linears whose weights are taken past the module: on some devices, by some kernels or always.
+# By model type, the linears whose weights the model uses without calling the module: on some devices, with some
+# kernels, or always.
 _TAKEN_PAST: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mamba", "falcon_mamba"), (".x_proj", ".dt_proj", ".out_proj")),
     **dict.fromkeys(("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), (".out_proj",)),
@@ -196,7 +204,7 @@ def _computes_linear(module: nn.Linear) -> bool:
     wanted = nn.functional.linear(inputs, weight, None if module.bias is None else bias)
     try:
         with torch.no_grad():
-            found: Any = type(module).forward(tiny, inputs)
+            found: object = type(module).forward(tiny, inputs)
     except Exception:  # whatever the forward needs that a linear does not
         return False
     return isinstance(found, torch.Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted)
@@ -268,7 +276,7 @@ def _linears(model: nn.Module, *, experts: bool) -> Targets:
 
 
 def _taken_past(model: nn.Module) -> tuple[str, ...]:
-    config: Any = getattr(model, "config", None)
+    config: object = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return _TAKEN_PAST.get(getattr(text, "model_type", ""), ())
 

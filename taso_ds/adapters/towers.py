@@ -1,8 +1,8 @@
-"""Parts of a model that rows of text never pass: the towers of other senses, and what joins them to the text model.
+"""Parts of a model that text never goes through: the towers of other senses, and what joins them to the text model.
 
 transformers gives every model within a model ``input_modalities`` and ``main_input_name``. One that takes no text is a
-tower. Where a model takes text and more, and holds a model that takes text alone, that one does all the work on text;
-what stands beside it, such as projectors, works on what towers return.
+tower. Some models take text and more, and hold a model that takes text alone. The inner one does all the work on text
+then; what stands beside it, such as a projector, works on what the towers return.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def textless_parts(model: nn.Module) -> list[str]:
-    """Return the names of the outermost modules that rows of text never pass; most models have none."""
+    """Return the names of the outermost modules that text never goes through; most models have none."""
     found: list[str] = []
     for name, module in model.named_modules():
         if not name or inside(name, found):
@@ -30,7 +30,11 @@ def inside(name: str, parts: Iterable[str]) -> bool:
 
 
 def left_out_in_words(model: nn.Module) -> str | None:
-    """Return one line on the parts that text never passes and their share of a model that is whole, or None."""
+    """Return one line on the parts that text never goes through, with their share of the model, or None.
+
+    Args:
+        model: one with whole parameters, on the meta device too.
+    """
     parts = textless_parts(model)
     if not parts:
         return None

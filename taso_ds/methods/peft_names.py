@@ -48,7 +48,7 @@ def not_read_back(model: Any, names: Sequence[str]) -> list[str]:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT would say of a model it is to train
-        opened = PeftModel(copy.deepcopy(model), LoraConfig(r=1, **targets))  # type: ignore[arg-type]
+        opened = PeftModel(copy.deepcopy(model), LoraConfig(r=1, **targets))
         written = get_peft_model_state_dict(opened, save_embedding_layers=False)
         read: Any = set_peft_model_state_dict(opened, written)
     lost = (name.partition(".lora_")[0] for name in read.missing_keys if ".lora_" in name)

@@ -2,8 +2,8 @@
 
 ``checkpoints/step-00000012/`` holds ``state.safetensors`` (fp32 trained weights, Adam's moments), ``progress.json``,
 the core rows and columns, ``manifest.json`` with size and SHA-256 of each, and ``COMPLETE`` with the manifest's digest.
-Everything is written into a staging folder and flushed to the disk, the marker last; then the folder is renamed, and
-last of all the pointer ``latest``. Until then the previous checkpoint is the one in force. Rank 0 only.
+Everything is written into a staging folder and flushed to the disk, the marker last. Then the folder is renamed, and
+the pointer ``latest`` is replaced. Until then the previous checkpoint is the latest. Rank 0 only.
 """
 
 import errno

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import get_origin, get_type_hints
 
 from taso_ds.errors import UserError, reason
 from taso_ds.files.json_text import parse_json
@@ -28,7 +28,7 @@ class Progress:
     step: int
     total_steps: int
     optimizer_steps: int
-    config: dict[str, Any]
+    config: dict[str, object]
     world_size: int
     zero_stage: int
     global_batch_size: int

@@ -116,7 +116,12 @@ class Trainer:
             raise Interrupted(f"stopped by {', '.join(names)} after step {step}; the same command goes on from there")
 
     def step(self, step: int) -> StepMetrics:
-        """Run one optimizer step (0-based) and return its metrics."""
+        """Run one optimizer step (0-based) and return its metrics.
+
+        Raises:
+            Diverged: when loss or gradient is not finite, or the loss has jumped.
+            UserError: when the first step moved nothing.
+        """
         torch.manual_seed(digest([f"{self.feed.plan.seed}/{step}/{comm.rank()}".encode()]))
         share = self.schedule(step) * self.brake
         for live, group in zip(engines.optimizer_groups(self.engine), self.groups, strict=True):
