@@ -42,8 +42,8 @@ def run_script(
 
     Args:
         action: loads what is heavy itself: signals count from here on.
-        resumes: the same command goes on where a signal has stopped this one.
-        libraries_to_log: what is printed other than through ``console`` is for the log file.
+        resumes: whether the same command goes on where a signal has stopped this one.
+        libraries_to_log: whether everything that is not printed through ``console`` goes to the log file.
     """
     with Interrupts(_leave_at_once, resumes=resumes) as interrupts, _console_given_back():
         debug = False
@@ -61,7 +61,7 @@ def run_script(
 
 @contextlib.contextmanager
 def _console_given_back() -> Iterator[None]:
-    """Give the console back at the end, which may be that of the process."""
+    """Give the console back at the end of the script, or of the process."""
     atexit.register(console.end)
     try:
         yield
@@ -125,7 +125,7 @@ def _end(error: BaseException, *, debug: bool) -> NoReturn:
 
 
 def _show_log() -> None:
-    """Show the end of what libraries said, which is why one of them could not do its work."""
+    """Show the end of the libraries' log, which says why one of them could not do its work."""
     for line in console.last_of_log(_SHOWN_LINES) if speaks_for_all() else ():
         print(f"  {console.printable(line)}", file=console.err(), flush=True)
 
@@ -134,7 +134,8 @@ def _blame_another(*, wait: float, stops: bool) -> None:
     """Leave with another rank's failure, if there is one: a collective fails on all when one is gone.
 
     Args:
-        stops: that it was told to stop counts too.
+        wait: seconds to wait for the news of another rank's death.
+        stops: whether a rank that was told to stop counts too.
     """
     process_group = sys.modules.get("taso_ds.distributed.process_group")
     failure = process_group.cause_elsewhere(wait) if process_group else None

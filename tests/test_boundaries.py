@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"console", "interrupts", "adapters", "data", "distributed", "models", "objectives", "reports"},
     "methods": _GROUND | {"adapters", "data", "distributed", "models", "scoring", "training"},
     "config": {"errors", "flags", "data", "models", "scoring", "training", "methods"},
-    "defaults": {"errors", "config", "data", "training"},
+    "defaults": {"errors", "flags", "config", "data", "training"},
     "job": _GROUND | _ONE_THING | {"config"},
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
     "planning.numbers": {"errors", "adapters"},
