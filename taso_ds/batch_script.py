@@ -1,7 +1,7 @@
 """A Slurm batch script from flags: one process per device, requeued and resumed after a signal.
 
-Everything a site decides stands in the script's head, to be edited there; ``srun`` starts the ranks, and the flags that
-``sbatch script`` is given go on to the program.
+Everything that a site decides stands in the script's head, where it can be edited. ``srun`` starts the ranks. The flags
+behind ``sbatch script`` go on to the program.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _WORD = re.compile(r"[\w.,:-]+")
 
 @dataclass(frozen=True)
 class SlurmArguments:
-    """The job. Every flag of a run is understood beside these and written into the script."""
+    """The job. The flags of a run stand beside these, and are written into the script."""
 
     nodes: int = arg(1, "Number of nodes.", unit="nodes")
     devices_per_node: int = arg(8, "Devices of a node, one process each.", unit="devices")
@@ -68,7 +68,10 @@ class SlurmArguments:
 
 
 def parse_job(argv: Sequence[str], *, description: str = "") -> tuple[SlurmArguments, RunConfig, list[str]]:
-    """Parse the job's flags and check those of the run, which are also returned as they are.
+    """Parse the job's flags, and check those of the run.
+
+    Returns:
+        The job, the run, and the words of the run's flags as they were given.
 
     Raises:
         UserError: unknown flag, a value that cannot work, or no run folder to go on in.
@@ -107,7 +110,7 @@ def _check_run(job: SlurmArguments, config: RunConfig) -> None:
 
 
 def write_script(text: str, job: SlurmArguments) -> str:
-    """Write the script where the job says; returns what the user is to read last."""
+    """Write the script where the job says; returns the last line for the user."""
     if job.write is None:
         return text.rstrip("\n")
     path = Path(job.write)

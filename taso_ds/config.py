@@ -8,12 +8,12 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from taso_ds.data.arguments import DataArguments
 from taso_ds.errors import UserError
 from taso_ds.flags.command_line import given_names, parse_groups
-from taso_ds.flags.flag import CALL, SCHEDULE, START, arg, flags_of, require
+from taso_ds.flags.flag import CALL, SCHEDULE, START, Group, arg, flags_of, require
 from taso_ds.methods.arguments import AdapterArguments
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.scoring.arguments import SCORING, CalibrationArguments
@@ -66,7 +66,7 @@ class RunArguments:
         require(ranks is None or ranks > 0, "expected_world_size", ranks, "a positive number")
 
 
-GROUPS: tuple[Any, ...] = (
+GROUPS: tuple[Group, ...] = (
     ModelArguments,
     DataArguments,
     CalibrationArguments,
@@ -78,7 +78,7 @@ GROUPS: tuple[Any, ...] = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All argument groups of one run, and the names of the arguments that the user gave, be they the defaults."""
+    """All argument groups of one run, and the names of the arguments that the user gave, with whatever value."""
 
     model: ModelArguments
     data: DataArguments
@@ -110,10 +110,10 @@ class RunConfig:
         )
         return METHODS[self.adapter.method]()(settings)
 
-    def flags(self) -> dict[str, Any]:
+    def flags(self) -> dict[str, object]:
         """Return every argument under its flag's name, without those that say how the run was started or do nothing."""
         groups = (self.model, self.data, self.calibration, self.adapter, self.training, self.run)
-        merged = {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
+        merged: dict[str, object] = {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
         meanings, idle = flags_of(groups), SCORING if self.calibration.core_regions is not None else ()
         return {key: value for key, value in merged.items() if meanings[key].is_recorded and key not in idle}
 

@@ -1,4 +1,4 @@
-"""What nobody foresaw: one line for the terminal, and a file with all that a report of it needs."""
+"""Errors that nobody foresaw: one line for the terminal, and a file with all that a bug report needs."""
 
 import contextlib
 import importlib.metadata
@@ -21,10 +21,14 @@ _LONGEST_MESSAGE = 200
 
 
 def write_report(error: BaseException, folder: Path | None, *, log: Sequence[str]) -> Path | None:
-    """Write a file about ``error`` into ``folder`` or, where that cannot be, the temporary one; None if neither can.
+    """Write a file about an error.
 
     Args:
+        folder: where it goes; the temporary folder takes it where this one cannot.
         log: what libraries said last.
+
+    Returns:
+        The file; None if no folder could take it.
     """
     rank = os.environ.get("RANK", "0")
     name = f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-rank{rank}.txt"
@@ -37,9 +41,10 @@ def write_report(error: BaseException, folder: Path | None, *, log: Sequence[str
 
 
 def describe(error: BaseException, report: Path | None, *, log: Path | None) -> str:
-    """Return the line: what happened, whose fault it is, where the traceback lies, what to do with it.
+    """Return the line about an error: what happened, whose fault it is, where the traceback lies, what to do with it.
 
     Args:
+        report: the file with the traceback, if there is one.
         log: the file with all that libraries said, if there is one.
     """
     first = (str(error).strip().splitlines() or [""])[0]

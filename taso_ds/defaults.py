@@ -1,16 +1,15 @@
 """What a run gets that names no model, task or data: the embedded ones, sized for two CPU cores."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
 
 from taso_ds.config import RunConfig
 from taso_ds.data.embedded import EMBEDDED, EMBEDDED_DATA, embedded_model
 from taso_ds.errors import UserError
+from taso_ds.flags.flag import Parsed
 from taso_ds.training.arguments import TrainArguments
 
 _EMBEDDED_TASK = "sst2"
-
-
 _EMBEDDED_TRAINING = {
     "max_steps": 24,
     "per_device_train_batch_size": 8,
@@ -42,19 +41,20 @@ def with_defaults(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=model, data=data)
 
 
+def _where_untouched(group: Parsed, values: Mapping[str, float]) -> Parsed:
+    """Return the group with these values in the place of defaults; what the user set stays."""
+    untouched = {entry.name: entry.default for entry in dataclasses.fields(group)}
+    chosen = {name: value for name, value in values.items() if getattr(group, name) == untouched[name]}
+    return dataclasses.replace(group, **chosen)
+
+
 def _sized_for_two_cores(config: RunConfig) -> RunConfig:
-    """Give the run without model and task, a demonstration, what two CPU cores do in minutes; the user's flags stay."""
-
-    def sized(group: Any, values: dict[str, Any]) -> Any:
-        untouched = {entry.name: entry.default for entry in dataclasses.fields(group)}
-        chosen = {name: value for name, value in values.items() if getattr(group, name) == untouched[name]}
-        return dataclasses.replace(group, **chosen)
-
+    """Size a demonstration, a run without model and task, for minutes on two CPU cores. The user's flags stay."""
     training = dict(_EMBEDDED_TRAINING)
     if config.training.num_train_epochs != TrainArguments.num_train_epochs:
         del training["max_steps"]
     return dataclasses.replace(
         config,
-        training=sized(config.training, training),
-        calibration=sized(config.calibration, {"calibration_samples": 64, "calibration_batch_size": 16}),
+        training=_where_untouched(config.training, training),
+        calibration=_where_untouched(config.calibration, {"calibration_samples": 64, "calibration_batch_size": 16}),
     )

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from taso_ds import crash_report
+from taso_ds import crash_report, slurm_ranks
 from taso_ds.console import screen as console
-from taso_ds.distributed import slurm
 from taso_ds.errors import Interrupted, LibraryError, Unforeseen, UserError, no_permission, speaks_for_all
 from taso_ds.interrupts import Interrupts
 
@@ -43,8 +42,8 @@ def run_script(
 
     Args:
         action: loads what is heavy itself: signals count from here on.
-        resumes: the same command goes on where a signal has stopped this one.
-        libraries_to_log: what is printed other than through ``console`` is for the log file.
+        resumes: whether the same command goes on where a signal has stopped this one.
+        libraries_to_log: whether everything that is not printed through ``console`` goes to the log file.
     """
     with Interrupts(_leave_at_once, resumes=resumes) as interrupts, _console_given_back():
         debug = False
@@ -62,7 +61,7 @@ def run_script(
 
 @contextlib.contextmanager
 def _console_given_back() -> Iterator[None]:
-    """Give the console back at the end, which may be that of the process."""
+    """Give the console back at the end of the script, or of the process."""
     atexit.register(console.end)
     try:
         yield
@@ -75,7 +74,7 @@ def _prepare(libraries_to_log: bool) -> bool:
     """Set up environment and console; says whether ``--debug`` was given."""
     from taso_ds.flags.command_line import debug_is_on
 
-    slurm.adopt_ranks(os.environ)
+    slurm_ranks.adopt_ranks(os.environ)
     _check_current_folder()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -126,7 +125,7 @@ def _end(error: BaseException, *, debug: bool) -> NoReturn:
 
 
 def _show_log() -> None:
-    """Show the end of what libraries said, which is why one of them could not do its work."""
+    """Show the end of the libraries' log, which says why one of them could not do its work."""
     for line in console.last_of_log(_SHOWN_LINES) if speaks_for_all() else ():
         print(f"  {console.printable(line)}", file=console.err(), flush=True)
 
@@ -135,7 +134,8 @@ def _blame_another(*, wait: float, stops: bool) -> None:
     """Leave with another rank's failure, if there is one: a collective fails on all when one is gone.
 
     Args:
-        stops: that it was told to stop counts too.
+        wait: seconds to wait for the news of another rank's death.
+        stops: whether a rank that was told to stop counts too.
     """
     process_group = sys.modules.get("taso_ds.distributed.process_group")
     failure = process_group.cause_elsewhere(wait) if process_group else None

@@ -1,4 +1,4 @@
-"""How a script ends other than well: the one exception a user is meant to read, and those that are about the run."""
+"""How a script ends if not well: the one exception that a user is meant to read, and those that are about the run."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ class UserError(ValueError):
 
 
 class LibraryError(UserError):
-    """A part of a library does not work on this machine: what it said of that is shown with the line."""
+    """A part of a library does not work on this machine; its own words are shown with the line."""
 
 
 class Interrupted(BaseException):
@@ -27,7 +27,11 @@ class Interrupted(BaseException):
 
 
 class Unforeseen(Exception):
-    """Brings what nobody foresaw, its cause, out of a run, with the folder for the traceback, if there is one."""
+    """Carries an error that nobody foresaw, its cause, out of a run.
+
+    Attributes:
+        folder: where the traceback may lie; None for nowhere in particular.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         super().__init__(folder)
@@ -60,7 +64,7 @@ def dangling(path: "str | os.PathLike[str]") -> str | None:
 
 
 def reason(error: Exception) -> str:
-    """Return why a file cannot be read, without Python's error numbers and quotes; of a link, where it leads."""
+    """Return why a file cannot be read, without Python's error numbers and quotes; for a link, where it leads."""
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text (byte {error.object[error.start]:#x} at {error.start}): save it as UTF-8"
     if not isinstance(error, OSError):
@@ -69,9 +73,9 @@ def reason(error: Exception) -> str:
 
 
 def no_permission(error: BaseException) -> UserError | None:
-    """Return what a user is to read of a file that is not open to them; None of any other error.
+    """Return the error for the user if a file is not open to them; None for any other error.
 
-    Whoever asks first whether a file is there may learn that nobody may look: any flag's path, in any library.
+    The first look at any flag's path, in any library, may raise it.
     """
     if not isinstance(error, PermissionError) or error.filename is None:
         return None

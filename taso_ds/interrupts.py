@@ -39,7 +39,7 @@ class Interrupts:
 
         Args:
             leave: says a line and ends the process with an exit code, in a thread that is not the main one.
-            resumes: the same command goes on where this one was stopped.
+            resumes: whether the same command goes on where this one was stopped.
         """
         self.arrived: str | None = None
         self._leave, self._resumes = leave, resumes
@@ -83,7 +83,7 @@ class Interrupts:
             signal.signal(number, signal.SIG_IGN)
 
     def _let_go(self) -> None:
-        """Put everything back; in a forked child, whose signals are not ours."""
+        """Put all handlers back: at the end, and in a forked child, whose signals are not ours."""
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self._before:
@@ -91,7 +91,7 @@ class Interrupts:
         self._before = {}
 
     def reason(self) -> Interrupted | None:
-        """Return what told this process to leave where it stands, with nothing to save; None if nothing did."""
+        """Return the signal that told this process to leave with nothing to save; None if none did."""
         return None if self.arrived is None or self._deferring else self._reason(self.arrived)
 
     def _reason(self, name: str) -> Interrupted:
@@ -107,7 +107,7 @@ class Interrupts:
             raise self._reason(self.arrived)
 
     def _listen(self, pipe: int) -> None:
-        """Leave at once at a second Ctrl-C, and instead of a main thread that does not come to it."""
+        """Leave at once at a second Ctrl-C, and when the main thread is stuck."""
         name, first, idle, told = "", math.inf, math.inf, False
         while True:
             ready, _, _ = select.select([pipe], [], [], 1.0 if name else None)

@@ -1,4 +1,4 @@
-"""A job: what a run is made of before any weight is loaded, or one line on why it cannot be run.
+"""A job: what a run is made of before any weight is loaded, or one line that says why it cannot run.
 
 A dry run, a plan, the doctor and the run itself ask the same ``preflight``, so they refuse the same things. What a flag
 may be by itself stands in its group, ``<room>/arguments.py``; what it may be beside others, or a base, stands here.
@@ -35,7 +35,7 @@ from taso_ds.training.arguments import BatchSizes, batch_sizes
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Everything that is known of a run before weights are loaded; what follows from it is worked out once.
+    """Everything that is known of a run before weights are loaded. What follows from it is worked out once.
 
     Attributes:
         zero: the resolved DeepSpeed configuration.
@@ -153,7 +153,11 @@ def preflight(
 
 
 def check_flags(config: RunConfig, ranks: int) -> None:
-    """Refuse what flags alone say is wrong: before a download or a conversion, which take their time."""
+    """Refuse what the flags alone show to be wrong, before a download or a conversion takes its time.
+
+    Raises:
+        UserError: names the flag.
+    """
     expected = config.run.expected_world_size
     if expected not in (None, ranks):
         raise UserError(

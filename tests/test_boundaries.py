@@ -24,9 +24,10 @@ ALLOWED: dict[str, set[str]] = {
     "flags": {"console", "errors", "files"},
     "crash_report": {"flags"},
     "interrupts": {"console", "errors"},
+    "slurm_ranks": {"errors"},
     "adapters": {"errors", "files"},
     "data": _GROUND,
-    "distributed": {"console", "errors", "files"},
+    "distributed": {"console", "errors", "files", "slurm_ranks"},
     "models": _GROUND | {"console", "adapters", "distributed"},
     "reports": {"errors", "files", "adapters"},
     "objectives": _GROUND | {"console", "data", "models", "distributed", "adapters"},
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"console", "interrupts", "adapters", "data", "distributed", "models", "objectives", "reports"},
     "methods": _GROUND | {"adapters", "data", "distributed", "models", "scoring", "training"},
     "config": {"errors", "flags", "data", "models", "scoring", "training", "methods"},
-    "defaults": {"errors", "config", "data", "training"},
+    "defaults": {"errors", "flags", "config", "data", "training"},
     "job": _GROUND | _ONE_THING | {"config"},
     # shapes in, bytes and seconds out: it counts adapters and matrices, and must not see ranks, flags or files
     "planning.numbers": {"errors", "adapters"},
@@ -44,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     # looks at the machine, and counts the planned run; nothing that runs a job may depend on it
     "doctor": _GROUND | {"config", "distributed", "job", "models", "planning", "runs"},
     "batch_script": {"errors", "flags", "config", "training"},
-    "entry": {"errors", "interrupts", "console", "crash_report", "flags", "distributed"},
+    "entry": {"errors", "interrupts", "console", "crash_report", "flags", "slurm_ranks"},
     "launch": _GROUND
     | {"config", "data", "defaults", "distributed", "runs", "planning", "doctor"}
     | {"batch_script", "entry", "interrupts", "taso_ds"},

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from taso_ds.errors import UserError
 
@@ -13,8 +13,10 @@ class Accelerator:
     """This machine's devices as DeepSpeed sees them.
 
     Attributes:
-        name: DeepSpeed's name of the device.
+        name: DeepSpeed's name of the kind of device.
         backend: its communication library.
+        devices: how many of them this process sees.
+        bf16: whether they compute in bfloat16.
         cuda: the CUDA version torch was built for; None for other builds.
     """
 
@@ -29,6 +31,16 @@ class Accelerator:
         return self.name == "cpu"
 
 
+class DeepSpeedAccelerator(Protocol):
+    """What this package asks DeepSpeed's own object for the devices that this process sees."""
+
+    def device_name(self, device_index: int | None = None) -> str: ...
+    def communication_backend_name(self) -> str: ...
+    def is_available(self) -> bool: ...
+    def device_count(self) -> int: ...
+    def set_device(self, device_index: int) -> object: ...
+
+
 @dataclass(frozen=True)
 class Toolkit:
     """The CUDA toolkit, and why DeepSpeed would not compile with it."""
@@ -38,7 +50,11 @@ class Toolkit:
 
 
 def find_accelerator() -> Accelerator:
-    """Return the accelerator DeepSpeed would use; raises whatever a broken installation raises."""
+    """Return the accelerator that DeepSpeed would use.
+
+    Raises:
+        Exception: whatever a broken installation raises.
+    """
     import torch
     from deepspeed.accelerator import get_accelerator
 
@@ -47,7 +63,7 @@ def find_accelerator() -> Accelerator:
     return Accelerator(found.device_name(), backend, found.device_count(), bf16, torch.version.cuda)
 
 
-def usable_accelerator(local_rank: int) -> Any:
+def usable_accelerator(local_rank: int) -> DeepSpeedAccelerator:
     """Return DeepSpeed's own accelerator, on which this process has a device.
 
     Raises:
@@ -58,7 +74,7 @@ def usable_accelerator(local_rank: int) -> Any:
     try:
         from deepspeed.accelerator import get_accelerator
 
-        found = get_accelerator()
+        found: DeepSpeedAccelerator = get_accelerator()
     except ValueError as error:
         raise UserError(f"{named}, which DeepSpeed refuses ({error}); {remedy}") from error
     if found.device_name() == "cpu":
@@ -80,7 +96,7 @@ def _torch_version() -> str:
 
 
 def cuda_toolkit() -> Toolkit:
-    """Return the toolkit that would compile operators, judged by DeepSpeed's own rule."""
+    """Return the toolkit that would compile operators, by DeepSpeed's own rule."""
     from deepspeed.ops.op_builder import builder
 
     try:

@@ -1,7 +1,8 @@
 """Ranks and collectives. Every helper is an identity in one process, so one script runs on a laptop and on 64 GPUs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,15 +48,21 @@ def barrier() -> None:
 
 
 def reduction_buffer(part: Tensor) -> Tensor:
-    """Return the buffer ``add_on_owner`` needs for parts of up to this size and of this dtype."""
+    """Return the buffer that ``add_on_owner`` needs for parts of this dtype and at most this size."""
     return torch.empty_like(part, dtype=part.dtype if world_size() <= 2 else torch.float32)
 
 
 def add_on_owner(total: Tensor | None, part: Tensor, owner: int, *, buffer: Tensor) -> None:
-    """Add every rank's ``part`` to the fp32 ``total``, which only the owner has; parts are added up in fp32.
+    """Add every rank's ``part`` to ``total``. A collective.
 
-    Between two ranks the part itself is sent, in its own dtype, which loses nothing and moves half the bytes of an fp32
-    reduction in bf16. More ranks reduce in fp32. ``part`` and ``buffer`` are undefined afterwards.
+    Two ranks send the part itself in its own dtype: nothing is lost, and bf16 moves half the bytes of an fp32
+    reduction. More ranks reduce in fp32.
+
+    Args:
+        total: the sum in fp32 on the owner; None elsewhere.
+        part: of the shape of ``total``; undefined afterwards.
+        owner: the rank that has the sum.
+        buffer: of ``reduction_buffer``; undefined afterwards.
     """
     assert (total is not None) == (rank() == owner)
     view = buffer.flatten()[: part.numel()].view_as(part)
@@ -85,9 +92,12 @@ def concatenate_on(part: Tensor, owner: int) -> Tensor | None:
 
 
 def join_on(part: Tensor, owner: int, *, lengths: Sequence[int]) -> Tensor | None:
-    """Return flat parts of the given lengths, many of them perhaps 0, end to end on ``owner``; None elsewhere.
+    """Return the flat parts of all ranks end to end on ``owner``; None elsewhere. Only ranks that have something send.
 
-    Only ranks that have something send it.
+    Args:
+        part: this rank's.
+        owner: the rank that gets them.
+        lengths: the number of elements of each rank's part; many may be 0.
     """
     if world_size() == 1:
         return part
@@ -128,7 +138,7 @@ def broadcast(tensor: Tensor, source: int) -> None:
 
 
 def gather_rows(row: Tensor) -> Tensor:
-    """Return the equally long tensors of all ranks, stacked by rank ``(ranks, length)``, on every rank."""
+    """Return the equally long tensors of all ranks on every rank, stacked by rank: ``(ranks, length)``."""
     if world_size() == 1:
         return row[None]
     rows = [torch.empty_like(row) for _ in range(world_size())]
@@ -136,11 +146,11 @@ def gather_rows(row: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Result) -> list[Result]:
     """Return the small Python objects of all ranks, by rank, on every rank."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
+    values = [value] * world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -149,37 +159,42 @@ def on_main(action: Callable[[], Result]) -> Result:
     """Run ``action`` on rank 0 and return its (small) result on every rank.
 
     Raises:
-        UserError: on every rank, when rank 0 raised one: all leave together and none waits for a dead rank.
+        UserError: on every rank when rank 0 raised one, so that no rank waits for another that has left.
     """
     if world_size() == 1:
         return action()
-    box: list[Any] = [None, None]
-    if is_main():
-        try:
-            box[0] = action()
-        except UserError as error:
-            box[1] = str(error)
+    box = [_attempt(action) if is_main() else _Outcome[Result]()]
     wait_for_all()
     dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise UserError(box[1])
-    result: Result = box[0]
-    return result
+    if box[0].error is not None:
+        raise UserError(box[0].error)
+    return box[0].results[0]
 
 
 def together(action: Callable[[], Result]) -> Result:
     """Run a local ``action`` on every rank and return each rank's own result.
 
     Raises:
-        UserError: on every rank, when any rank raised one: nobody is left waiting for a rank that gave up.
+        UserError: on every rank when any rank raised one, so that no rank waits for another that has left.
     """
-    result, message = None, None
-    try:
-        result = action()
-    except UserError as error:
-        message = str(error)
+    outcome = _attempt(action)
     wait_for_all()
-    for number, other in enumerate(gather_objects(message)):
-        if other is not None:
-            raise UserError(other if number == 0 else f"rank {number}: {other}")
-    return result  # type: ignore[return-value]
+    for number, error in enumerate(gather_objects(outcome.error)):
+        if error is not None:
+            raise UserError(error if number == 0 else f"rank {number}: {error}")
+    return outcome.results[0]
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[Result]):
+    """What came of an action: one result, or what was wrong."""
+
+    results: tuple[Result, ...] = ()
+    error: str | None = None
+
+
+def _attempt(action: Callable[[], Result]) -> _Outcome[Result]:
+    try:
+        return _Outcome((action(),))
+    except UserError as error:
+        return _Outcome(error=str(error))

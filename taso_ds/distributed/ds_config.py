@@ -9,23 +9,32 @@ import copy
 import json
 import logging
 import re
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from taso_ds.distributed import ds_config_keys as keys
-from taso_ds.distributed.ds_config_values import AUTO, SECTION, check_known, checked
+from taso_ds.distributed.ds_config_values import (
+    AUTO,
+    Section,
+    check_known,
+    checked,
+    checked_section,
+    number_of,
+    section_of,
+)
 from taso_ds.distributed.placement import resolve_offload, resolve_secondary_shards
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError, nearest, reason
 from taso_ds.files.json_text import parse_json
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # The loop logs; DeepSpeed's own progress line would only repeat it.
 NEVER = 1_000_000_000
 _SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
-# torch's AdamW is what runs: an optimizer section that says so decides nothing.
+# The run takes torch's AdamW, so an optimizer section that says the same decides nothing.
 ADAMW_BY_TORCH = (("torch_adam", True), ("adam_w_mode", True))
 
 
@@ -63,7 +72,7 @@ def _find(name: str) -> Path:
 
 
 def resolve_ds_config(
-    raw: dict[str, Any],
+    raw: Section,
     *,
     micro_batch_size: int,
     grad_accum_steps: int,
@@ -100,7 +109,7 @@ def resolve_ds_config(
     _check_optimizer(raw, source)
     _check_scheduler(raw, source)
     passed_on = {key: value for key, value in raw.items() if key in keys.PASSED_ON}
-    resolved = copy.deepcopy(checked(passed_on, keys.PASSED_ON, "", source))
+    resolved: Section = copy.deepcopy(checked(passed_on, keys.PASSED_ON, "", source))
     resolved |= _batch(raw, micro_batch_size, grad_accum_steps, world_size, source)
     resolved["gradient_clipping"] = _clipping(raw, max_grad_norm, source)
     resolved["bf16"] = _precision(raw, bf16, source)
@@ -108,7 +117,7 @@ def resolve_ds_config(
     resolve_offload(zero, nvme_path, source)
     resolve_secondary_shards(zero, world_size, ranks_per_node or world_size, source)
     resolved["zero_optimization"] = zero
-    resolved |= _gradient_types(raw, zero["stage"], bf16, grad_accum_steps, source)
+    resolved |= _gradient_types(raw, number_of(zero, "stage"), bf16, grad_accum_steps, source)
     resolved |= _optimizer_place(raw, zero, source)
     if resolved.get("steps_per_print", AUTO) == AUTO:
         resolved["steps_per_print"] = NEVER
@@ -118,8 +127,8 @@ def resolve_ds_config(
     return ZeroConfig(resolved)
 
 
-def without_secrets(value: Any) -> Any:
-    """Return a DeepSpeed dict as it may be shown and recorded: a monitor's ``api_key`` is nobody else's business."""
+def without_secrets(value: object) -> object:
+    """Return a DeepSpeed dict, or a value of it, as others may see it: without the ``api_key`` of a monitor, say."""
     if isinstance(value, list):
         return [without_secrets(entry) for entry in value]
     if not isinstance(value, dict):
@@ -130,24 +139,23 @@ def without_secrets(value: Any) -> Any:
     }
 
 
-def _section(parent: dict[str, Any], key: str, source: str, path: str = "") -> dict[str, Any]:
+def _section(parent: Section, key: str, source: str, path: str = "") -> Section:
     """Return the section ``key``; empty when absent or null."""
     value = parent.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{source}: {path}{key} is {json.dumps(value)}, not {SECTION.words}")
-    return value
+    return {} if value is None else checked_section(value, path + key, source)
 
 
-def _check_unsupported(raw: dict[str, Any], source: str) -> None:
-    """Refuse what we do not support; what is present but off is left out, for DeepSpeed rejects some of it even so."""
+def _check_unsupported(raw: Section, source: str) -> None:
+    """Refuse what we do not support.
+
+    A section that is present but off is left out of what DeepSpeed gets, which rejects some of them even so.
+    """
     for key, entry in keys.UNSUPPORTED.items():
         if key in raw and not _is_off(raw[key], entry):
             raise UserError(f"{source}: {key} is not supported; {entry.remedy}")
 
 
-def _is_off(value: Any, entry: keys.Unsupported) -> bool:
+def _is_off(value: object, entry: keys.Unsupported) -> bool:
     if value is None or value == AUTO:
         return True
     if isinstance(value, dict):
@@ -156,7 +164,7 @@ def _is_off(value: Any, entry: keys.Unsupported) -> bool:
     return value in entry.off
 
 
-def _check_optimizer(raw: dict[str, Any], source: str) -> None:
+def _check_optimizer(raw: Section, source: str) -> None:
     """Allow an optimizer section that decides nothing: Adam or AdamW whose numbers are all ``"auto"``."""
     section = _section(raw, "optimizer", source)
     params = _section(section, "params", source, "optimizer.")
@@ -168,14 +176,14 @@ def _check_optimizer(raw: dict[str, Any], source: str) -> None:
             f"{source}: the optimizer section sets {json.dumps(decided or section.get('type'))}; the run decides these:"
             " remove the section and pass --learning_rate, --weight_decay, --adam_beta1, --adam_beta2, --adam_epsilon"
         )
-    logger.info('%s: dropped the optimizer section, which leaves every number to the run ("auto")', source)
+    log.info('%s: dropped the optimizer section, which leaves every number to the run ("auto")', source)
 
 
-def _check_scheduler(raw: dict[str, Any], source: str) -> None:
+def _check_scheduler(raw: Section, source: str) -> None:
     """Allow a scheduler section that decides nothing.
 
-    DeepSpeed's WarmupLR and WarmupDecayLR set every parameter group to one ``warmup_max_lr``: the compensated learning
-    rates of TASO would be gone without a word. A section without params takes DeepSpeed's default of 0.001.
+    DeepSpeed's WarmupLR and WarmupDecayLR set every parameter group to one ``warmup_max_lr``, which would overwrite
+    TASO's compensated learning rates without a word. A section without params takes DeepSpeed's default of 0.001.
     """
     section = _section(raw, "scheduler", source)
     params = _section(section, "params", source, "scheduler.")
@@ -186,10 +194,10 @@ def _check_scheduler(raw: dict[str, Any], source: str) -> None:
             f"{source}: the scheduler section ({section.get('type')}) would overwrite the learning rate of every"
             " parameter group: remove it and pass --lr_scheduler_type and --warmup_ratio"
         )
-    logger.info('%s: dropped the scheduler section, which leaves every number to the run ("auto")', source)
+    log.info('%s: dropped the scheduler section, which leaves every number to the run ("auto")', source)
 
 
-def _batch(raw: dict[str, Any], micro: int, accumulation: int, world_size: int, source: str) -> dict[str, int]:
+def _batch(raw: Section, micro: int, accumulation: int, world_size: int, source: str) -> dict[str, int]:
     """Return the three batch numbers of the run; a number in the JSON must be the same."""
     numbers = {
         "train_batch_size": micro * accumulation * world_size,
@@ -208,7 +216,7 @@ def _batch(raw: dict[str, Any], micro: int, accumulation: int, world_size: int, 
     return numbers
 
 
-def _clipping(raw: dict[str, Any], max_grad_norm: float, source: str) -> float:
+def _clipping(raw: Section, max_grad_norm: float, source: str) -> float:
     value = raw.get("gradient_clipping", AUTO)
     if value != AUTO and (isinstance(value, bool) or value != max_grad_norm):
         raise UserError(
@@ -218,7 +226,7 @@ def _clipping(raw: dict[str, Any], max_grad_norm: float, source: str) -> float:
     return float(max_grad_norm)
 
 
-def _precision(raw: dict[str, Any], bf16: bool, source: str) -> dict[str, Any]:
+def _precision(raw: Section, bf16: bool, source: str) -> Section:
     """Return the bf16 section; fp16 is refused.
 
     fp16 needs loss scaling, which skips the steps that overflow: the learning-rate schedule, the step count and the
@@ -243,7 +251,7 @@ def _precision(raw: dict[str, Any], bf16: bool, source: str) -> dict[str, Any]:
     return {**{key: value for key, value in section.items() if value != AUTO}, "enabled": bf16}
 
 
-def _zero(raw: dict[str, Any], source: str) -> dict[str, Any]:
+def _zero(raw: Section, source: str) -> Section:
     """Return the zero_optimization section with its stage and with numbers for ``"auto"``."""
     path = "zero_optimization."
     section = _section(raw, "zero_optimization", source) or {"stage": 0}
@@ -255,7 +263,7 @@ def _zero(raw: dict[str, Any], source: str) -> dict[str, Any]:
         if section.get(key) not in (None, AUTO, value):
             raise UserError(f"{source}: {path}{key} {json.dumps(section[key])} is not supported: {why}")
     automatic = {**keys.ZERO_AUTO, "overlap_comm": stage == 3}
-    resolved: dict[str, Any] = {}
+    resolved: Section = {}
     for key, value in checked(section, keys.ZERO, path, source).items():
         if key in keys.ZERO_FIXED:
             continue
@@ -266,8 +274,8 @@ def _zero(raw: dict[str, Any], source: str) -> dict[str, Any]:
     return resolved
 
 
-def _gradient_types(raw: dict[str, Any], stage: int, bf16: bool, grad_accum_steps: int, source: str) -> dict[str, Any]:
-    """Return in which precision gradients are added, over micro-batches and over ranks: fp32 wherever DeepSpeed can.
+def _gradient_types(raw: Section, stage: int, bf16: bool, grad_accum_steps: int, source: str) -> Section:
+    """Return in which precision gradients are added over micro-batches and over ranks: fp32 wherever DeepSpeed can.
 
     Both settings are needed: at stage 1 DeepSpeed rounds an fp32 sum to the communication type before reducing it.
     Stage 0 under bf16 can add micro-batches only in bf16.
@@ -279,7 +287,7 @@ def _gradient_types(raw: dict[str, Any], stage: int, bf16: bool, grad_accum_step
     if accumulate == AUTO:
         accumulate = allowed[0]
         if only_bf16 and grad_accum_steps > 1:
-            logger.warning(
+            log.warning(
                 "%s: ZeRO stage 0 adds the gradients of %d micro-batches in bf16; stages 1 to 3 add them in fp32",
                 source,
                 grad_accum_steps,
@@ -299,8 +307,7 @@ def _gradient_types(raw: dict[str, Any], stage: int, bf16: bool, grad_accum_step
     communicate = raw.get("communication_data_type")
     if communicate not in (None, AUTO, "fp32", "bf16", "fp16"):
         raise UserError(f"{source}: communication_data_type is {json.dumps(communicate)}, not fp32, bf16 or fp16")
-    # "auto" is DeepSpeed's own word for the model's list in keep_in_fp32_modules, and its default; the run's precision
-    # is that of param_dtype.
+    # DeepSpeed's own default for keep_in_fp32_modules is "auto", the model's list. param_dtype is the run's precision.
     decided = ("keep_in_fp32_modules", "param_dtype")
     kept = {key: copy.deepcopy(value) for key, value in section.items() if value != AUTO or key not in decided}
     return {
@@ -309,10 +316,10 @@ def _gradient_types(raw: dict[str, Any], stage: int, bf16: bool, grad_accum_step
     }
 
 
-def _optimizer_place(raw: dict[str, Any], zero: dict[str, Any], source: str) -> dict[str, bool]:
+def _optimizer_place(raw: Section, zero: Section, source: str) -> dict[str, bool]:
     """Let torch's AdamW step on the CPU when the optimizer is offloaded; DeepSpeed would insist on its own."""
     forced = raw.get("zero_force_ds_cpu_optimizer", AUTO)
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    offloaded = section_of(zero, "offload_optimizer").get("device", "none") != "none"
     if offloaded and forced not in (False, AUTO):
         raise UserError(
             f"{source}: zero_force_ds_cpu_optimizer is {json.dumps(forced)}, but the optimizer is torch's AdamW: write"
@@ -321,15 +328,19 @@ def _optimizer_place(raw: dict[str, Any], zero: dict[str, Any], source: str) -> 
     return {"zero_force_ds_cpu_optimizer": False} if offloaded else {}
 
 
-def _refuse_auto(value: Any, path: str, source: str) -> None:
-    """Refuse every ``"auto"`` that is left: the run does not decide that key."""
+def _refuse_auto(value: object, path: str, source: str) -> None:
+    """Refuse every ``"auto"`` that is left, of keys that the run does not decide."""
     if value == AUTO:
         raise UserError(f'{source}: {path} is "auto", but the run does not decide it: write a value, or remove it')
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    entries: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, list):
+        entries = enumerate(value)
     for key, entry in entries:
         _refuse_auto(entry, f"{path}.{key}" if path else str(key), source)
 
 
-def _json_kind(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+def _json_kind(value: object) -> str:
+    names: dict[type, str] = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

@@ -5,9 +5,9 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 from taso_ds.distributed.accelerator import find_accelerator
+from taso_ds.distributed.ds_config_values import Section, section_of
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 
@@ -35,9 +35,9 @@ def check_ds_config(zero: ZeroConfig, source: str) -> None:
             raise UserError(f"{source}: {name} is enabled, but {library} is not installed: {command}, or remove {name}")
     for name in _FOLDERS:
         if _is_on(resolved, name):
-            _check_folder(Path(resolved[name].get("output_path", "")), f"{source}: {name}.output_path")
-    file = resolved.get("flops_profiler", {}).get("output_file")
-    if file is not None and _is_on(resolved, "flops_profiler"):
+            _check_folder(Path(_text(resolved, name, "output_path")), f"{source}: {name}.output_path")
+    file = _text(resolved, "flops_profiler", "output_file")
+    if file and _is_on(resolved, "flops_profiler"):
         if Path(file).is_dir():
             raise UserError(f"{source}: flops_profiler.output_file: {file} is a folder; name a file")
         _check_folder(Path(file).parent, f"{source}: flops_profiler.output_file")
@@ -52,8 +52,12 @@ def check_device(zero: ZeroConfig, source: str) -> None:
             raise UserError(f"{source}: zero_optimization.{name} needs a GPU, and there is none here: remove it")
 
 
-def _is_on(resolved: dict[str, Any], name: str) -> bool:
-    return bool(resolved.get(name, {}).get("enabled"))
+def _is_on(resolved: Section, name: str) -> bool:
+    return bool(section_of(resolved, name).get("enabled"))
+
+
+def _text(resolved: Section, name: str, key: str) -> str:
+    return str(section_of(resolved, name).get(key, ""))
 
 
 def _check_folder(folder: Path, name: str) -> None:
@@ -62,8 +66,8 @@ def _check_folder(folder: Path, name: str) -> None:
         raise UserError(f"{name}: cannot write {folder}: {existing} is not a writable folder")
 
 
-def _ask_deepspeed(resolved: dict[str, Any], source: str) -> None:
-    """Let DeepSpeed read the dict, without the batch of all ranks: before they meet it counts one."""
+def _ask_deepspeed(resolved: Section, source: str) -> None:
+    """Let DeepSpeed read the dict, without the batch of all ranks: before they meet, it counts one rank."""
     from pydantic import ValidationError
 
     before = logging.root.manager.disable

@@ -1,29 +1,15 @@
-"""DeepSpeed engines: one without an optimizer to score the base, one with to train."""
+"""DeepSpeed engines: one without an optimizer, to score the base, and one that trains."""
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from taso_ds.distributed import comm, deepspeed_fixes
+from taso_ds.distributed.deepspeed_types import Engine, ParameterGroup
 from taso_ds.distributed.zero_config import ZeroConfig
-
-
-class Engine(Protocol):
-    """What this package uses of a DeepSpeed engine, beside its optimizer: that differs with the stage."""
-
-    module: nn.Module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def train(self) -> object: ...
-
-    def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool) -> object: ...
-
-    def step(self) -> object: ...
 
 
 def quiet_deepspeed() -> None:
@@ -33,11 +19,7 @@ def quiet_deepspeed() -> None:
     logger.setLevel(logging.WARNING if comm.is_main() else logging.ERROR)
 
 
-def zero_stage_of(engine: Any) -> int:
-    return int(engine.zero_optimization_stage())
-
-
-def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """Return the optimizer that DeepSpeed's own, if there is one, wraps."""
     optimizer = engine.optimizer
     inner: torch.optim.Optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
@@ -48,8 +30,8 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 def zero3_loading(zero: ZeroConfig) -> Iterator[None]:
     """Make ``from_pretrained`` partition parameters as it creates them, at stage 3; nothing below.
 
-    transformers keeps only a weak reference to this object: it must live while models are built, and must be
-    gone afterwards, or helper models would be partitioned too.
+    transformers keeps only a weak reference to what says so. It must live while models are built. Afterwards it must
+    be gone, or helper models would be partitioned too.
     """
     if zero.stage != 3:
         yield
@@ -67,7 +49,7 @@ def zero3_loading(zero: ZeroConfig) -> Iterator[None]:
 def scoring_engine(model: nn.Module, zero: ZeroConfig) -> Iterator[nn.Module]:
     """Yield a module that runs forward and backward on the frozen base, at stage 3 with ZeRO's gathering hooks.
 
-    Direct ``loss.backward()`` is allowed on it. The hooks are removed on exit: left behind, a second engine would
+    ``loss.backward()`` may be called directly. The hooks are removed on exit: if they stayed, a second engine would
     gather every layer twice.
     """
     if zero.stage != 3:
@@ -107,14 +89,16 @@ def training_engine(model: nn.Module, optimizer: torch.optim.Optimizer, zero: Ze
     return made
 
 
-def optimizer_groups(engine: Any) -> Sequence[dict[str, Any]]:
+def optimizer_groups(engine: Engine) -> Sequence[ParameterGroup]:
     """Return the live parameter groups: setting ``lr`` in them sets the rate of the next step."""
-    groups: Sequence[dict[str, Any]] = engine.optimizer.param_groups
+    groups: Sequence[ParameterGroup] = engine.optimizer.param_groups
     return groups
 
 
-def step(engine: Any) -> float:
+def step(engine: Engine) -> float:
     """Take the optimizer's step and return the norm of its gradient before clipping, over all ranks."""
-    norm = deepspeed_fixes.missing_norm(engine)
+    norm: float | torch.Tensor | None = deepspeed_fixes.missing_norm(engine)
     engine.step()
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    assert norm is not None
+    return float(norm)

@@ -2,7 +2,8 @@
 
 import os
 
-from taso_ds.distributed import launcher, slurm
+from taso_ds import slurm_ranks
+from taso_ds.distributed import launcher
 from taso_ds.errors import UserError
 
 _SIZES = range(1, 1_000_001)
@@ -30,13 +31,14 @@ def local_world_size() -> int:
 
 
 def check() -> None:
-    """Refuse rank variables that no launcher sets, and hosts that ``deepspeed`` did not take, before anything takes its
-    time; Slurm's variables are taken over.
+    """Take over Slurm's variables, then refuse rank variables that no launcher sets, and hosts that it did not take.
+
+    This costs nothing, so it comes first.
 
     Raises:
         UserError: names the variable, or the hosts.
     """
-    slurm.adopt_meeting_point(os.environ)
+    slurm_ranks.adopt_meeting_point(os.environ)
     if "RANK" not in os.environ:
         if world_size() != 1:
             raise UserError("environment: WORLD_SIZE is set but RANK is not; start with deepspeed, torchrun or srun")

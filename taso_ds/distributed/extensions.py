@@ -1,7 +1,7 @@
 """DeepSpeed's compiled parts, which all runs of a user share, and the lock that a killed run leaves there.
 
-Whoever compiles or loads one creates a file ``lock`` beside it; others wait, without a word, until the file is gone.
-The lock of a process that was killed is never removed.
+A process that compiles or loads one creates a file ``lock`` beside it. Others wait until the file is gone, and say
+nothing. Nobody removes the lock of a process that was killed.
 """
 
 import logging
@@ -15,7 +15,7 @@ _PATIENCE = 60.0  # seconds; loading takes less than one, compiling a few minute
 
 
 def warn_of_locks() -> None:
-    """Say for which files this run is about to wait."""
+    """Say which files this run is about to wait for."""
     # torch's own function for this folder would create it.
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     for lock in old_locks(folder, now=time.time()):
@@ -23,7 +23,12 @@ def warn_of_locks() -> None:
 
 
 def joining_problem(error: Exception, backend: str) -> str:
-    """Say in one line why the ranks that met cannot join: a part that does not compile, or else the network."""
+    """Say in one line why ranks that have met cannot join: a part does not compile, or the network is to blame.
+
+    Args:
+        error: what DeepSpeed raised.
+        backend: the communication library.
+    """
     first = str(error).splitlines()[0][:300]
     if "JIT load" in first or "building extension" in first:
         return (
@@ -35,7 +40,7 @@ def joining_problem(error: Exception, backend: str) -> str:
 
 
 def old_locks(folder: Path, *, now: float) -> list[Path]:
-    """Return the locks below ``folder`` that are older than it takes to load."""
+    """Return the locks below ``folder`` that have been there for longer than loading takes."""
     found = []
     for lock in sorted([*folder.glob("*/lock"), *folder.glob("*/*/lock")]):
         try:

@@ -1,7 +1,7 @@
 """What DeepSpeed's launcher, which stands above this process, was asked for and does not pass on.
 
-It takes a hostfile that does not exist for none, and starts on this node alone after a warning that nobody reads; it
-starts on this node, too, where one other host is chosen; and all its runs meet at one port, unless told otherwise.
+The launcher starts on this node alone in two cases where that is wrong: its hostfile does not exist, of which it only
+warns, or the one chosen host is another. And all its runs meet at one port, unless told otherwise.
 """
 
 import base64
@@ -43,8 +43,11 @@ def processes_above() -> list[Above]:
 def check_hosts(above: Sequence[Above]) -> None:
     """Refuse to run on other hosts than ``deepspeed`` was asked for.
 
+    Args:
+        above: the processes above this one, the nearest first.
+
     Raises:
-        UserError: its hostfile does not exist, or it was to start on one other host, and it started on this one.
+        UserError: ``deepspeed`` started on this host, although its hostfile does not exist or names one other host.
     """
     _check_hostfile(above)
     _check_only_host(above)
@@ -91,13 +94,14 @@ def _is_this_host(name: str) -> bool:
 
 
 def own_port(above: Sequence[Above]) -> str | None:
-    """Return the port of a run on one node that was given none: each of its ranks derives the same from the launcher.
+    """Return a port for a run on one node that was given none; None for any other run.
 
-    With DeepSpeed's one default, two runs on a node would meet each other.
+    Each rank derives the same port from the launcher's process id. With DeepSpeed's one default, two runs on a node
+    would meet each other.
     """
     is_one_node = os.environ.get("LOCAL_SIZE") == os.environ["WORLD_SIZE"]
     if above and _NODE_LAUNCHER in above[0].command and is_one_node and os.environ["MASTER_PORT"] == _DEFAULT_PORT:
-        return str(10_000 + above[0].pid % 20_000)  # below the ports that systems hand out by themselves
+        return str(10_000 + above[0].pid % 20_000)  # below those that systems hand out by themselves
     return None
 
 

@@ -1,7 +1,7 @@
 """Where the ranks of a job meet: a key-value store at rank 0's address.
 
-Rank 0 may start long after the others, so that waiting for it is no mistake; but it is said, and by whom. All waiting
-happens here, in steps of a second, and not inside torch: there a signal would wait too, for half an hour.
+Rank 0 may start long after the others, so waiting for it is no mistake; but a line says who waits. All waiting happens
+here, in steps of a second, and not inside torch, where a signal would wait too, for half an hour.
 """
 
 import datetime
@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import time
-from typing import Any
 
 import torch.distributed as dist
 
@@ -26,11 +25,11 @@ _STARTED = "are all nodes started?"
 _LOOKS_PER_SECOND = 2000  # of all ranks together, at a store that one thread of rank 0 keeps
 
 
-def meet(timeout_minutes: float) -> Any:
-    """Return the store that all ranks have come to, under the rank variables, which have been checked.
+def meet(timeout_minutes: float) -> dist.Store:
+    """Return the store that all ranks have come to. ``environment.check`` has seen the rank variables.
 
     Raises:
-        UserError: the address means nothing here, the port is another's, or not all came in time.
+        UserError: the address means nothing here, the port is another's, or not all ranks came in time.
     """
     try:
         return _meet(timeout_minutes)
@@ -40,7 +39,7 @@ def meet(timeout_minutes: float) -> Any:
         raise
 
 
-def _meet(timeout_minutes: float) -> Any:
+def _meet(timeout_minutes: float) -> dist.Store:
     wait = _Wait(60.0 * timeout_minutes)
     if _is_another_attempt():
         _move(wait)
@@ -78,7 +77,7 @@ def _is_another_attempt() -> bool:
 
 
 def _move(wait: "_Wait") -> None:
-    """Let the ranks meet at a store of their own: torchrun's still holds what ended the attempt before."""
+    """Let the ranks meet at a store of their own: torchrun's still holds what ended the earlier attempt."""
     attempt = f"taso_ds/attempt/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     agents = dist.PrefixStore(attempt, _store(*_address(), wait, is_keeper=False))
     if environment.rank() == 0:
@@ -88,7 +87,7 @@ def _move(wait: "_Wait") -> None:
     os.environ.update(MASTER_PORT=agents.get("port").decode(), TORCHELASTIC_USE_AGENT_STORE="False")
 
 
-def _store(host: str, port: int, wait: "_Wait", *, is_keeper: bool) -> Any:
+def _store(host: str, port: int, wait: "_Wait", *, is_keeper: bool) -> dist.TCPStore:
     """Keep the store, or connect to it; other processes of torch that keep one at this port share it."""
     try:
         return dist.TCPStore(
@@ -178,7 +177,7 @@ def look_every(world_size: int) -> float:
     return max(0.05, world_size / _LOOKS_PER_SECOND)
 
 
-def _await_all(store: Any, wait: _Wait) -> None:
+def _await_all(store: dist.Store, wait: _Wait) -> None:
     """Wait until every rank has come."""
     size = environment.world_size()
     came = store.add(_CAME, 1)

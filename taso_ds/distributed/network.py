@@ -10,12 +10,12 @@ from taso_ds.errors import UserError
 
 
 def check_gloo_address() -> None:
-    """Refuse to offer other nodes an address that leads back to themselves.
+    """Refuse to offer other nodes an address that leads each back to itself.
 
-    gloo offers the address of the host's own name, which many systems map to 127.0.1.1 in /etc/hosts.
+    gloo offers the address of the host's own name, and many systems map that name to 127.0.1.1 in /etc/hosts.
 
     Raises:
-        UserError: with the interface to name instead.
+        UserError: names the interface to use instead.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return

@@ -3,17 +3,21 @@
 import os
 import uuid
 from pathlib import Path
-from typing import Any
 
 from taso_ds.distributed import ds_config_keys as keys
 from taso_ds.distributed.accelerator import can_build_async_io
-from taso_ds.distributed.ds_config_values import AUTO, checked
+from taso_ds.distributed.ds_config_values import AUTO, Section, checked, checked_section, number_of, section_of
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 
 
-def resolve_offload(zero: dict[str, Any], nvme_path: str | None, source: str) -> None:
+def resolve_offload(zero: Section, nvme_path: str | None, source: str) -> None:
     """Check the offload sections, which DeepSpeed ignores at stages that have nothing to offload; fill ``nvme_path``.
+
+    Args:
+        zero: the ``zero_optimization`` section; changed in place.
+        nvme_path: the folder where the JSON leaves it to the run; None where the run names none.
+        source: what to call the JSON in errors.
 
     Raises:
         UserError: an unknown key or device, a stage without anything to offload, or no folder for NVMe.
@@ -25,17 +29,17 @@ def resolve_offload(zero: dict[str, Any], nvme_path: str | None, source: str) ->
         path = f"zero_optimization.{name}."
         if name not in zero:
             continue
-        section = zero[name] = checked(zero[name], known, path, source)
+        section = checked(checked_section(zero[name], path[:-1], source), known, path, source)
+        zero[name] = section
         for key, value in (("ratio", 1), ("super_offload", False)) if name == "offload_optimizer" else ():
             if section.get(key, value) not in (value, AUTO):
                 raise UserError(
                     f"{source}: {path}{key} needs DeepSpeed's own Adam, and the optimizer is torch's AdamW: remove it"
                 )
         device = section.get("device", "none")
-        if device in ("cpu", "nvme") and zero["stage"] not in stages:
-            raise UserError(
-                f"{source}: zero_optimization.{name} needs stage {min(stages)} or more, not {zero['stage']}"
-            )
+        stage = number_of(zero, "stage")
+        if device in ("cpu", "nvme") and stage not in stages:
+            raise UserError(f"{source}: zero_optimization.{name} needs stage {min(stages)} or more, not {stage}")
         if device != "nvme":
             continue
         if name == "offload_optimizer":
@@ -46,14 +50,18 @@ def resolve_offload(zero: dict[str, Any], nvme_path: str | None, source: str) ->
             if nvme_path is None:
                 raise UserError(f"{source}: {path}nvme_path is not known: pass --nvme_path, a folder on a local disk")
             section["nvme_path"] = nvme_path
-        # DeepSpeed 0.19 reads ahead every use of a frozen parameter it will meet, those of the coming backward too: at
-        # the turn it finds one twice and stops with "already assigned swap buffer".
+        # DeepSpeed 0.19 reads ahead each use of a frozen parameter that it will meet, those of the coming backward too.
+        # At the turn it meets one twice and stops with "already assigned swap buffer".
         if zero.setdefault("stage3_prefetch_bucket_size", 0) != 0:
             raise UserError(f"{source}: zero_optimization.stage3_prefetch_bucket_size must be 0 with {path}device nvme")
 
 
-def resolve_secondary_shards(zero: dict[str, Any], world_size: int, ranks_per_node: int, source: str) -> None:
+def resolve_secondary_shards(zero: Section, world_size: int, ranks_per_node: int, source: str) -> None:
     """Make ``zero_hpz_partition_size`` a number: the ranks of one node, and 1 (off) when there is but one node.
+
+    Args:
+        zero: the ``zero_optimization`` section; changed in place.
+        source: what to call the JSON in errors.
 
     Raises:
         UserError: groups of that size do not make up the ranks, or the stage has no parameter shards.
@@ -63,12 +71,12 @@ def resolve_secondary_shards(zero: dict[str, Any], world_size: int, ranks_per_no
         return
     if zero[name] == AUTO:
         zero[name] = ranks_per_node if ranks_per_node < world_size else 1
-    size = zero[name]
-    if size > 1 and zero["stage"] != 3:
-        raise UserError(f"{source}: zero_optimization.{name} needs stage 3, not {zero['stage']}")
+    size, stage = number_of(zero, name), number_of(zero, "stage")
+    if size > 1 and stage != 3:
+        raise UserError(f"{source}: zero_optimization.{name} needs stage 3, not {stage}")
     if size < 1 or world_size % size:
         raise UserError(f"{source}: zero_optimization.{name} is {size}, which does not divide the {world_size} ranks")
-    if size > 1 and zero.get("offload_param", {}).get("device", "none") != "none":
+    if size > 1 and section_of(zero, "offload_param").get("device", "none") != "none":
         raise UserError(f"{source}: zero_optimization.{name} keeps a second copy on the device: drop offload_param")
 
 
@@ -87,7 +95,11 @@ def check_nvme(zero: ZeroConfig) -> None:
 
 
 def check_direct_io(folder: Path) -> None:
-    """Refuse a folder that cannot be written past the page cache."""
+    """Refuse a folder that cannot be written past the page cache.
+
+    Raises:
+        UserError: the folder, and why.
+    """
     probe = folder / f".taso-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

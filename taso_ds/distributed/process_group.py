@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from taso_ds.errors import LibraryError, speaks_for_all
 log = logging.getLogger(__name__)
 
 # Like the process group they belong to they are the process's own: none, or one of each.
-_stores: list[Any] = []
+_stores: list[dist.Store] = []
 _watches: list[Watch] = []
 SHARED_MEMORY = Path("/dev/shm")
 _GRACE = 4.0  # seconds in which a rank that gave up is noticed
@@ -30,10 +30,10 @@ _GRACE = 4.0  # seconds in which a rank that gave up is noticed
 def meet(timeout_minutes: float = 30.0) -> None:
     """Meet the other ranks at a key-value store; alone when no launcher set the rank variables.
 
-    From here on a rank that fails ends all, so what may fail on a single node belongs behind it.
+    From here on a rank that fails ends all. So what may fail on a single node is done after it.
 
     Raises:
-        UserError: when some, but not all, rank variables are set, or others than expected, or the ranks cannot meet.
+        UserError: the rank variables are incomplete or wrong, or the ranks cannot meet.
     """
     if _stores or dist.is_initialized():
         return
@@ -114,13 +114,17 @@ def leave() -> None:
 
 
 def wait_for_all() -> None:
-    """Wait for ranks that may take long, with a download, tokens or the proof of an export."""
+    """Wait for ranks that may take long over a download, tokens or the proof of an export."""
     if _watches:
         _watches[0].meet()
 
 
 def cause_elsewhere(wait: float) -> Failure | None:
-    """Return what happened to another rank, which this one's trouble may come from; None where there is no other."""
+    """Return what happened to another rank, and may have caused this one's trouble; None where nothing has.
+
+    Args:
+        wait: seconds in which to look.
+    """
     return _watches[0].cause_elsewhere(wait) if _watches else None
 
 
@@ -130,6 +134,8 @@ def give_up(line: str, code: int, failure: Failure | None = None) -> NoReturn:
     They leave too, whatever they wait for.
 
     Args:
+        line: what the user is to read.
+        code: of the exit.
         failure: of another rank, if that is the reason.
     """
     if not _watches:

@@ -1,19 +1,21 @@
 """ZeRO-3 partitions filled directly: every rank allocates and reads its own part of every parameter, and no more.
 
-``deepspeed.zero.Init`` partitions a parameter that exists: rank 0 holds it whole and broadcasts it. Here the parameter
-never exists. It is given DeepSpeed's bookkeeping while its data is one element expanded to the full shape, and its
-partition is filled by the caller.
+``deepspeed.zero.Init`` partitions a parameter that exists: rank 0 holds it whole and broadcasts it. Here the whole
+parameter never exists. Its data is one element expanded to the full shape while DeepSpeed does its bookkeeping; then
+the caller fills the partition.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from taso_ds.distributed import comm
 from taso_ds.distributed.deepspeed_fixes import let_linears_drop_weights
+from taso_ds.distributed.deepspeed_types import PartitionedParameter, Shard, Status, Swapper, ZeroInit
+from taso_ds.distributed.zero import is_partitioned
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.errors import UserError
 
@@ -23,7 +25,7 @@ Fill = Callable[[Tensor, int], None]
 
 @contextmanager
 def parameters_without_memory() -> Iterator[None]:
-    """Make modules that are built inside register their parameters on the meta device; buffers become real."""
+    """Put the parameters of modules that are built inside on the meta device; their buffers become real."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -44,21 +46,29 @@ class Partitioner:
     def __init__(self, zero: ZeroConfig) -> None:
         import deepspeed
 
-        self._init = deepspeed.zero.Init(config_dict_or_path=zero.raw)
+        self._init: ZeroInit = deepspeed.zero.Init(config_dict_or_path=zero.raw)
         let_linears_drop_weights(self._init)
 
     def partition(self, parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
-        """Return the partitioned stand-in for the meta ``parameter``, of its shape and dtype, filled by ``fill``."""
+        """Return a partitioned parameter with the shape and dtype of ``parameter``, which is on the meta device.
+
+        Args:
+            fill: gives the partition its values.
+
+        Raises:
+            UserError: the JSON's NVMe buffers are too small for the partition.
+        """
         from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 
         init = self._init
         data = torch.empty((), dtype=parameter.dtype, device=comm.device()).expand(parameter.shape)
-        partitioned: Any = nn.Parameter(data, requires_grad=False)
-        init._convert_to_deepspeed_param(partitioned)
+        partitioned = _converted(nn.Parameter(data, requires_grad=False), init)
         partitioned.ds_numel_aligned = init._aligned_size(partitioned)
         size = partitioned.ds_numel_aligned // init.num_partitions
-        swapped = init.param_swapper is not None and init.param_swapper.swappable_tensor(numel=size)
-        shard = self._swap_buffer(partitioned, size) if swapped else self._allocate(parameter.dtype, size)
+        swapper = init.param_swapper
+        if swapper is not None and not swapper.swappable_tensor(numel=size):
+            swapper = None
+        shard = self._allocate(parameter.dtype, size) if swapper is None else _swap_buffer(partitioned, size, swapper)
         _fill_range(shard, init.get_partition_rank() * size, parameter.numel(), fill)
         partitioned.ds_tensor = _described(shard, PartitionedParamStatus.AVAILABLE)
         if init.zero_param_process_group is not None:
@@ -67,23 +77,10 @@ class Partitioner:
             _fill_range(second, init.rank_in_group * size, parameter.numel(), fill)
             partitioned.ds_secondary_tensor = _described(second, PartitionedParamStatus.AVAILABLE)
         free_param(partitioned)
-        if swapped:
+        if swapper is not None:
             partitioned.ds_tensor.final_location = "nvme"
-            init.param_swapper.swap_out_and_release([partitioned])
-        result: nn.Parameter = partitioned
-        return result
-
-    def _swap_buffer(self, parameter: Any, size: int) -> Tensor:
-        """Return the part of the swapper's pinned memory that is written to disk as this parameter's partition."""
-        swapper = self._init.param_swapper
-        if size > swapper.elements_per_buffer:
-            raise UserError(
-                f"ds_config: zero_optimization.offload_param.buffer_size is {swapper.elements_per_buffer:.0f}, but a"
-                f" rank's share of the {tuple(parameter.ds_shape)} parameter has {size} numbers: write at least that"
-            )
-        shard = torch.empty(0, dtype=parameter.dtype)
-        shard.data = swapper.get_buffer(parameter, size)
-        return shard
+            swapper.swap_out_and_release([partitioned])
+        return partitioned
 
     def _allocate(self, dtype: torch.dtype, size: int) -> Tensor:
         init = self._init
@@ -96,6 +93,24 @@ class Partitioner:
         return shard
 
 
+def _converted(parameter: nn.Parameter, init: ZeroInit) -> PartitionedParameter:
+    init._convert_to_deepspeed_param(parameter)
+    assert is_partitioned(parameter)
+    return parameter
+
+
+def _swap_buffer(parameter: PartitionedParameter, size: int, swapper: Swapper) -> Tensor:
+    """Return the part of the swapper's pinned memory that is written to disk as this parameter's partition."""
+    if size > swapper.elements_per_buffer:
+        raise UserError(
+            f"ds_config: zero_optimization.offload_param.buffer_size is {swapper.elements_per_buffer:.0f}, but a"
+            f" rank's share of the {tuple(parameter.ds_shape)} parameter has {size} numbers: write at least that"
+        )
+    shard = torch.empty(0, dtype=parameter.dtype)
+    shard.data = swapper.get_buffer(parameter, size)
+    return shard
+
+
 def _fill_range(shard: Tensor, first: int, numel: int, fill: Fill) -> None:
     """Fill the part of ``shard`` that lies inside the parameter, and zero the padding behind its end."""
     count = max(0, min(shard.numel(), numel - first))
@@ -104,13 +119,14 @@ def _fill_range(shard: Tensor, first: int, numel: int, fill: Fill) -> None:
     shard[count:].zero_()
 
 
-def _described(shard: Any, status: Any) -> Tensor:
+def _described(tensor: Tensor, status: Status) -> Shard:
+    """Give a tensor the attributes that make it a shard to DeepSpeed."""
+    shard = cast(Shard, tensor)
     shard.requires_grad = False
     shard.ds_numel = shard.numel()
     shard.status = status
     shard.final_location = None
-    result: Tensor = shard
-    return result
+    return shard
 
 
 def replace_parameters(model: nn.Module, replacements: dict[nn.Parameter, nn.Parameter]) -> None:

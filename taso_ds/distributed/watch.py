@@ -1,11 +1,11 @@
 """Nobody waits for a rank that is gone: every rank tells the others that it is alive, and what made it fail.
 
-A collective returns only when all ranks come; one that died, or gave up with an error, would leave the others waiting
-for the backend's time-out, half an hour. So a thread of every rank writes a sign of life into the job's key-value store
-(the one the ranks met through) every other second; rank 0's looks after all ranks, the others' after rank 0 and those
-of their own node. A rank that fails leaves its message in the store. On finding one, or a process that is gone, or on
-missing a rank's signs for ``SILENCE`` seconds, each rank ends. Where a cable is cut, calls to the store do not return;
-then a second thread ends the rank.
+A collective returns only when all ranks come. A rank that died, or gave up with an error, would leave the others
+waiting for half an hour, until the backend's time-out. So a thread of every rank writes a sign of life into the job's
+key-value store, through which the ranks met, every other second. Rank 0's thread watches all ranks, the others' watch
+rank 0 and the ranks of their own node. A rank that fails leaves its message in the store. Each rank ends when it finds
+such a message, or a process that is gone, or no sign of a rank for ``SILENCE`` seconds. Where a cable is cut, calls to
+the store do not return; then a second thread ends the rank.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import torch.distributed as dist
 
 from taso_ds.console import screen as console
 from taso_ds.distributed import meeting
@@ -24,7 +25,7 @@ from taso_ds.distributed import meeting
 INTERVAL = 2.0
 # Long enough for a library that holds the interpreter's lock, short enough to end within half a minute.
 SILENCE = 20.0
-# A rank that meets the same error as the failed one is about to say so itself.
+# A rank that meets the same error as the failed one will say so itself within this time.
 GRACE = 3.0
 _STORE_IS_GONE = (RuntimeError, ValueError)
 _FAILED = "taso_ds/failed"
@@ -76,9 +77,9 @@ class _Sign:
 class Watch:
     """The signs of life of one rank, and its eye on the others'."""
 
-    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         # A connection of its own: a blocked call on the shared one would hold back the signs.
-        self._store: Any = store.clone()
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # the stubs of torch lack it
         self._rank, self._world_size = rank, world_size
         self._host = socket.gethostname()
         self._signs = {rank: _Sign("", time.monotonic()) for rank in range(self._world_size) if rank != self._rank}
@@ -116,12 +117,12 @@ class Watch:
             time.sleep(0.2)
 
     def speaks(self, failure: Failure | None = None) -> bool:
-        """Say whether this rank is to tell the user; true once. Rank 0 speaks for all, unless it is what failed."""
+        """Say whether this rank is to tell the user; true once. Rank 0 speaks for all, unless rank 0 has failed."""
         is_speaker = self._rank == 0 or (failure is not None and failure.rank == 0)
         return is_speaker and self._speaking.acquire(blocking=False)
 
     def tell(self, message: str, code: int) -> None:
-        """Leave the reason why this rank ends, unless there is one, and wait for the others, who read it, to go."""
+        """Leave the reason why this rank ends, unless there is one already, and wait until the others have read it."""
         where = f"rank {self._rank} on {self._host}"
         with contextlib.suppress(*_STORE_IS_GONE):  # then its rank is what the others find
             self._tell(Failure(self._rank, code, f"{where}: {message}").text)

@@ -11,21 +11,22 @@ When whole parameters come together at stage 3, and how:
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from taso_ds.distributed import comm
+from taso_ds.distributed.deepspeed_types import PartitionedParameter
 
 
-def is_partitioned(parameter: Tensor) -> bool:
+def is_partitioned(parameter: Tensor) -> TypeGuard[PartitionedParameter]:
     """Say whether ZeRO-3 holds this parameter as one shard per rank."""
     return hasattr(parameter, "ds_id")
 
 
-def full_shape(parameter: Any) -> torch.Size:
-    """Return the shape of the whole parameter; a partitioned one reports 0 elements itself."""
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of the whole parameter, also of a partitioned one, whose own shape has 0 elements."""
     return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape
 
 
@@ -56,11 +57,11 @@ def assign(parameter: nn.Parameter, whole: Tensor) -> None:
             parameter.copy_(whole)
 
 
-def gathered_on(parameter: Any, owner: int, *, index: int | None = None) -> Tensor | None:
+def gathered_on(parameter: Tensor, owner: int, *, index: int | None = None) -> Tensor | None:
     """Return the whole parameter, or its slice ``[index]``, detached, on rank ``owner`` and None elsewhere.
 
-    A collective. The shards, or what they have of the slice, travel to the owner only, and not at all where ZeRO has
-    the parameter whole at the moment; the owner may keep it.
+    A collective. The shards, or their parts of the slice, travel to the owner only. Nothing travels where ZeRO has the
+    parameter whole at the moment. The owner may keep the result.
     """
     if is_partitioned(parameter) and parameter.ds_status.name != "AVAILABLE":
         if index is not None:
@@ -73,8 +74,8 @@ def gathered_on(parameter: Any, owner: int, *, index: int | None = None) -> Tens
     return whole.clone() if is_partitioned(parameter) else whole  # what ZeRO gathered may be a view of many
 
 
-def _slice_on(parameter: Any, owner: int, index: int) -> Tensor | None:
-    shape = full_shape(parameter)[1:]
+def _slice_on(parameter: PartitionedParameter, owner: int, index: int) -> Tensor | None:
+    shape = torch.Size(parameter.ds_shape[1:])
     start, size = index * shape.numel(), parameter.ds_tensor.ds_numel
     # What each rank's shard, the next ``size`` elements, has of the slice: elements of the shard from one to another.
     ends = [(max(0, start - n * size), min(size, start + shape.numel() - n * size)) for n in range(comm.world_size())]
@@ -92,7 +93,7 @@ def full_copy(parameter: nn.Parameter, *, to_rank: int | None = None) -> Tensor:
     return torch.empty(0, dtype=parameter.dtype)
 
 
-def local_shard(parameter: Any) -> tuple[Tensor, int]:
+def local_shard(parameter: Tensor) -> tuple[Tensor, int]:
     """Return this rank's part of the flattened parameter without padding, and its offset.
 
     An ordinary parameter is cut the same way, so that sums over ranks count every element once.
@@ -107,11 +108,10 @@ def local_shard(parameter: Any) -> tuple[Tensor, int]:
     return parameter.detach().flatten()[offset : offset + size], offset
 
 
-def _read_shard(parameter: Any) -> Tensor:
+def _read_shard(parameter: PartitionedParameter) -> Tensor:
     """Return this rank's padded shard, read back if it was offloaded to NVMe."""
     if parameter.ds_tensor.status.name == "AVAILABLE":
-        shard: Tensor = parameter.ds_tensor.flatten()
-        return shard
+        return parameter.ds_tensor.flatten()
     parameter.nvme_swapper.swap_in([parameter], async_op=False)
     shard = parameter.ds_tensor.flatten().clone()
     parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
@@ -122,9 +122,9 @@ def assert_partitioned(model: nn.Module) -> None:
     """Fail if ZeRO-3 left a parameter of ``model`` whole on this rank: then it was built outside ``zero.Init``."""
     whole = [name for name, parameter in model.named_parameters() if not is_partitioned(parameter)]
     assert not whole, f"ZeRO-3 did not partition {whole[:3]} and {len(whole)} parameters in all"
-    parameters: dict[str, Any] = dict(model.named_parameters())
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         share = -(-full_numel(parameter) // comm.world_size())
+        assert is_partitioned(parameter), name
         assert parameter.ds_tensor.ds_numel <= share, f"{name} is not partitioned"
 
 
@@ -134,7 +134,7 @@ _PERIOD = 65_521
 def checksum(parameters: Sequence[Tensor]) -> list[int]:
     """Return one integer per parameter from its bf16 bits: equal for every sharding and for fp32 and bf16 loads.
 
-    Each element's bits are weighted by its position, so permuted weights differ too. A collective.
+    A collective. Each element's bits are weighted by its position, so permuted weights differ too.
     """
     sums = torch.zeros(len(parameters), dtype=torch.int64)
     chunk = 1 << 22

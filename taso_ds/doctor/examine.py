@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from taso_ds.distributed.accelerator import build_folder
 from taso_ds.distributed.ds_config import read_ds_config
+from taso_ds.distributed.ds_config_values import Section
 from taso_ds.distributed.hostfile import read_hostfile
 from taso_ds.doctor import cluster, compilers, folders, limits, network, nvme
 from taso_ds.doctor.accelerator import check_accelerator, look_for_accelerator
@@ -24,12 +25,16 @@ if TYPE_CHECKING:  # the rest of the package needs torch
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is known about the job from its flags. ``config`` is None where they could not be read."""
+class JobFlags:
+    """What the flags say of the job.
 
-    arguments: DoctorArguments
+    Attributes:
+        config: None where the flags could not be read.
+        nvme: the section that offloads to NVMe; None where nothing does.
+    """
+
     config: RunConfig | None
-    nvme: dict[str, Any] | None
+    nvme: Section | None
 
     @property
     def bf16(self) -> bool:
@@ -51,9 +56,9 @@ def examine(arguments: DoctorArguments, flags: Sequence[str]) -> list[Finding]:
         UserError: a flag that the job itself would refuse.
     """
     try:
-        job, findings = _read_job(arguments, flags), check_versions()
+        job, findings = _read_flags(flags), check_versions()
     except ImportError as error:  # of what reads --config
-        job, findings = Job(arguments, None, None), [*check_versions(), _not_installed("flags", error)]
+        job, findings = JobFlags(None, None), [*check_versions(), _not_installed("flags", error)]
     accelerator, broken = look_for_accelerator()
     findings += broken
     if accelerator is not None:
@@ -76,11 +81,11 @@ def examine(arguments: DoctorArguments, flags: Sequence[str]) -> list[Finding]:
     return [*findings, *_guarded("HF cache", lambda: check_cache(model))]
 
 
-def _read_job(arguments: DoctorArguments, flags: Sequence[str]) -> Job:
+def _read_flags(flags: Sequence[str]) -> JobFlags:
     from taso_ds.config import parse_run_config
 
     config = parse_run_config(flags)
-    return Job(arguments, config, nvme.nvme_section(read_ds_config(config.run.ds_config)))
+    return JobFlags(config, nvme.nvme_section(read_ds_config(config.run.ds_config)))
 
 
 def _read_hosts(hostfile: str | None) -> tuple[dict[str, int], list[Finding]]:
@@ -95,7 +100,7 @@ def _read_hosts(hostfile: str | None) -> tuple[dict[str, int], list[Finding]]:
         return {}, [fail("hostfile", f"DeepSpeed cannot read it: {error}", "install DeepSpeed again (pip install .)")]
 
 
-def _folders(job: Job, needed: dict[str, float] | None, *, nodes: int) -> list[Finding]:
+def _folders(job: JobFlags, needed: dict[str, float] | None, *, nodes: int) -> list[Finding]:
     folder = job.output_dir
     remedy = "choose another --output_dir"
     findings = [
@@ -109,7 +114,7 @@ def _folders(job: Job, needed: dict[str, float] | None, *, nodes: int) -> list[F
 
 
 def _planned(
-    job: Job, *, ranks: int, ranks_per_node: int
+    job: JobFlags, *, ranks: int, ranks_per_node: int
 ) -> tuple[dict[str, float] | None, HubModel | None, list[Finding]]:
     """Return what the run will write and download, from its model's ``config.json``, and whether that can be read."""
     if job.config is None or job.config.model.model_name_or_path is None:
@@ -138,12 +143,12 @@ def _planned(
 
 
 def _with_nvme(config: RunConfig) -> RunConfig:
-    """Name some folder for NVMe where none is named: that is a finding of its own."""
+    """Name some folder for NVMe where none is named: ``nvme.check_folder`` reports that; the rest is checked."""
     folder = config.run.nvme_path or config.run.output_dir or "."
     return dataclasses.replace(config, run=dataclasses.replace(config.run, nvme_path=folder))
 
 
-def _limits(job: Job, *, nodes: int, ranks: int, is_host: bool) -> list[Finding]:
+def _limits(job: JobFlags, *, nodes: int, ranks: int, is_host: bool) -> list[Finding]:
     pinned = 0 if job.nvme is None else nvme.pinned_bytes(job.nvme, element=2 if job.bf16 else 4)
     return [
         limits.check_open_files(ranks=nodes * ranks),

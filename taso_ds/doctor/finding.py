@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -53,7 +52,7 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join([*lines, "", "doctor: " + ", ".join(f"{n} {status}" for status, n in _counts(findings).items())])
 
 
-def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
+def as_json(findings: Sequence[Finding]) -> dict[str, object]:
     """Return the same as a JSON object."""
     return {
         "passed": not has_failed(findings),

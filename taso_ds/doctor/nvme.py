@@ -1,24 +1,22 @@
 """What a run that offloads to NVMe asks of this machine."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from taso_ds.distributed.ds_config_values import AUTO
+from taso_ds.distributed.ds_config_values import AUTO, Section
 from taso_ds.distributed.placement import check_direct_io
 from taso_ds.doctor.finding import Finding, fail, ok
 from taso_ds.doctor.folders import existing
 from taso_ds.errors import UserError
 
 
-def nvme_section(ds_config: Mapping[str, Any]) -> dict[str, Any] | None:
+def nvme_section(ds_config: Section) -> Section | None:
     """Return the section of a DeepSpeed JSON that offloads to NVMe; None where nothing does."""
     zero = ds_config.get("zero_optimization")
     section = zero.get("offload_param") if isinstance(zero, dict) else None
     return section if isinstance(section, dict) and section.get("device") == "nvme" else None
 
 
-def pinned_bytes(section: Mapping[str, Any], *, element: int) -> int:
+def pinned_bytes(section: Section, *, element: int) -> int:
     """Return the bytes of a rank's locked buffers: DeepSpeed's defaults where the JSON has no numbers."""
     if not section.get("pin_memory", False):
         return 0
@@ -26,7 +24,7 @@ def pinned_bytes(section: Mapping[str, Any], *, element: int) -> int:
     return int(count * size) * element if isinstance(count, int) and isinstance(size, (int, float)) else 0
 
 
-def check_folder(section: Mapping[str, Any], nvme_path: str | None) -> Finding:
+def check_folder(section: Section, nvme_path: str | None) -> Finding:
     """Write past the page cache where the run will."""
     named = section.get("nvme_path", AUTO)
     folder = nvme_path if named == AUTO else str(named)

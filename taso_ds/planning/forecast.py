@@ -1,17 +1,17 @@
 """A run's plan from its flags: the model counted on the meta device, the hardware from flags.
 
-The run is checked as a training run checks itself. What the user has decided stays; the search chooses the rest.
+The job is checked as a training run checks it. What the user has decided stays, and the search chooses the rest.
 """
 
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from taso_ds.adapters.selection import ladder_with
 from taso_ds.config import RunConfig
 from taso_ds.defaults import with_defaults
 from taso_ds.distributed.ds_config_keys import ZERO_AUTO
+from taso_ds.distributed.ds_config_values import number_of, section_of
 from taso_ds.distributed.zero_config import ZeroConfig
 from taso_ds.flags.flag import flags_of
 from taso_ds.job import Job, preflight
@@ -107,16 +107,16 @@ def _decided(config: RunConfig, given: Collection[str]) -> frozenset[str]:
     )
 
 
-def limits_of(section: Mapping[str, Any]) -> Limits:
+def limits_of(section: Mapping[str, object]) -> Limits:
     """Return the limits of a resolved ``zero_optimization`` section; DeepSpeed's defaults where it says nothing."""
-    offload = section.get("offload_param", {})
+    offload = section_of(section, "offload_param")
     return Limits(
-        max_live_parameters=int(section.get("stage3_max_live_parameters", Limits.max_live_parameters)),
-        max_reuse_distance=int(section.get("stage3_max_reuse_distance", Limits.max_reuse_distance)),
-        prefetch_bucket=int(section.get("stage3_prefetch_bucket_size", Limits.prefetch_bucket)),
-        reduce_bucket=int(section.get("reduce_bucket_size", Limits.reduce_bucket)),
-        nvme_buffer=int(offload.get("buffer_size", Limits.nvme_buffer)),
-        nvme_buffers=int(offload.get("buffer_count", Limits.nvme_buffers)),
+        max_live_parameters=number_of(section, "stage3_max_live_parameters", Limits.max_live_parameters),
+        max_reuse_distance=number_of(section, "stage3_max_reuse_distance", Limits.max_reuse_distance),
+        prefetch_bucket=number_of(section, "stage3_prefetch_bucket_size", Limits.prefetch_bucket),
+        reduce_bucket=number_of(section, "reduce_bucket_size", Limits.reduce_bucket),
+        nvme_buffer=number_of(offload, "buffer_size", Limits.nvme_buffer),
+        nvme_buffers=number_of(offload, "buffer_count", Limits.nvme_buffers),
     )
 
 

@@ -1,4 +1,4 @@
-"""A run refused before it loads what this machine cannot hold: its plan on the ranks and rows that are really there."""
+"""Refuses a run whose plan, for the ranks and rows that are really here, this machine's memory cannot hold."""
 
 import dataclasses
 import logging

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from taso_ds.files.atomic import replacing, writing
 from taso_ds.reports.observer import Observer, StepMetrics
@@ -22,7 +21,7 @@ class MetricsFile(Observer):
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS
 
-    def on_start(self, record: Mapping[str, Any], step: int) -> None:
+    def on_start(self, record: Mapping[str, object], step: int) -> None:
         self._forget_after(step)
 
     def on_step(self, metrics: StepMetrics) -> None:

@@ -4,7 +4,7 @@ A new monitor is one class in a file of this room and one entry of ``monitors.MO
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 
 class _Step(TypedDict):
@@ -25,7 +25,7 @@ class StepMetrics(_Step, total=False):
 class Observer:
     """Sees a run on rank 0. Nothing happens here: a monitor overrides what it wants to see."""
 
-    def on_start(self, record: Mapping[str, Any], step: int) -> None:
+    def on_start(self, record: Mapping[str, object], step: int) -> None:
         """Training is about to go on after ``step`` steps: what was seen of later ones is void.
 
         Args:
@@ -49,7 +49,7 @@ class Observer:
             factor: what all learning rates are multiplied with from here on.
         """
 
-    def on_end(self, results: Mapping[str, Any]) -> None:
+    def on_end(self, results: Mapping[str, object]) -> None:
         """The run is finished; ``results`` is the content of ``results.json``."""
 
 
@@ -59,7 +59,7 @@ class Observers(Observer):
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = observers
 
-    def on_start(self, record: Mapping[str, Any], step: int) -> None:
+    def on_start(self, record: Mapping[str, object], step: int) -> None:
         for observer in self._observers:
             observer.on_start(record, step)
 
@@ -79,6 +79,6 @@ class Observers(Observer):
         for observer in self._observers:
             observer.on_rollback(step, number=number, factor=factor)
 
-    def on_end(self, results: Mapping[str, Any]) -> None:
+    def on_end(self, results: Mapping[str, object]) -> None:
         for observer in self._observers:
             observer.on_end(results)

@@ -18,8 +18,8 @@ def find_regions(job: Job, base: BaseModel, targets: Targets, *, earlier: Path |
     """Read or score the core regions. A collective.
 
     Args:
-        base: loaded, and frozen.
-        targets: within that base.
+        base: the loaded, frozen base.
+        targets: the matrices to adapt, within that base.
         earlier: region file of the interrupted run that goes on; rank 0 sees it.
     """
     config, calibration = job.config, job.config.calibration

@@ -1,4 +1,4 @@
-"""``--dry_run``: what a run would do, without weights, DeepSpeed or a GPU; of data rows are counted."""
+"""``--dry_run``: what a run would do, without weights, DeepSpeed or a GPU. Rows are only counted."""
 
 import json
 
@@ -13,11 +13,11 @@ def describe(config: RunConfig, world_size: int, *, goes_on: bool) -> str:
     """Return the resolved configuration, DeepSpeed JSON, counts, learning rates and batch numbers as text.
 
     Args:
-        goes_on: without a name, the run folder may be that of an unfinished run.
+        goes_on: whether the run folder, if none is named, may be that of an unfinished run.
 
     Raises:
-        UserError: for everything a run would refuse before loading weights, but for what it asks of its rows as
-            tokens and of the machine. Rows of the Hub are not fetched where ``max_steps`` is set.
+        UserError: for everything that a run would refuse before it loads weights, except what it refuses of the
+            machine and of the rows as tokens. Rows of the Hub are not fetched where ``max_steps`` is set.
     """
     folder = choose_folder(config, goes_on=goes_on)
     has_length, reads_files = (

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def save(job: Job, run: Path, base: BaseModel, live: nn.Module, stages: Stages) -> Proof | None:
-    """Export what was trained and prove it in a fresh process; None when not asked for."""
+    """Export what was trained, and prove it in a fresh process; None where no proof was asked for. A collective."""
     path = write_trained(job, run, base)
     stages.done("export", str(path), next_is="a fresh process opens it")
     if not job.config.run.verify_export:

@@ -1,10 +1,9 @@
-"""What can be done with a run folder afterwards: evaluate what it trained again, merge it, prove it."""
+"""What can be done with a finished run: evaluate it again, merge its adapter into the base, prove its export."""
 
 import dataclasses
 import logging
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -76,8 +75,8 @@ def _load(job: Job, saved: SavedAdapter | None) -> BaseModel:
     return base
 
 
-def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
-    """Return the task's metrics of what a run trained, or of the base where no run is named."""
+def evaluate(config: RunConfig, run: str | None) -> dict[str, object]:
+    """Return the task's metrics of what a run trained, or of the base if no run is named."""
     with nullcontext() if run is None else reports_in(Path(run)):
         stages = Stages(["reading", "loading", "evaluation"])
         job = comm.together(lambda: open_job(config, trains=False))
@@ -93,7 +92,7 @@ def evaluate(config: RunConfig, run: str | None) -> dict[str, Any]:
 
 
 def export_run(config: RunConfig, run: str, *, merge: bool) -> Path:
-    """Prove what a run left again or, with ``merge``, write base plus adapter as a plain model. One process.
+    """Prove a run's export again or, with ``merge``, write base plus adapter as a plain model. One process.
 
     Raises:
         UserError: when the files do not say what was trained, there is nothing to merge, or a model stands there.

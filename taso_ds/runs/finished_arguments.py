@@ -1,4 +1,4 @@
-"""Flags over the record of a finished run: those that say how to open it act, those that made it can no longer.
+"""Flags over the record of a finished run. Those that say how to open it act; those that made it cannot any more.
 
 What loads libraries is imported where it is used, so that ``--help`` does not wait for them.
 """
@@ -8,13 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.data.arguments import DataArguments
 from taso_ds.errors import UserError
 from taso_ds.flags.command_line import given_names, parse_groups, parse_known, show_help_if_asked
-from taso_ds.flags.flag import CALL, arg, flags_of
+from taso_ds.flags.flag import CALL, Arguments, arg, flags_of
 from taso_ds.methods.table import METHODS
 from taso_ds.models.arguments import ModelArguments
 from taso_ds.runs.folder import RUN
@@ -86,13 +85,13 @@ def parse_over_run(
     return config, finished
 
 
-def _recorded(run: str | None) -> dict[str, Any]:
+def _recorded(run: str | None) -> dict[str, object]:
     if run is None:
         return {}
     return recorded_flags(read_run(Path(run)), Path(run) / RUN) | {"output_dir": run}
 
 
-def _check_verb(groups: Sequence[Any], finished: FinishedArguments, verb: str) -> None:
+def _check_verb(groups: Sequence[Arguments], finished: FinishedArguments, verb: str) -> None:
     if verb == EXPORT and finished.run is None:
         raise UserError("export: name a finished run with --run FOLDER")
     if verb == EVALUATE and finished.merge:
@@ -101,7 +100,7 @@ def _check_verb(groups: Sequence[Any], finished: FinishedArguments, verb: str) -
         raise UserError(f"dry_run: {verb} has none; drop --dry_run")
 
 
-def _changed(groups: Sequence[Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _changed(groups: Sequence[Arguments], recorded: Mapping[str, object]) -> dict[str, object]:
     """Return the flags that say something else than the record."""
     return {
         entry.name: getattr(group, entry.name)
@@ -111,7 +110,9 @@ def _changed(groups: Sequence[Any], recorded: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _refuse(changed: Mapping[str, Any], recorded: Mapping[str, Any], finished: FinishedArguments, verb: str) -> None:
+def _refuse(
+    changed: Mapping[str, object], recorded: Mapping[str, object], finished: FinishedArguments, verb: str
+) -> None:
     """Refuse a flag that would be ignored: what it decides, the run has decided."""
     from taso_ds.methods.saved import BASE_FLAGS
 
@@ -125,7 +126,7 @@ def _refuse(changed: Mapping[str, Any], recorded: Mapping[str, Any], finished: F
             raise UserError(f"{name}: {value!r} cannot apply when {verb} opens a finished run{was}; drop --{name}")
 
 
-def _opening(groups: Sequence[Any], stale: set[str]) -> list[Any]:
+def _opening(groups: Sequence[Arguments], stale: set[str]) -> list[Arguments]:
     """Return the groups without what only made the run: its batches need not fit the ranks there are now."""
     reset = {*stale, "core_regions", "importance_weights", "global_batch_size", "gradient_accumulation_steps"}
     return [

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from taso_ds.console import screen as console
 from taso_ds.data.encode import EncodedRow
@@ -54,7 +53,7 @@ class RunFolder:
                 else:
                     entry.unlink(missing_ok=True)
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         write_json(self.path / name, value)
 
     def keep_log(self) -> None:
@@ -70,7 +69,7 @@ class RunFolder:
         """Write encoded rows as JSON lines: enough for anyone to recompute the regions with plain autograd."""
         lines = []
         for row in rows:
-            record: dict[str, Any] = {"input_ids": row.input_ids, "labels": row.labels}
+            record: dict[str, object] = {"input_ids": row.input_ids, "labels": row.labels}
             if not row.labels:
                 record["labels"] = row.target
             if row.token_type_ids is not None:

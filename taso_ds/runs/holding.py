@@ -1,4 +1,4 @@
-"""A run folder while a run has it: nobody else, and what nobody foresaw is reported there."""
+"""A run folder while a run has it: nobody else is in it, and crash reports go there."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from taso_ds.runs.output_folder import take_folder
 def folder_of(config: RunConfig, *, goes_on: bool) -> Iterator[tuple[RunConfig, Path]]:
     """Yield the configuration with its run folder named, and that folder, which no other run has meanwhile.
 
-    It goes if nothing came of it.
+    A folder in which nothing was written is removed at the end.
 
     Args:
-        goes_on: without a name, it may be that of an unfinished run.
+        goes_on: whether the folder, if none is named, may be that of an unfinished run.
     """
     with ExitStack() as held:
         path = comm.on_main(lambda: take_folder(config, held, goes_on=goes_on))
@@ -28,9 +28,9 @@ def folder_of(config: RunConfig, *, goes_on: bool) -> Iterator[tuple[RunConfig, 
 
 @contextmanager
 def reports_in(path: Path) -> Iterator[None]:
-    """Let the traceback of what nobody foresaw lie in the folder of the run that it ended.
+    """Let the traceback of an error that nobody foresaw lie in the folder of the run that it ended.
 
-    Not before the run's record is there: without one, a folder that is not empty is taken for somebody else's.
+    Before the run's record is there it lies elsewhere: without a record, a folder with files counts as somebody else's.
     """
     try:
         yield

@@ -12,8 +12,8 @@ from taso_ds.runs.nodes import check_same_model
 def join(config: RunConfig) -> None:
     """Meet the other ranks, bring the base onto this node if that has not been done, then join the process group.
 
-    In this order: a node that has no base ends all, inside a group transformers saves a model on rank 0 only, and
-    waiting ranks could time out. What is cheap to check comes first, for a download or a conversion takes its time.
+    The order matters. A node that has no base ends all. Inside a group, transformers saves a model on rank 0 only, and
+    ranks that wait could time out. Cheap checks come first, because a download or a conversion takes its time.
     """
     environment.check()
     check_flags(config, environment.world_size())

@@ -1,7 +1,7 @@
-"""Several nodes: what has to be the same on all of them is compared, and where the output lies is said.
+"""Several nodes: whether they hold the same model, and which of them see the output.
 
-Rank 0 alone reads and writes the run folder, so it need not be shared. Model and tokenizer each node reads from its own
-disk; of those a digest is compared that costs a few reads per file. (Rows are compared as tokens, in ``agreement``.)
+Rank 0 alone reads and writes the run folder, so it need not be shared. Each node reads model and tokenizer from its own
+disk. Their digests are compared, which costs a few reads per file. (``agreement`` compares the rows, as tokens.)
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from taso_ds.config import RunConfig
 from taso_ds.distributed import comm, environment
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _SAMPLE = 1 << 16  # bytes
 _TOKEN = ".token_of_rank_0.tmp"
+
+Found = TypeVar("Found")
 
 
 def check_same_model(config: RunConfig, folder: str) -> None:
@@ -49,8 +51,11 @@ def _check_same_files(flag: str, folder: Path) -> None:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Return a digest of every file a model is read from: of weights the size, the first bytes, where the header is,
-    and samples of the middle and the end."""
+    """Return a digest of every file that a model is read from, by name.
+
+    Small files count whole. Of weights the size counts, the beginning, where the header is, and samples of the middle
+    and the end.
+    """
     small = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
     large = {path for pattern in WEIGHT_FILES for path in folder.glob(pattern)}
     others = set(folder.glob(OTHER_FILES))
@@ -101,12 +106,11 @@ def say_who_sees(folder: Path) -> None:
         log.info("output: %s is shared by all %d nodes", folder, len(nodes))
 
 
-def _on_each_node(action: Callable[[], Any]) -> list[tuple[str, Any]]:
+def _on_each_node(action: Callable[[], Found]) -> list[tuple[str, Found]]:
     """Return what ``action`` finds on each node, with the node's name, rank 0's first. A collective."""
     is_first = environment.local_rank() == 0
-    found = comm.together(lambda: action() if is_first else None)
-    everywhere = comm.gather_objects((is_first, socket.gethostname(), found))
-    return [(host, value) for counts, host, value in everywhere if counts]
+    found = comm.together(lambda: [(socket.gethostname(), action())] if is_first else [])
+    return [pair for pairs in comm.gather_objects(found) for pair in pairs]
 
 
 def _read(path: Path) -> str | None:

@@ -1,6 +1,6 @@
 """Which folder a run gets: the one it names, that of an unfinished run of the same configuration, or a new one.
 
-Nothing that is not this program's is written into, and nobody else is in the folder while a run has it.
+A folder with files of another program is refused, and nobody else is in the folder while a run has it.
 """
 
 import logging
@@ -8,13 +8,12 @@ import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
 from taso_ds.methods.folders import MODEL
 from taso_ds.runs.folder import ENTRIES, PARTIAL, RUN
-from taso_ds.runs.recorded import differences, is_calibration, is_finished, read_run
+from taso_ds.runs.recorded import RunRecord, differences, is_calibration, is_finished, read_run
 from taso_ds.runs.run_lock import LOCK, InUse, holder, locked, refuse
 from taso_ds.training.checkpoint import resolve_checkpoint
 
@@ -27,7 +26,7 @@ def take_folder(config: RunConfig, held: ExitStack, *, goes_on: bool) -> Path:
     """Return the folder of this run, which nobody else has until ``held`` is closed. Rank 0 only.
 
     Args:
-        goes_on: an unfinished run may be gone on with.
+        goes_on: whether the run may go on with an unfinished one.
 
     Raises:
         UserError: as ``choose_folder``.
@@ -74,9 +73,9 @@ def _is_ours_to_name(config: RunConfig) -> bool:
 
 
 def _named_here(config: RunConfig, *, goes_on: bool) -> Path:
-    """Return ``runs/<method>-<task>[-N]``: the newest that can be gone on with, else the first that is free.
+    """Return ``runs/<method>-<task>[-N]``: the newest that the run can go on with, else the first that is free.
 
-    Free is also what a run has left that was killed before it wrote anything.
+    A folder is free, too, if a run was killed in it before it wrote anything.
     """
     first = _RUNS / f"{config.adapter.method}-{config.data.task}"
     if goes_on and config.run.resume == "auto" and not config.run.overwrite_output_dir:
@@ -96,12 +95,12 @@ def _was_begun(path: Path) -> bool:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Say whether a run was killed here before it wrote anything; scores of finished passes may be of other flags."""
+    """Say whether a run was killed here before it wrote anything; scores of passes may belong to other flags."""
     return path.is_dir() and [entry.name for entry in path.iterdir()] == [LOCK]
 
 
 def _newest_unfinished(first: Path, config: RunConfig) -> Path | None:
-    """Return the folder to go on in; of runs of this configuration that are no reason to, a line says so."""
+    """Return the folder to go on in; a line names each run of this configuration that is finished or in use."""
     for path in _numbered(first):
         run = _same_run(path, config)
         if run is None:
@@ -117,14 +116,14 @@ def _newest_unfinished(first: Path, config: RunConfig) -> Path | None:
 
 
 def _numbered(first: Path) -> list[Path]:
-    """Return what is named like this folder, the highest number first."""
+    """Return the folders that are named like this one, the highest number first."""
     name = re.compile(rf"{re.escape(first.name)}(?:-(\d+))?")
     found = [(match, path) for path in first.parent.glob("*") if (match := name.fullmatch(path.name))]
     return [path for _, path in sorted(((int(match[1] or 1), path) for match, path in found), reverse=True)]
 
 
-def _same_run(path: Path, config: RunConfig) -> dict[str, Any] | None:
-    """Return the record of a training run of this configuration; a folder that cannot be read holds another."""
+def _same_run(path: Path, config: RunConfig) -> RunRecord | None:
+    """Return the record of a training run of this configuration; None for any other, and for what is unreadable."""
     try:
         run = read_run(path)
         changed = [entry for entry in differences(run, config, path / RUN) if not entry.is_harmless]
@@ -156,7 +155,7 @@ def _check_content(path: Path, config: RunConfig) -> None:
 
 
 def _is_ours_before_start(entry: Path) -> bool:
-    """Say whether a run that was cut short before its first record may have left this."""
+    """Say whether this may be left from a run that ended before its first record."""
     return entry.name in (PARTIAL, LOCK) or (entry.name.startswith(".") and entry.name.endswith(".tmp"))
 
 

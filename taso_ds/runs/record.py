@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from torch import nn
 
@@ -14,12 +14,27 @@ from taso_ds.files.schema import SCHEMA
 from taso_ds.job import Job
 from taso_ds.models.quantization import num_parameters
 from taso_ds.runs.folder import versions
-from taso_ds.training.optim import Group, Schedule, describe_groups, learning_rate_table
+from taso_ds.training.optim import Group, GroupRow, Schedule, describe_groups
 from taso_ds.training.progress import Progress
 from taso_ds.training.recoverable import ROLLBACK_FACTOR
 
 
-def record_start(asked: RunConfig, job: Job) -> dict[str, Any]:
+class Counts(TypedDict):
+    """Numbers of parameters; ``share`` is trainable / total."""
+
+    trainable: int
+    total: int
+    share: float
+
+
+def count_parameters(model: nn.Module, groups: Sequence[Group]) -> Counts:
+    """Count what is trained, and the whole model with it."""
+    trainable = sum(zero.full_numel(value) for group in groups for value in group.parameters)
+    total = num_parameters(model)
+    return {"trainable": trainable, "total": total, "share": trainable / total}
+
+
+def record_start(asked: RunConfig, job: Job) -> dict[str, object]:
     """Return what every ``run.json`` begins with: what was asked for, and where."""
     return {
         "schema_version": SCHEMA,
@@ -32,28 +47,31 @@ def record_start(asked: RunConfig, job: Job) -> dict[str, Any]:
 
 
 def run_record(
-    asked: RunConfig, job: Job, model: nn.Module, groups: Sequence[Group], schedule: Schedule
-) -> dict[str, Any]:
-    """Return the content of a training run's ``run.json``."""
-    trainable = sum(zero.full_numel(value) for group in groups for value in group.parameters)
-    total = num_parameters(model)
+    asked: RunConfig, job: Job, counts: Counts, schedule: Schedule, rates: Sequence[GroupRow]
+) -> dict[str, object]:
+    """Return the content of a training run's ``run.json``.
+
+    Args:
+        asked: the configuration as the user gave it.
+        job: what is run, which may have the batches of an earlier run.
+        rates: of every group.
+    """
     return record_start(asked, job) | {
-        "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
+        "parameters": counts,
         "batch": dataclasses.asdict(job.sizes) | {"global_batch_size": job.sizes.global_batch_size},
         "steps": schedule.total_steps,
-        "learning_rates": learning_rate_table(groups, schedule),
+        "learning_rates": rates,
         "data": {"train": job.examples.train_source, "evaluation": job.examples.eval_source},
     }
 
 
-def describe_record(record: dict[str, Any]) -> str:
+def describe_record(counts: Counts, schedule: Schedule, rates: Sequence[GroupRow]) -> str:
     """Return counts and learning rates as lines."""
-    parameters = record["parameters"]
     return "\n".join(
         [
-            f"parameters: {parameters['trainable']:,} trainable of {parameters['total']:,} ({parameters['share']:.3%});"
-            f" {record['steps']} steps",
-            *describe_groups(record["learning_rates"]),
+            f"parameters: {counts['trainable']:,} trainable of {counts['total']:,} ({counts['share']:.3%});"
+            f" {schedule.total_steps} steps",
+            *describe_groups(rates),
         ]
     )
 

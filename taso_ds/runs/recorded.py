@@ -1,11 +1,10 @@
-"""What a folder says about its run: the record, whichever version wrote it, and what a configuration has otherwise."""
+"""What a folder says about its run: its record, whichever version wrote it, and what a configuration changes."""
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from taso_ds.config import GROUPS, RunConfig
 from taso_ds.errors import UserError, nearest, reason
@@ -16,14 +15,26 @@ from taso_ds.flags.flag import LENGTH, SCHEDULE, Flag, flags_of
 from taso_ds.runs.folder import RESULTS, RUN
 
 
-def read_run(path: Path) -> dict[str, Any]:
+class _Flags(TypedDict):
+    config: dict[str, object]
+
+
+class RunRecord(_Flags, total=False):
+    """What this package reads of a ``run.json`` or ``progress.json``; only the flags, ``config``, are always there."""
+
+    started_in: str
+    batch: object
+    steps: object
+
+
+def read_run(path: Path) -> RunRecord:
     """Return ``run.json`` of a run folder; UserError when it is missing or damaged."""
     file = path / RUN
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable run ({reason(error)})") from error
-    run = parse_json(text, f"{file}: not a readable run")
+    run: RunRecord = parse_json(text, f"{file}: not a readable run")
     if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
         raise UserError(f"{file}: has no config")
     check_schema(run, file)
@@ -32,13 +43,13 @@ def read_run(path: Path) -> dict[str, Any]:
     return run
 
 
-def is_calibration(run: Mapping[str, Any]) -> bool:
-    """Say whether a ``run.json`` is of core regions alone, for which nothing was trained in batches."""
+def is_calibration(run: RunRecord) -> bool:
+    """Say whether a ``run.json`` is the record of core regions alone: nothing was trained in batches then."""
     return "batch" not in run
 
 
-def is_finished(folder: Path, run: Mapping[str, Any]) -> bool:
-    """Say whether a training run has results of all its steps: while it is extended, those of fewer stay."""
+def is_finished(folder: Path, run: RunRecord) -> bool:
+    """Say whether a training run has results of all its steps; a run that is being extended keeps those of fewer."""
     file = folder / RESULTS
     if not file.is_file():
         return False
@@ -49,17 +60,21 @@ def is_finished(folder: Path, run: Mapping[str, Any]) -> bool:
     return isinstance(results, dict) and results.get("steps") == run.get("steps")
 
 
-def length_of(run: Mapping[str, Any]) -> dict[str, Any]:
+def length_of(run: RunRecord) -> dict[str, object]:
     """Return the flags of a record that say how long the run is to be."""
     flags = flags_of(GROUPS)
     return {name: value for name, value in run["config"].items() if name in flags and flags[name].effect == LENGTH}
 
 
-def recorded_flags(record: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the flags of a record: typed, those that it is older than as they were then, paths found where it began.
+def recorded_flags(record: RunRecord, file: Path) -> dict[str, object]:
+    """Return the flags of a record with their types.
+
+    A flag that is newer than the record has the value that all runs had then. A relative path becomes an absolute one
+    if it leads somewhere from the folder that the run began in.
 
     Args:
         record: ``run.json`` or ``progress.json``.
+        file: where it was read, for errors.
 
     Raises:
         UserError: a flag that this version does not have, or a value of another type.
@@ -73,15 +88,14 @@ def recorded_flags(record: Mapping[str, Any], file: Path) -> dict[str, Any]:
             f"{file}: was written by a newer taso_ds: this one does not know its flag"
             f" {unknown[0]!r}{nearest(unknown[0], known)}; install that version"
         )
-    values = {name: flag.before for name, flag in flags.items()} | {
-        name: value for name, value in typed(given, GROUPS, str(file)).items() if name in flags
-    }
+    values = {name: flag.before for name, flag in flags.items()}
+    values |= {name: value for name, value in typed(given, GROUPS, str(file)).items() if name in flags}
     return {name: _located(values[name], flag, started_in) for name, flag in flags.items()}
 
 
-def _located(value: Any, flag: Flag, started_in: str) -> Any:
+def _located(value: object, flag: Flag, started_in: str) -> object:
     """Return a relative path as an absolute one where it exists; a Hub id, or a file that is gone, stays as it is."""
-    if not flag.is_path or value is None or value in flag.words:
+    if not flag.is_path or not isinstance(value, str) or value in flag.words:
         return value
     path = os.path.join(started_in, value)
     return path if os.path.isabs(path) and os.path.exists(path) else value
@@ -89,11 +103,11 @@ def _located(value: Any, flag: Flag, started_in: str) -> Any:
 
 @dataclass(frozen=True)
 class Difference:
-    """One flag that was given otherwise."""
+    """One flag whose value is another one now."""
 
     name: str
-    there: Any
-    here: Any
+    there: object
+    here: object
     effect: str
 
     @property
@@ -109,11 +123,15 @@ class Difference:
         return f"{self.name}: {self.there!r} there, {self.here!r} here ({mark})"
 
 
-def differences(record: Mapping[str, Any], config: RunConfig, file: Path) -> list[Difference]:
-    """Return what differs from the flags of a record, what changes the run first.
+def differences(record: RunRecord, config: RunConfig, file: Path) -> list[Difference]:
+    """Return what differs from the flags of a record, first what changes the run.
 
-    Paths are compared by where they lead; the same words count as the same path, for rows and base are compared by
-    their digests too.
+    Paths are compared by where they lead. The same words count as the same path, because digests tell whether rows and
+    base are the same.
+
+    Args:
+        record: ``run.json`` or ``progress.json``.
+        file: where it was read, for errors.
     """
     raw, there = record["config"], recorded_flags(record, file)
     here = json.loads(json.dumps(config.flags()))
@@ -128,7 +146,7 @@ def differences(record: Mapping[str, Any], config: RunConfig, file: Path) -> lis
     return sorted(found, key=lambda difference: (difference.is_harmless, difference.name))
 
 
-def _lead_to_the_same(there: Any, here: Any, flag: Flag) -> bool:
-    if not flag.is_path or None in (there, here) or {there, here} & {*flag.words}:
+def _lead_to_the_same(there: object, here: object, flag: Flag) -> bool:
+    if not flag.is_path or not (isinstance(there, str) and isinstance(here, str)) or {there, here} & {*flag.words}:
         return False
     return os.path.exists(there) and os.path.exists(here) and os.path.samefile(there, here)

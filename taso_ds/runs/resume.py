@@ -7,10 +7,9 @@ is listed, and anything that would change the result is refused. Its place is th
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from taso_ds.config import RunConfig
 from taso_ds.errors import UserError
@@ -18,7 +17,15 @@ from taso_ds.flags.flag import flags_of
 from taso_ds.flags.verbs import command
 from taso_ds.methods.folders import MODEL
 from taso_ds.runs.folder import PICTURE, REGIONS, RUN
-from taso_ds.runs.recorded import Difference, differences, is_calibration, is_finished, length_of, read_run
+from taso_ds.runs.recorded import (
+    Difference,
+    RunRecord,
+    differences,
+    is_calibration,
+    is_finished,
+    length_of,
+    read_run,
+)
 from taso_ds.training.arguments import TrainArguments
 from taso_ds.training.checkpoint import CHECKPOINTS, PROGRESS, Checkpoints, resolve_checkpoint
 from taso_ds.training.progress import Progress, Saved, read_progress
@@ -34,7 +41,7 @@ class Start:
 
     Attributes:
         origin: folder of the run, or of the core regions, that goes on; None for a new one.
-        checkpoint: to go on from; None to start at step 0.
+        checkpoint: the one to go on from; None to start at step 0.
         progress: what that checkpoint says.
         regions: region file of the interrupted run; None to score.
         global_batch_size: of the interrupted run; None where nothing was trained.
@@ -66,7 +73,7 @@ class Start:
         return self.origin is not None and self.origin.resolve() == folder.resolve()
 
     def adapt(self, config: RunConfig, world_size: int) -> RunConfig:
-        """Return the configuration with the global batch of the interrupted run, on whatever ranks there are now.
+        """Return the configuration with the global batch of the interrupted run, divided over the ranks there are now.
 
         Raises:
             UserError: that many ranks cannot share it.
@@ -154,8 +161,8 @@ def find_calibration(config: RunConfig, folder: Path) -> bool:
     return config.run.resume == AUTO and (folder / REGIONS).is_file() and (folder / PICTURE).is_file()
 
 
-def _refuse_to_replace_others(config: RunConfig, folder: Path, run: Mapping[str, Any]) -> None:
-    """Refuse to train over what another program of this package has made; UserError."""
+def _refuse_to_replace_others(config: RunConfig, folder: Path, run: RunRecord) -> None:
+    """Refuse to train over what another verb of this package has made; UserError."""
     others = {
         f"core regions that {command('calibrate')} made": is_calibration(run),
         f"{MODEL}, which {command('export')} made": not config.method.trains_base and (folder / MODEL).exists(),
@@ -195,7 +202,7 @@ def check_base(fingerprint: str, start: Start) -> None:
         )
 
 
-def _from_calibration(config: RunConfig, folder: Path, run: Mapping[str, Any]) -> Start:
+def _from_calibration(config: RunConfig, folder: Path, run: RunRecord) -> Start:
     """Train in the core regions that a calibration has left in this folder for this configuration."""
     _check_same(config, folder, run)
     regions = folder / REGIONS
@@ -210,8 +217,7 @@ def _from(config: RunConfig, folder: Path, checkpoint: Path | None) -> Start:
     if checkpoint is None or progress is None:
         changed = differences(run, config, folder / RUN)
     else:  # how long the run is to be is what was asked for last, which a checkpoint may be older than
-        record = dataclasses.asdict(progress)
-        record["config"] |= length_of(run)
+        record: RunRecord = {"config": progress.config | length_of(run), "started_in": progress.started_in}
         changed = differences(record, config, checkpoint / PROGRESS)
     _refuse_other(
         changed,
@@ -231,11 +237,12 @@ def _from(config: RunConfig, folder: Path, checkpoint: Path | None) -> Start:
     return Start(folder, checkpoint, progress, regions if has_regions else None, batch)
 
 
-def _global_batch(run: Mapping[str, Any]) -> Any:
-    return run["batch"].get("global_batch_size") if isinstance(run["batch"], dict) else None
+def _global_batch(run: RunRecord) -> object:
+    batch = run["batch"]
+    return batch.get("global_batch_size") if isinstance(batch, dict) else None
 
 
-def _check_same(config: RunConfig, folder: Path, run: Mapping[str, Any]) -> None:
+def _check_same(config: RunConfig, folder: Path, run: RunRecord) -> None:
     """Refuse a folder with another configuration; UserError."""
     found, remedy = differences(run, config, folder / RUN), "choose another --output_dir, or pass"
     if not is_calibration(run):
@@ -252,7 +259,9 @@ def _refuse_other(
     """Refuse to go on with, or to replace, another run; UserError lists what differs.
 
     Args:
-        extends: a changed length is welcome.
+        what: what the folder holds, in words.
+        remedy: what to do, in words that end before the name of a flag.
+        extends: whether the length may differ.
     """
     if any(not (entry.is_harmless or (entry.is_length and extends)) for entry in found):
         listed = "; ".join(map(str, found))

@@ -1,8 +1,8 @@
-"""One run in a folder at a time: a lock that opens when its owner is gone, however that came about.
+"""One run in a folder at a time: a lock that opens when its owner is gone, whatever ended it.
 
 It is a record lock on ``.lock``. The kernel drops it with the process, NFS carries it to other nodes through its lock
-manager, and no child inherits it, neither by fork nor by exec. What the file says is for people only: it names the
-owner, who removes it at the end. A killed owner leaves it behind, which means nothing.
+manager, and no child inherits it, neither by fork nor by exec. The content of the file is for people only: it names the
+owner, who removes it at the end. A killed owner leaves the file behind, which means nothing.
 """
 
 import datetime
@@ -40,7 +40,7 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[Path]:
     The process must not open ``.lock`` meanwhile: closing it again would give up the lock.
 
     Args:
-        new: the folder is not to exist already.
+        new: whether the folder must not exist yet.
 
     Raises:
         InUse: another process holds it, or was faster in creating the folder.

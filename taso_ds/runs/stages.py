@@ -18,7 +18,7 @@ class Stages:
         self._since = time.perf_counter()
 
     def done(self, name: str, what: str, *, next_is: str = "") -> None:
-        """Say that a stage has ended; one that was not ahead, because there was nothing to do, is passed over.
+        """Say that a stage has ended. Nothing is said of a stage that was not ahead, because it had nothing to do.
 
         Args:
             what: what it worked on.
@@ -34,7 +34,7 @@ class Stages:
 
 
 def training_stages(config: RunConfig, start: Start) -> Stages:
-    """Return the stages of a training run; one that goes on has been scored and evaluated before."""
+    """Return the stages of a training run; a run that goes on was scored and evaluated before."""
     scores = config.method.needs_regions and config.calibration.core_regions is None and start.regions is None
     names = {
         "reading": True,

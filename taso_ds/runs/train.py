@@ -1,12 +1,13 @@
-"""One training run from configuration to files, in order of execution; every step is a function of another module."""
+"""One training run from configuration to files, in the order in which it happens."""
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from taso_ds.adapters.targets import Targets
 from taso_ds.config import RunConfig
 from taso_ds.distributed import comm
 from taso_ds.distributed import engine as engines
@@ -14,6 +15,7 @@ from taso_ds.errors import UserError
 from taso_ds.files.schema import SCHEMA
 from taso_ds.interrupts import Interrupts
 from taso_ds.job import Job
+from taso_ds.methods.prove import Proof
 from taso_ds.models.fingerprint import base_fingerprint
 from taso_ds.models.load import BaseModel
 from taso_ds.reports.monitors import watch
@@ -24,14 +26,21 @@ from taso_ds.runs.folder import PICTURE, RESULTS, RUN, RunFolder
 from taso_ds.runs.holding import folder_of, reports_in
 from taso_ds.runs.nodes import check_no_run_elsewhere, say_who_sees
 from taso_ds.runs.open_job import load_base, open_job
-from taso_ds.runs.record import describe_extension, describe_record, describe_scores, run_record
+from taso_ds.runs.record import (
+    Counts,
+    count_parameters,
+    describe_extension,
+    describe_record,
+    describe_scores,
+    run_record,
+)
 from taso_ds.runs.resume import Start, check_base, check_data, check_length, find_start
-from taso_ds.runs.stages import training_stages
+from taso_ds.runs.stages import Stages, training_stages
 from taso_ds.scoring.regions import Regions, describe_regions
 from taso_ds.training.checkpoint import CHECKPOINTS, Checkpoints
 from taso_ds.training.divergence import Diverged, LossWatch
 from taso_ds.training.feed import Feed
-from taso_ds.training.optim import Group, Schedule, make_optimizer, make_schedule, total_steps
+from taso_ds.training.optim import Group, Schedule, learning_rate_table, make_optimizer, make_schedule, total_steps
 from taso_ds.training.progress import Progress
 from taso_ds.training.recoverable import RecoverableTraining
 from taso_ds.training.saver import Saver
@@ -58,74 +67,76 @@ def train(config: RunConfig, interrupts: Interrupts) -> Path:
 
 
 def _run(asked: RunConfig, start: Start, folder: RunFolder, interrupts: Interrupts) -> Path:
+    """Do what is left of the run, stage by stage."""
     config = comm.together(lambda: start.adapt(asked, comm.world_size()))
     stages = training_stages(config, start)
-    job = comm.together(lambda: open_job(config))
-    stages.done("reading", f"{len(job.rows)} training rows", next_is=str(config.model.model_name_or_path))
-    steps = total_steps(config.training, job.plan.steps_per_epoch)
-    if start.progress is not None:
-        comm.on_main(lambda: check_data(job.data_digest, start))
-        comm.on_main(lambda: check_length(steps, start))
+    job, schedule = _read(config, start, stages)
     base, targets = load_base(job)
-    stages.done("loading", str(config.model.model_name_or_path))
-    method = config.method
-    found, fingerprint = None, ""  # of the base: none where training changes it
-    if method.needs_regions:
-        found = find_regions(job, base, targets, earlier=start.regions)
-        stages.done("scoring", f"{len(found.rows)} rows", next_is=f"DeepSpeed, ZeRO stage {job.zero.stage}")
-        fingerprint = found.file.fingerprint
-    elif not method.trains_base:
-        fingerprint = base_fingerprint(base, targets)
-    comm.on_main(lambda: check_base(fingerprint, start))
-    groups = method.attach(base, targets, {} if found is None else found.cut)
-    schedule = make_schedule(config.training, steps)
-    record = run_record(asked, job, base.model, groups, schedule)
+    stages.done("loading", job.base.name)
+    regions, fingerprint = _find_regions(job, base, targets, start, stages)
+    cut = {} if regions is None else regions.cut
+    groups = config.method.attach(base, targets, cut)
+    counts = count_parameters(base.model, groups)
+    rates = learning_rate_table(groups, schedule)
     observer = watch(folder.path) if comm.is_main() else Observer()
-    comm.on_main(lambda: _start(folder, config, record, found, start, observer))
+    record = run_record(asked, job, counts, schedule, rates)
+    comm.on_main(lambda: _write_start(folder, config, record, regions, start, observer))
+    log.info(describe_record(counts, schedule, rates))
     folder.keep_log()
-    if start.progress is not None and start.progress.total_steps != steps:
+    if start.progress is not None and start.progress.total_steps != schedule.total_steps:
         log.info(describe_extension(start.progress, groups[0], schedule))
     say_who_sees(folder.path)
+
     engine = engines.training_engine(base.model, make_optimizer(groups, config.training), job.zero)
     stages.done("engine", f"DeepSpeed, ZeRO stage {job.zero.stage}")
     evaluate = partial(job.objective.evaluate, engine.module)
     before = evaluate() if start.progress is None else start.progress.before
     log.info("before: %s", describe_scores(before))
-    stages.done("evaluation", f"{len(job.examples.evaluation)} rows", next_is=f"{steps} steps")
-    saver = Saver(
-        engine,
-        Checkpoints(folder.path / CHECKPOINTS),
-        regions={} if found is None else found.cut,
-        limit=config.training.save_total_limit,
-    )
+    steps_in_words = f"{schedule.total_steps} steps"
+    stages.done("evaluation", f"{len(job.examples.evaluation)} rows", next_is=steps_in_words)
+    saver = Saver(engine, Checkpoints(folder.path / CHECKPOINTS), regions=cut, limit=config.training.save_total_limit)
     trainer = _trainer(job, engine, groups, schedule, digest=saver.digest, evaluate=evaluate, observer=observer)
-    origin = _origin(job, steps, base=fingerprint, before=before)
-    try:
+    origin = _origin(job, schedule, base=fingerprint, before=before)
+    with _last_good_kept(job, folder, base):
         RecoverableTraining(trainer, saver, origin=origin, training=config.training).train(
             interrupts, saved=start.saved
         )
-    except Diverged as error:
-        _save_last_good(job, folder, base, error)
-        raise
-    stages.done("training", f"{steps} steps")
+    stages.done("training", steps_in_words)
+
     after = evaluate()
     log.info("after:  %s", describe_scores(after))
     stages.done("evaluation", f"{len(job.examples.evaluation)} rows")
     proof = save(job, folder.path, base, engine.module, stages)
-    results = {
-        "task": job.examples.task.name,
-        "method": config.adapter.method,
-        "steps": schedule.total_steps,
-        "headline": job.objective.headline,
-        "before": before,
-        "after": after,
-        "trainable_parameters": record["parameters"]["trainable"],
-        "export": None if proof is None else dataclasses.asdict(proof),
-        "concentration": None if found is None else found.mean_concentration(config.calibration.element_fraction),
-    }
+    results = _results(job, schedule, counts, regions, before=before, after=after, proof=proof)
     comm.on_main(lambda: folder.write_json(RESULTS, results))
     comm.on_main(lambda: observer.on_end(results))
     return folder.path
+
+
+def _read(config: RunConfig, start: Start, stages: Stages) -> tuple[Job, Schedule]:
+    """Read what needs no weights, and refuse what a run that goes on was not begun with."""
+    job = comm.together(lambda: open_job(config))
+    stages.done("reading", f"{len(job.rows)} training rows", next_is=job.base.name)
+    schedule = make_schedule(config.training, total_steps(config.training, job.plan.steps_per_epoch))
+    if start.progress is not None:
+        comm.on_main(lambda: check_data(job.data_digest, start))
+        comm.on_main(lambda: check_length(schedule.total_steps, start))
+    return job, schedule
+
+
+def _find_regions(
+    job: Job, base: BaseModel, targets: Targets, start: Start, stages: Stages
+) -> tuple[Regions | None, str]:
+    """Return the core regions where the method needs them, and the fingerprint of the base where it stays frozen."""
+    regions, fingerprint, method = None, "", job.config.method
+    if method.needs_regions:
+        regions = find_regions(job, base, targets, earlier=start.regions)
+        stages.done("scoring", f"{len(regions.rows)} rows", next_is=f"DeepSpeed, ZeRO stage {job.zero.stage}")
+        fingerprint = regions.file.fingerprint
+    elif not method.trains_base:
+        fingerprint = base_fingerprint(base, targets)
+    comm.on_main(lambda: check_base(fingerprint, start))
+    return regions, fingerprint
 
 
 def _trainer(
@@ -157,11 +168,11 @@ def _trainer(
     )
 
 
-def _origin(job: Job, steps: int, *, base: str, before: dict[str, float]) -> Progress:
+def _origin(job: Job, schedule: Schedule, *, base: str, before: dict[str, float]) -> Progress:
     """Return what a checkpoint of this run says before the first of its steps."""
     return Progress(
         step=0,
-        total_steps=steps,
+        total_steps=schedule.total_steps,
         optimizer_steps=0,
         config=job.config.flags(),
         world_size=comm.world_size(),
@@ -177,31 +188,65 @@ def _origin(job: Job, steps: int, *, base: str, before: dict[str, float]) -> Pro
     )
 
 
-def _start(
+def _write_start(
     folder: RunFolder,
     config: RunConfig,
-    record: dict[str, Any],
-    found: Regions | None,
+    record: Mapping[str, object],
+    regions: Regions | None,
     start: Start,
     observer: Observer,
 ) -> None:
-    """Make the folder ready and write what is known before the first step; the record, which makes it ours, first."""
+    """Make the folder ready, and write what is known before the first step: first the record, which makes it ours."""
     goes_on_here = start.is_same_folder(folder.path)
     if not goes_on_here:
         folder.start()
     folder.write_json(RUN, record)
     observer.on_start(record, start.step)
-    if found is not None:
-        log.info(describe_regions(found, config.calibration))
+    if regions is not None:
+        log.info(describe_regions(regions, config.calibration))
         if not (goes_on_here and start.regions and (folder.path / PICTURE).is_file()):  # the last that is written
-            write_regions(folder, config.calibration, found)
+            write_regions(folder, config.calibration, regions)
     folder.finish_scoring()
-    log.info(describe_record(record))
 
 
-def _save_last_good(job: Job, folder: RunFolder, base: BaseModel, error: Diverged) -> None:
-    """Keep the adapter that the finished steps trained."""
-    if error.good_steps == 0 or error.applied or job.config.method.trains_base:
-        return
-    path = write_trained(job, folder.path, base)
-    raise UserError(f"{error}; the adapter after step {error.good_steps} is in {path}") from error
+@contextmanager
+def _last_good_kept(job: Job, folder: RunFolder, base: BaseModel) -> Iterator[None]:
+    """Keep the adapter that the finished steps trained when training diverges, and say where it is."""
+    try:
+        yield
+    except Diverged as error:
+        if error.good_steps == 0 or error.applied or job.config.method.trains_base:
+            raise
+        path = write_trained(job, folder.path, base)
+        raise UserError(f"{error}; the adapter after step {error.good_steps} is in {path}") from error
+
+
+def _results(
+    job: Job,
+    schedule: Schedule,
+    counts: Counts,
+    regions: Regions | None,
+    *,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    proof: Proof | None,
+) -> dict[str, object]:
+    """Return the content of ``results.json``.
+
+    Args:
+        before: scores of the base.
+        after: scores of what was trained.
+        proof: of the export; None when none was asked for.
+    """
+    fraction = job.config.calibration.element_fraction
+    return {
+        "task": job.examples.task.name,
+        "method": job.config.adapter.method,
+        "steps": schedule.total_steps,
+        "headline": job.objective.headline,
+        "before": before,
+        "after": after,
+        "trainable_parameters": counts["trainable"],
+        "export": None if proof is None else dataclasses.asdict(proof),
+        "concentration": None if regions is None else regions.mean_concentration(fraction),
+    }

@@ -9,6 +9,7 @@ import threading
 from typing import NoReturn
 
 import pytest
+import torch.distributed as dist
 
 from taso_ds.distributed import watch
 from taso_ds.distributed.watch import Failure, Watch
@@ -55,10 +56,11 @@ def test_whether_a_process_runs() -> None:
     assert not watch._is_running(2**22 + 1)  # above the largest number a process can have
 
 
-class LateStore:
+class LateStore(dist.Store):
     """A store in which rank 0 says why it ends just after this rank has looked, and ends then."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._values: dict[str, bytes] = {watch._key("alive", 0): f"7 {socket.gethostname()} {2**22 + 1}".encode()}
 
     def check(self, keys: list[str]) -> bool:
@@ -70,8 +72,8 @@ class LateStore:
     def get(self, key: str) -> bytes:
         return self._values[key]
 
-    def compare_set(self, key: str, expected: str, value: str) -> bytes:
-        return self._values.setdefault(key, value.encode()) if not expected else b""
+    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes:
+        return self._values.setdefault(key, desired_value.encode()) if not expected_value else b""
 
 
 def test_a_rank_that_says_why_it_ends_while_others_look_is_believed(second: Watch) -> None:

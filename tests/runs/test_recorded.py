@@ -16,19 +16,19 @@ from taso_ds.methods.folders import ADAPTER
 from taso_ds.runs import recorded
 from taso_ds.runs.finished_arguments import EVALUATE, parse_over_run
 from taso_ds.runs.folder import RUN
-from taso_ds.runs.recorded import differences, read_run, recorded_flags
+from taso_ds.runs.recorded import RunRecord, differences, read_run, recorded_flags
 from taso_ds.training.arguments import TrainArguments
 
 FILE = Path("run.json")
 
 
-def record_of(*flags: str, **more: Any) -> dict[str, Any]:
+def record_of(*flags: str, **more: object) -> RunRecord:
     """A record as a JSON file holds it."""
-    record: dict[str, Any] = json.loads(json.dumps({"config": config_of(*flags).flags(), **more}))
+    record: RunRecord = json.loads(json.dumps({"config": config_of(*flags).flags(), **more}))
     return record
 
 
-def write(folder: Path, record: dict[str, Any]) -> Path:
+def write(folder: Path, record: RunRecord) -> Path:
     (folder / ADAPTER).mkdir(parents=True, exist_ok=True)  # as a run that has finished
     (folder / RUN).write_text(json.dumps(record))
     return folder

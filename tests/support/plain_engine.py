@@ -37,5 +37,8 @@ class PlainEngine:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
+    def zero_optimization_stage(self) -> int:
+        return 0
+
     def get_global_grad_norm(self) -> None:
         return None

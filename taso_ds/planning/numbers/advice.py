@@ -1,4 +1,4 @@
-"""What helps against the largest term of a peak that does not fit, of what a search has not tried already."""
+"""What helps against the largest term of a peak that does not fit, and what the search has not tried already."""
 
 from taso_ds.planning.numbers.plan import Misfit
 

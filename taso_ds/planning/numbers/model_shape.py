@@ -7,12 +7,15 @@ they are those of an average one: what all blocks hold together is the same.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from taso_ds.adapters.experts import find_experts
 from taso_ds.adapters.targets import MatrixShape, matrix_shape
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ class ModelShape:
 
 
 def read_model_shape(
-    model: Any,
-    config: Any,
+    model: "PreTrainedModel",
+    config: "PretrainedConfig",
     targets: Mapping[str, MatrixShape],
     *,
     trainable: int,
@@ -136,7 +139,7 @@ def read_model_shape(
         quantized=sum(shape.numel for shape in linears),
         largest_quantized=max((shape.numel for shape in linears), default=0),
         quantized_rows=sum(shape.out_features for shape in linears),
-        embedding=model.get_input_embeddings().weight.numel(),
+        embedding=model.get_input_embeddings().get_parameter("weight").numel(),
         output=0 if output is None else output.weight.numel(),
         experts=experts,
         expert_share=share,
@@ -172,16 +175,16 @@ def _has_linear(module: nn.Module) -> bool:
     return any(matrix_shape(inner) is not None for inner in module.modules())
 
 
-def _layers(text: Any) -> Sequence[Any]:
+def _layers(text: "PretrainedConfig") -> Sequence["PretrainedConfig"]:
     """Return the configuration of every layer where they differ, or the one they all have."""
     return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
 
 
-def _average(layers: Sequence[Any], measure: Callable[[Any], int]) -> int:
+def _average(layers: Sequence["PretrainedConfig"], measure: Callable[["PretrainedConfig"], int]) -> int:
     return round(sum(measure(layer) for layer in layers) / len(layers))
 
 
-def _number(config: Any, *names: str) -> int | None:
+def _number(config: object, *names: str) -> int | None:
     """Return the first of these numbers that is given; of a list, one number per layer, the average."""
     for name in names:
         value = getattr(config, name, None)
@@ -192,19 +195,19 @@ def _number(config: Any, *names: str) -> int | None:
     return None
 
 
-def _heads(layer: Any) -> int:
+def _heads(layer: "PretrainedConfig") -> int:
     return _number(layer, "num_attention_heads") or 1  # a block without attention mixes one state
 
 
-def _head_width(layer: Any) -> int:
+def _head_width(layer: "PretrainedConfig") -> int:
     return _number(layer, "head_dim") or layer.hidden_size // _heads(layer)
 
 
-def _num_experts(layer: Any) -> int | None:
+def _num_experts(layer: "PretrainedConfig") -> int | None:
     return _number(layer, "num_local_experts", "num_experts")
 
 
-def _experts(model: nn.Module, layers: Sequence[Any]) -> tuple[int, float]:
+def _experts(model: nn.Module, layers: Sequence["PretrainedConfig"]) -> tuple[int, float]:
     """Return the parameters of all experts, and the share of them a token visits."""
     shares = [
         chosen / number
@@ -215,11 +218,11 @@ def _experts(model: nn.Module, layers: Sequence[Any]) -> tuple[int, float]:
     return (found, sum(shares) / len(shares)) if shares and found else (0, 1.0)
 
 
-def _dense_width(layer: Any) -> int:
+def _dense_width(layer: "PretrainedConfig") -> int:
     return _number(layer, "intermediate_size", "n_inner") or 4 * int(layer.hidden_size)
 
 
-def _feed_forward(layer: Any) -> int:
+def _feed_forward(layer: "PretrainedConfig") -> int:
     """Return the feed-forward width a token passes in a layer."""
     chosen = _number(layer, "num_experts_per_tok")
     if chosen and _num_experts(layer):
@@ -227,7 +230,7 @@ def _feed_forward(layer: Any) -> int:
     return _dense_width(layer)
 
 
-def _is_gated(blocks: list[Any], layer: Any) -> bool:
+def _is_gated(blocks: Sequence[nn.ModuleList], layer: "PretrainedConfig") -> bool:
     """Say whether a gate doubles the first projection of the first block, whose configuration is ``layer``."""
     if _num_experts(layer) and _number(layer, "num_experts_per_tok"):
         return True

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from taso_ds.planning.numbers.command import ds_config_name
 from taso_ds.planning.numbers.devices import GB
@@ -74,7 +73,7 @@ def scaling_table(points: Sequence[ScalingPoint]) -> list[str]:
     return lines
 
 
-def as_json(candidate: Candidate) -> dict[str, Any]:
+def as_json(candidate: Candidate) -> dict[str, object]:
     """Return one strategy as numbers: bytes and seconds."""
     strategy = candidate.strategy
     return {

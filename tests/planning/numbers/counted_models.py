@@ -1,17 +1,22 @@
 """Models of the planning tests, counted on the meta device."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from taso_ds.adapters.targets import MatrixShape, find_targets
 from taso_ds.planning.numbers.model_shape import ModelShape, read_model_shape
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 def shapes_of(model: nn.Module) -> dict[str, MatrixShape]:
     return find_targets(model).shapes
 
 
-def counted(config: object, *, trainable: int = 1000) -> ModelShape:
+def counted(config: "PretrainedConfig", *, trainable: int = 1000) -> ModelShape:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -20,7 +25,7 @@ def counted(config: object, *, trainable: int = 1000) -> ModelShape:
     return read_model_shape(model, config, shapes, trainable=trainable, adapter_dense=0, quantized=list(shapes))
 
 
-def llama(*, layers: int = 2, kv_heads: int = 4, tied: bool = False) -> object:
+def llama(*, layers: int = 2, kv_heads: int = 4, tied: bool = False) -> "PretrainedConfig":
     from transformers import LlamaConfig
 
     return LlamaConfig(

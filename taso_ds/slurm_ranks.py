@@ -1,7 +1,7 @@
 """Ranks that ``srun`` starts: Slurm's variables in the words of torch.distributed, found without ssh.
 
-Only variables of a *step* count. The batch script itself carries ``SLURM_PROCID=0`` and ``SLURM_NTASKS`` too, but what
-it starts without ``srun`` is one process, and would wait for the others for ever.
+Only variables of a *step* count. The batch script itself has ``SLURM_PROCID=0`` and ``SLURM_NTASKS`` too, but without
+``srun`` it starts one process, which would wait for the others for ever.
 """
 
 import re
@@ -17,7 +17,7 @@ _STEPS_PER_JOB = 16
 
 
 def adopt_ranks(environment: MutableMapping[str, str]) -> None:
-    """Set the rank variables of a process that ``srun`` started; torchrun and deepspeed have set their own."""
+    """Set the rank variables of a process that ``srun`` started; torchrun and deepspeed set their own."""
     world_size = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environment or world_size == "1":
         return
@@ -31,7 +31,7 @@ def adopt_ranks(environment: MutableMapping[str, str]) -> None:
 
 
 def adopt_meeting_point(environment: MutableMapping[str, str]) -> None:
-    """Set where the ranks of a step meet: rank 0's host, and a port that follows from the job; what is set stays.
+    """Set where the ranks of a step meet: rank 0's host, and a port that follows from the job. What is set stays.
 
     Raises:
         UserError: the host has no address, or the port is taken.
@@ -62,7 +62,7 @@ def first_host(nodes: str) -> str:
 
 
 def port_of(job: int, step: int) -> int:
-    """Return the port of a job's step: another one for every job and step that can share a host."""
+    """Return the port of a job's step: jobs and steps that can share a host get different ones."""
     return _FIRST_PORT + (job * _STEPS_PER_JOB + step % _STEPS_PER_JOB) % _PORTS
 
 

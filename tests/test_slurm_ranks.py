@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from taso_ds.distributed import slurm
+from taso_ds import slurm_ranks
 from taso_ds.errors import UserError
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "5"}
@@ -18,11 +18,11 @@ TASK = BATCH | {
 
 def test_a_task_of_srun_is_a_rank() -> None:
     environment = TASK | {"SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"}
-    slurm.adopt_ranks(environment)
-    slurm.adopt_meeting_point(environment)
+    slurm_ranks.adopt_ranks(environment)
+    slurm_ranks.adopt_meeting_point(environment)
     found = {name: environment[name] for name in sorted(environment.keys() - TASK.keys())}
     assert found == {
-        "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(slurm.port_of(7, 1)),
+        "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(slurm_ranks.port_of(7, 1)),
         "RANK": "4", "WORLD_SIZE": "5",
     }  # fmt: skip
 
@@ -38,16 +38,16 @@ def test_a_task_of_srun_is_a_rank() -> None:
 )
 def test_what_is_alone_stays_alone(environment: dict[str, str]) -> None:
     before = dict(environment)
-    slurm.adopt_ranks(environment)
-    slurm.adopt_meeting_point(environment)
+    slurm_ranks.adopt_ranks(environment)
+    slurm_ranks.adopt_meeting_point(environment)
     assert environment == before
 
 
 def test_what_torchrun_set_stays() -> None:
     ranked = {"RANK": "3", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
     environment = TASK | ranked
-    slurm.adopt_ranks(environment)
-    slurm.adopt_meeting_point(environment)
+    slurm_ranks.adopt_ranks(environment)
+    slurm_ranks.adopt_meeting_point(environment)
     assert environment == TASK | ranked
 
 
@@ -59,16 +59,16 @@ def test_what_torchrun_set_stays() -> None:
     ],
 )  # fmt: skip
 def test_first_host(nodes: str, first: str) -> None:
-    assert slurm.first_host(nodes) == first
+    assert slurm_ranks.first_host(nodes) == first
 
 
 def test_tasks_per_node() -> None:
-    assert slurm.tasks_per_node("8") == [8]
-    assert slurm.tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert slurm_ranks.tasks_per_node("8") == [8]
+    assert slurm_ranks.tasks_per_node("2(x3),1") == [2, 2, 2, 1]
 
 
 def test_ports_of_jobs_and_steps_that_may_share_a_host_differ() -> None:
-    ports = {slurm.port_of(job, step) for job in range(4_000_000, 4_001_000) for step in range(16)}
+    ports = {slurm_ranks.port_of(job, step) for job in range(4_000_000, 4_001_000) for step in range(16)}
     assert len(ports) == 16_000
     assert min(ports) >= 12_000
     assert max(ports) < 32_768  # where Linux begins to hand out ports by itself
@@ -76,12 +76,12 @@ def test_ports_of_jobs_and_steps_that_may_share_a_host_differ() -> None:
 
 def test_a_host_without_a_name_here_is_looked_up_in_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"n7.invalid": "NodeName=n7 NodeAddr=10.0.0.7 NodeHostName=n7 Port=6818\n"}
-    monkeypatch.setattr(slurm, "_ask_slurm", lambda *question: answers.get(question[-1], ""))
+    monkeypatch.setattr(slurm_ranks, "_ask_slurm", lambda *question: answers.get(question[-1], ""))
     environment = {"RANK": "1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n7.invalid"}
-    slurm.adopt_meeting_point(environment)
+    slurm_ranks.adopt_meeting_point(environment)
     assert environment["MASTER_ADDR"] == "10.0.0.7"
     with pytest.raises(UserError, match=r"n8\.invalid, where rank 0 is, has no address here; set MASTER_ADDR"):
-        slurm.adopt_meeting_point(
+        slurm_ranks.adopt_meeting_point(
             {key: value for key, value in environment.items() if "MASTER" not in key}
             | {"SLURM_STEP_NODELIST": "n8.invalid"}
         )
@@ -91,7 +91,7 @@ def test_a_port_that_is_taken_is_said_by_rank_0(monkeypatch: pytest.MonkeyPatch)
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
-        monkeypatch.setattr(slurm, "port_of", lambda job, step: other.getsockname()[1])
-        slurm.adopt_meeting_point(TASK | {"RANK": "1"})
+        monkeypatch.setattr(slurm_ranks, "port_of", lambda job, step: other.getsockname()[1])
+        slurm_ranks.adopt_meeting_point(TASK | {"RANK": "1"})
         with pytest.raises(UserError, match=r"port \d+ of .* is taken .*; set MASTER_PORT"):
-            slurm.adopt_meeting_point(TASK | {"RANK": "0"})
+            slurm_ranks.adopt_meeting_point(TASK | {"RANK": "0"})
