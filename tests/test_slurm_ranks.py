@@ -22,7 +22,8 @@ def test_a_task_of_srun_is_a_rank() -> None:
     slurm_ranks.adopt_meeting_point(environment)
     found = {name: environment[name] for name in sorted(environment.keys() - TASK.keys())}
     assert found == {
-        "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(slurm_ranks.port_of(7, 1)),
+        "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(slurm_ranks.port_of(7, 1)),
         "RANK": "4", "WORLD_SIZE": "5",
     }  # fmt: skip
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # what is asked here is of a model that transformers made
 _PREFIX = "base_model.model."
 
 
-def fuses_experts(model: nn.Module) -> bool:
+def fuses_experts(model: "PreTrainedModel") -> bool:
     """Say whether transformers puts the experts of this type of model into one parameter as it loads them."""
     return any(map(stacks_modules, rearrangements(model)))
 

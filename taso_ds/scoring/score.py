@@ -4,8 +4,7 @@ Each target matrix has one owner rank. When backward produces a micro-batch's gr
 added to the sum at the matrix's owner. So one gradient is alive at a time besides the owners' fp32 accumulators
 (parameters / ranks). After the last micro-batch each weight is gathered to its owner. The owner turns the accumulator
 into importance and selects from it; all owners do so in parallel. Then each owner broadcasts its row and column scores,
-a few numbers per row.
-Rows, activations and accumulators never travel.
+a few numbers per row. Rows, activations and accumulators never travel.
 
 ``passes`` saves memory: it scores that many groups of matrices one after the other, with the accumulators of one group
 at a time, and each backward ends at the lowest matrix of its group. With one micro-batch per rank nothing has to be
